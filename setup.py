@@ -1,0 +1,34 @@
+"""Metadata for `pip install -e .`; requirements.txt alone is enough to run from a checkout."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements(name: str) -> list[str]:
+    """The requirement specifiers of a requirements file, without comments and includes."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("-")]
+
+
+setup(
+    name="self-forcing",
+    version="0.1.0",
+    description="Self Forcing: autoregressive video diffusion, from training to streaming",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["model*", "pipeline*", "trainer*", "utils*"]),
+    install_requires=requirements("requirements.txt"),
+    extras_require={
+        "flash": ["flash-attn>=2.7"],  # after torch, with --no-build-isolation
+        "wandb": ["wandb>=0.17"],
+        "tensorboard": ["tensorboard>=2.16"],
+        "quant": ["torchao>=0.10"],
+        "demo": ["gradio>=6,<7", "websockets>=13"],
+        "dev": requirements("requirements-dev.txt"),
+    },
+)
