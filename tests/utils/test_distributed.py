@@ -1,0 +1,138 @@
+"""Processes agree where they must and share work without loss; devices and seeds are what was asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.distributed import (
+    Ranks,
+    all_reduce_mean,
+    barrier,
+    broadcast_object,
+    derive_seed,
+    init_distributed,
+    resolve_device,
+    resolve_dtype,
+    share,
+    shutdown_distributed,
+)
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+from utils.distributed import all_reduce_mean, barrier, broadcast_object, init_distributed, share, shutdown_distributed
+ranks = init_distributed("cpu")
+folder = Path(sys.argv[1])
+if ranks.rank == 1:
+    (folder / "before").write_text("")
+barrier()
+values = torch.tensor([float(ranks.rank), 10.0])
+result = {
+    "ranks": [ranks.rank, ranks.world_size, ranks.local_rank, ranks.is_main],
+    "seen": (folder / "before").exists(),
+    "object": broadcast_object({"from": ranks.rank}, source=1),
+    "mean": all_reduce_mean(values).tolist(),
+    "unchanged": values.tolist(),
+    "share": share(list(range(5)), ranks.rank, ranks.world_size),
+}
+(folder / f"{ranks.rank}.json").write_text(json.dumps(result))
+shutdown_distributed()
+"""
+
+
+def test_two_processes_agree(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "worker.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["ranks"] == [0, 2, 0, True] and second["ranks"] == [1, 2, 1, False]
+    assert first["seen"] and second["seen"]
+    assert first["object"] == second["object"] == {"from": 1}
+    assert first["mean"] == second["mean"] == [0.5, 10.0]
+    assert first["unchanged"] == [0.0, 10.0] and second["unchanged"] == [1.0, 10.0]
+    assert first["share"] == [0, 2, 4] and second["share"] == [1, 3]
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert init_distributed("cpu") == Ranks(rank=0, world_size=1, local_rank=0)
+    assert not torch.distributed.is_initialized()
+    barrier()
+    value, tensor = object(), torch.ones(2)
+    assert broadcast_object(value) is value
+    mean = all_reduce_mean(tensor)
+    assert torch.equal(mean, tensor) and mean is not tensor
+    shutdown_distributed()
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "cpu", "RANK=None is not a number"),
+        ({"WORLD_SIZE": "two"}, "cpu", "WORLD_SIZE='two' is not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "mps", "device 'mps' cannot run 2 processes"),
+        ({"WORLD_SIZE": "99", "RANK": "98", "LOCAL_RANK": "98"}, "cuda", "LOCAL_RANK=98 has no GPU"),
+    ],
+)
+def test_a_wrong_environment_is_refused(monkeypatch, environment, device, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        init_distributed(device)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_item_is_dealt_exactly_once(world_size):
+    items = [f"prompt {i}" for i in range(5)]
+    dealt = [item for rank in range(world_size) for item in share(items, rank, world_size)]
+    assert sorted(dealt) == items
+    with pytest.raises(ValueError, match="rank=3"):
+        share(items, 3, 3)
+
+
+def test_seeds_depend_on_every_part_and_are_the_same_everywhere():
+    assert derive_seed(0, "a prompt", "noise") == derive_seed(0, "a prompt", "noise") == 1878642147466271674
+    parts = [(1,), ("1",), (1, 2), (12,), (2, 1), ("1", "2"), ("12",), ("1,2",), ("a", ""), ("", "a"), ("a",), ()]
+    assert len({derive_seed(*p) for p in parts}) == len(parts)
+    assert all(0 <= derive_seed(i) < 2**63 for i in range(100))
+    torch.Generator().manual_seed(max(derive_seed(i) for i in range(100)))
+
+
+def test_devices_are_found_or_refused(monkeypatch):
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cuda", "mps", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device("auto").type == "cpu"
+    for name, message in [("gpu", "unknown device 'gpu': choose auto, cpu"), ("cuda:1", "'cuda:1' is not available")]:
+        with pytest.raises(UserError, match=message):
+            resolve_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("auto").type == "cuda"
+    with pytest.raises(UserError, match="'cuda:1' does not exist: this machine has 1 GPUs"):
+        resolve_device("cuda:1")
+
+
+def test_dtypes_are_found_or_refused():
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+    with pytest.raises(UserError, match="unknown dtype 'half': choose auto, float32"):
+        resolve_dtype("half", torch.device("cpu"))

@@ -1,0 +1,87 @@
+"""Files appear whole or not at all, and any text makes a file name."""
+
+import pytest
+
+from utils.errors import UserError
+from utils.files import atomic_path, atomic_write_bytes, atomic_write_text, ensure_writable_folder, safe_stem
+
+PROMPTS = [
+    "a large red circle moving up",
+    "A large red circle moving up",
+    "../../etc/passwd",
+    'a/b\\c:d*e?f"g<h>i|j',
+    "🎬 a cat 🐈",
+    "猫が走る" * 40,
+    "x" * 300,
+    "x" * 299 + "y",
+    "",
+    " ",
+    ".",
+    "..",
+    ".hidden",
+    "con",
+    "NUL",
+    "lpt1",
+    "line\nbreak\ttab\0nul",
+    "--help",
+    "a sentence that ends.",
+    "café",
+    "cafe\u0301",
+    "\ud800 lone surrogate",
+    "_",
+    "untitled",
+]
+
+
+def test_a_file_appears_only_when_writing_succeeds(tmp_path):
+    path = tmp_path / "new" / "video.mp4"
+    with atomic_path(path) as temporary:
+        assert temporary.suffix == ".mp4" and temporary.parent == path.parent
+        temporary.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
+    path = tmp_path / "file.txt"
+    atomic_write_text(path, "old ✓")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "old ✓"
+    assert list(tmp_path.iterdir()) == [path]
+    atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_any_prompt_makes_a_file_name_that_can_be_written(tmp_path, prompt):
+    stem = safe_stem(prompt)
+    (tmp_path / f"{stem}.mp4").write_text("x")
+    assert (tmp_path / f"{stem}.mp4").parent == tmp_path
+    assert len(stem.encode()) <= 80 and stem[0] not in ".- " and not set(stem) & set('./\\:*?"<>|\n\t\0')
+    assert stem == safe_stem(prompt)
+
+
+def test_different_prompts_make_different_names_even_where_case_is_ignored():
+    stems = {safe_stem(prompt).casefold() for prompt in PROMPTS}
+    assert len(stems) == len(PROMPTS)
+
+
+def test_plain_prompts_are_their_own_names_and_altered_ones_stay_readable():
+    assert safe_stem(PROMPTS[0]) == PROMPTS[0]
+    assert safe_stem("A cat.").startswith("A cat-")
+    assert safe_stem("con") != "con"
+    assert len(safe_stem("x" * 300, max_length=20)) == 20
+    with pytest.raises(ValueError, match="max_length=3"):
+        safe_stem("abc", max_length=3)
+
+
+def test_a_folder_is_made_or_refused(tmp_path):
+    assert ensure_writable_folder(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"cannot write to the folder .*file.*choose another"):
+            ensure_writable_folder(path)
+    assert list((tmp_path / "a" / "b").iterdir()) == []

@@ -1,0 +1,166 @@
+"""What is written comes back: size, number, order and colours of frames."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.errors import UserError
+from utils.video import (
+    VideoWriter,
+    contact_sheet,
+    evenly_spaced,
+    load_image,
+    read_video,
+    save_contact_sheet,
+    to_uint8,
+    write_gif,
+)
+
+COLOURS = torch.tensor([[220, 30, 40], [20, 200, 60], [30, 40, 230], [240, 220, 30], [30, 30, 30]])
+
+
+def moving_squares(num_frames: int, height: int = 48, width: int = 48) -> torch.Tensor:
+    """Squares of several colours on grey, one pixel further right each frame: float [F 3 H W] in [-1, 1]."""
+    frames = torch.full((num_frames, 3, height, width), 0.5)
+    for t in range(num_frames):
+        for i, colour in enumerate(COLOURS):
+            frames[t, :, 2 + 9 * i : 9 + 9 * i, 2 + t + 5 * i : 12 + t + 5 * i] = (colour / 127.5 - 1)[:, None, None]
+    return frames
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return 10 * math.log10(255**2 / (a.float() - b.float()).square().mean().clamp(min=1e-6).item())
+
+
+def test_to_uint8_covers_the_whole_range_and_passes_uint8():
+    frames = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).reshape(1, 3, 1, 2).to(torch.bfloat16)
+    assert to_uint8(frames).flatten().tolist() == [0, 128, 255, 0, 255, 191]
+    pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    assert to_uint8(pixels) is pixels
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(2, 4, 4, 3), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="not float"):
+            to_uint8(wrong)
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(48, 48, 1), (48, 48, 4), (47, 33, 1), (47, 33, 3)])
+def test_a_streamed_video_comes_back(tmp_path, height, width, scale):
+    clip = moving_squares(9, height, width)
+    with VideoWriter(tmp_path / "clip.mp4", fps=16, scale=scale) as writer:
+        writer.write(clip[:1])
+        writer.write(to_uint8(clip[1:]))
+        assert not (tmp_path / "clip.mp4").exists()
+    frames = read_video(tmp_path / "clip.mp4")
+    even = [size * scale + size * scale % 2 for size in (height, width)]
+    assert frames.shape == (9, *even, 3) and frames.dtype == torch.uint8
+    unscaled = frames[:, : height * scale, : width * scale][:, scale // 2 :: scale, scale // 2 :: scale]
+    assert psnr(unscaled, to_uint8(clip)) > (24 if scale == 1 else 38)  # unscaled, colour has half the resolution
+    assert list(tmp_path.iterdir()) == [tmp_path / "clip.mp4"]
+
+
+def test_the_video_is_what_every_player_takes(tmp_path):
+    import av
+
+    with VideoWriter(tmp_path / "clip.mp4", fps=16) as writer:
+        writer.write(moving_squares(5))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert stream.average_rate == 16 and stream.frames == 5
+    data = (tmp_path / "clip.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_odd_sizes_repeat_the_last_row_and_column(tmp_path):
+    clip = torch.full((3, 3, 15, 15), -0.5)
+    clip[:, 0, -4:] = 1.0
+    with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+        writer.write(clip)
+    frames = read_video(tmp_path / "clip.mp4").float()
+    torch.testing.assert_close(frames[:, 15], frames[:, 14], atol=8, rtol=0)
+    torch.testing.assert_close(frames[:, :, 15], frames[:, :, 14], atol=8, rtol=0)
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"), VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+        writer.write(moving_squares(3))
+        raise RuntimeError("stopped")
+    with pytest.raises(ValueError, match="do not fit"), VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+        writer.write(moving_squares(3))
+        writer.write(moving_squares(3, height=50))
+    with pytest.raises(ValueError, match="no frames"), VideoWriter(tmp_path / "clip.mp4", fps=8):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    for wrong in ({"fps": 0}, {"fps": 8, "scale": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            VideoWriter(tmp_path / "clip.mp4", **wrong)
+
+
+def test_reading_something_else_is_a_users_mistake(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "image.png")
+    for name in ("missing.mp4", "text.mp4"):
+        with pytest.raises(UserError, match=f"cannot read a video from .*{name}"):
+            read_video(tmp_path / name)
+    for name in ("missing.png", "text.mp4", "."):
+        with pytest.raises(UserError, match="cannot read an image from"):
+            load_image(tmp_path / name, 8, 8)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:500])
+    with pytest.raises(UserError, match="cannot read an image from"):
+        load_image(tmp_path / "cut.png", 8, 8)
+
+
+def test_a_gif_keeps_frames_colours_and_speed(tmp_path):
+    clip = moving_squares(6)
+    write_gif(tmp_path / "clip.gif", clip, fps=10, scale=2)
+    with Image.open(tmp_path / "clip.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (96, 96), 100, 0)
+        gif.seek(5)
+        last = torch.from_numpy(np.array(gif.convert("RGB")))
+    assert psnr(last[::2, ::2], to_uint8(clip)[5]) > 35
+
+
+def test_evenly_spaced_includes_both_ends():
+    assert evenly_spaced(33, 5) == [0, 8, 16, 24, 32]
+    assert evenly_spaced(3, 8) == [0, 1, 2]
+    assert evenly_spaced(9, 1) == [0]
+
+
+def test_a_contact_sheet_has_a_labelled_row_per_clip(tmp_path):
+    clips = [moving_squares(9), moving_squares(3, 40, 64), to_uint8(moving_squares(12, 300, 500))]
+    labels = ["short", "a long label " * 20, "an unbreakable " + "w" * 400]
+    save_contact_sheet(tmp_path / "sheet.png", clips, labels, columns_frames=4)
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    rows_with_colour = ((sheet.max(-1) - sheet.min(-1)) > 60).any(1)
+    starts = np.flatnonzero(np.diff(rows_with_colour.astype(int)) == 1)
+    assert len(starts) >= 3 and sheet.shape[1] > 4 * 144
+    first = sheet[: starts[0]]
+    assert (first < 100).any(), "the first label is written above its row"
+    assert (sheet[:, -8:] == 255).all(), "no label runs past the margin"
+    smaller = contact_sheet(clips[:1], labels[:1], columns_frames=4, scale=1)
+    assert smaller.width < 4 * 48 + 60
+    with pytest.raises(ValueError, match="3 clips and 1 labels"):
+        contact_sheet(clips, labels[:1])
+
+
+def test_an_image_covers_the_frame_and_is_cropped_around_the_centre(tmp_path):
+    picture = np.zeros((40, 100, 3), np.uint8)
+    picture[:, 30:70] = (255, 0, 0)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    image = load_image(tmp_path / "wide.png", 20, 20)
+    assert image.shape == (3, 20, 20) and image.dtype == torch.float32
+    assert (image[0] > 0.85).all() and (image[1:] < -0.99).all()
+
+
+def test_an_image_is_upright_and_opaque(tmp_path):
+    picture = Image.new("RGB", (40, 20), "blue")
+    picture.paste("red", (0, 0, 20, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise: the left half comes on top
+    picture.save(tmp_path / "turned.png", exif=exif)
+    image = load_image(tmp_path / "turned.png", 40, 20)
+    assert image[0, 5].mean() > 0.9 and image[2, 35].mean() > 0.9
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (load_image(tmp_path / "clear.png", 8, 8) == 1).all()

@@ -1,0 +1,1 @@
+"""Configuration, files, tracking, video and the Shapes world: what every other package may use."""

@@ -1,0 +1,245 @@
+"""Dataclass schemas, YAML values and command line overrides become one checked configuration object.
+
+A schema is a dataclass; its fields may be `bool int float str Enum`, `X | None`, unions of scalars, `list[X]`,
+`dict[str, X]`, another dataclass or `Dataclass | None`. Not `Literal`, `tuple` or a union with a container: omegaconf
+2.3 cannot express them. A field without a default (or with omegaconf's MISSING) is mandatory. Enum members are written
+by name or value in any case. A YAML file may start with `defaults: [base, ../other]`: files to merge before it.
+"""
+
+import difflib
+import os
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.errors import UserError
+from utils.files import atomic_write_text
+
+T = TypeVar("T")
+
+COMMAND_LINE = "command line"
+OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
+
+
+def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read `path` and its `defaults`, apply overrides such as `rollout.window=9`, and return an instance of `schema`.
+
+    Raises UserError, in one line that names the source, the dotted key, the value and the nearest valid name.
+    """
+    layers = _read_layers(Path(path), included_by=())
+    parsed = [(COMMAND_LINE, _parse_override(schema, text)) for text in overrides]
+    return _build(
+        schema, [*layers.items(), *parsed], source=f"{path} and the {COMMAND_LINE}" if overrides else str(path)
+    )
+
+
+def from_dict(schema: type[T], values: Mapping[str, Any], source: str) -> T:
+    """The inverse of `to_dict`; `source` (a checkpoint's path, say) is what errors name. Raises UserError."""
+    return _build(schema, [(source, values)], source)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A schema instance as plain dicts, lists and scalars (enums by name, paths as text), for checkpoints and JSON."""
+    return yaml.safe_load(to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    """A schema instance as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write `to_yaml(config)` atomically."""
+    atomic_write_text(path, to_yaml(config))
+
+
+def _read_layers(path: Path, included_by: tuple[Path, ...]) -> dict[str, dict]:
+    """Source name -> values, in the order to merge them; a file that several others include counts once, first."""
+    path = Path(os.path.normpath(path))
+    if path in included_by:
+        raise UserError(f"{included_by[-1]}: defaults form a cycle: {' -> '.join(map(str, (*included_by, path)))}")
+    values = _read_yaml(path)
+    defaults = values.pop("defaults", [])
+    if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
+        raise UserError(f"{path}: defaults={_show(defaults)} is not a list of file names")
+    layers: dict[str, dict] = {}
+    for name in defaults:
+        for source, inherited in _read_layers(_included_file(path, name), (*included_by, path)).items():
+            layers.setdefault(source, inherited)
+    return {**layers, str(path): values}
+
+
+def _included_file(path: Path, name: str) -> Path:
+    file = path.parent / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if not file.is_file():
+        others = sorted(other.stem for other in file.parent.glob("*.yaml") if other.name != path.name)
+        raise UserError(f"{path}: defaults: no file {file}{_did_you_mean(file.stem, others)}")
+    return file
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.MarkedYAMLError as error:
+        where = f" at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        raise UserError(f"{path}: invalid YAML{where}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: invalid YAML: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8") from error
+    except OSError as error:
+        if error.strerror is None:  # omegaconf's own: the file holds a single scalar
+            raise UserError(f"{path}: holds no key: value pairs") from error
+        similar = _did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}{similar}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a list, not key: value pairs")
+    return values
+
+
+def _parse_override(schema: type, text: str) -> dict[str, Any]:
+    """`a.b=value` -> {"a": {"b": value}}; the value is YAML, except that a text field takes any text as it stands."""
+    match = OVERRIDE.fullmatch(text)
+    if match is None:
+        raise UserError(f"{COMMAND_LINE}: {text!r} is not an override of the form section.key=value")
+    key, raw = match.groups()
+    is_text = _without_none(_hint_at(schema, key)) is str
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
+    except yaml.YAMLError as error:
+        if not is_text:
+            raise UserError(f"{COMMAND_LINE}: {key}={raw}: the value is not valid YAML") from error
+        value = raw
+    if is_text and (raw == "" or not isinstance(value, str | None)):
+        value = raw
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _build(schema: type[T], layers: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> T:
+    config = OmegaConf.structured(schema)
+    known = _dotted_names(schema)
+    for origin, values in layers:
+        _merge(config, schema, values, origin, known)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if not missing:
+            return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation ${...} that leads nowhere
+        raise UserError(f"{source}: {error.full_key}: {_one_line(error)}") from error
+    except ValueError as error:
+        section = _failing_section(config)
+        raise UserError(f"{source}: {section + ': ' if section else ''}{_one_line(error)}") from error
+    raise UserError(f"{source}: no value for {', '.join(missing)}: set it in the file or with {missing[0]}=VALUE")
+
+
+def _merge(
+    config: DictConfig, schema: type, values: Mapping[str, Any], origin: str, known: Sequence[str], prefix: str = ""
+) -> None:
+    """Write `values` into `config` field by field, so that an error can name its key and value."""
+    hints = _field_hints(schema)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise UserError(f"{origin}: unknown key {key}={_show(value)}{_did_you_mean(key, known)}")
+        kind = _without_none(hints[name])
+        if is_dataclass(kind) and isinstance(value, Mapping):
+            if OmegaConf.is_missing(config, name) or config[name] is None:
+                config[name] = OmegaConf.structured(kind)
+            _merge(config[name], kind, value, origin, known, prefix=f"{key}.")
+            continue
+        try:
+            if kind is bool and not isinstance(value, bool | str | None):  # omegaconf would take any number
+                raise TypeError
+            config.merge_with({name: _enum_member(kind, value)})
+        except (OmegaConfBaseException, TypeError):
+            raise UserError(f"{origin}: {key}={_show(value)} is not {_describe(hints[name], value)}") from None
+
+
+def _enum_member(kind: Any, value: Any) -> Any:
+    """The member of the enum `kind` whose name or value is `value` in any case; other values pass unchanged."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str)):
+        return value
+    matching = (m for m in kind if value.casefold() in (m.name.casefold(), str(m.value).casefold()))
+    return next(matching, value)
+
+
+def _failing_section(config: DictConfig, prefix: str = "") -> str:
+    """Dotted name of the innermost section whose __post_init__ refuses its values; "" is the whole configuration."""
+    for name in config:
+        if not OmegaConf.is_dict(config[name]) or OmegaConf.get_type(config[name]) is dict:
+            continue
+        try:
+            OmegaConf.to_object(config[name])
+        except ValueError:
+            return _failing_section(config[name], prefix=f"{prefix}{name}.")
+    return prefix.rstrip(".")
+
+
+def _field_hints(schema: type) -> dict[str, Any]:
+    hints = get_type_hints(schema)
+    return {field.name: hints[field.name] for field in fields(schema)}
+
+
+def _hint_at(schema: Any, key: str) -> Any:
+    """Type of the dotted `key`, or None where there is no such key."""
+    for part in key.split("."):
+        section = _without_none(schema)
+        schema = _field_hints(section).get(part) if is_dataclass(section) else None
+    return schema
+
+
+def _without_none(hint: Any) -> Any:
+    """`X | None` -> X; every other type unchanged."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    return kinds[0] if len(kinds) == 1 else hint
+
+
+def _dotted_names(schema: type, prefix: str = "") -> list[str]:
+    names = []
+    for name, hint in _field_hints(schema).items():
+        names.append(prefix + name)
+        if is_dataclass(section := _without_none(hint)):
+            names += _dotted_names(section, f"{prefix}{name}.")
+    return names
+
+
+def _did_you_mean(name: str, valid: Sequence[str]) -> str:
+    """The nearest (dotted) name as a question, by the whole name or else by its last part; "" if none is near."""
+    by_name = {candidate.casefold(): candidate for candidate in valid}
+    by_last_part = {candidate.rpartition(".")[2]: by_name[candidate] for candidate in reversed(by_name)}
+    for wanted, known in ((name.casefold(), by_name), (name.casefold().rpartition(".")[2], by_last_part)):
+        if nearest := difflib.get_close_matches(wanted, known, n=1):
+            return f"; did you mean {known[nearest[0]]}?"
+    return ""
+
+
+def _describe(hint: Any, value: Any) -> str:
+    kind = _without_none(hint)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        names = [member.name for member in kind]
+        return f"one of {', '.join(names)}{_did_you_mean(str(value), names)}"
+    if is_dataclass(kind):
+        return f"a section with the keys {', '.join(_field_hints(kind))}"
+    return f"of type {hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint}"
+
+
+def _show(value: Any) -> str:
+    text = _one_line(repr(value))
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _one_line(error: object) -> str:
+    """The text of an error without omegaconf's `full_key` lines."""
+    return " ".join(line.strip() for line in str(error).partition("\n    full_key:")[0].split("\n"))

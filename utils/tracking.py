@@ -1,0 +1,135 @@
+"""What a run says while it works: log lines, a progress bar, metrics.jsonl, and wandb or TensorBoard on request."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.video import evenly_spaced, read_video
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Metrics and sample videos of one run. Every method is a no-op outside the main process."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        wandb: bool = False,
+        tensorboard: bool = False,
+        config: dict[str, Any],
+        is_main: bool = True,
+    ):
+        """Open `folder`/metrics.jsonl for appending; `config` is what wandb shows beside the curves.
+
+        Raises UserError if a backend asked for is not installed.
+        """
+        self._file = self._wandb = self._tensorboard = None
+        if not is_main:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if wandb:
+            self._wandb = _start_wandb(folder, config)
+        if tensorboard:
+            self._tensorboard = _start_tensorboard(folder)
+        self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line {"step": step, ...}; a value that is not finite is written as null."""
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def video(self, name: str, path: str | Path, step: int) -> None:
+        """Show the mp4 at `path` in the backends; TensorBoard gets 8 of its frames, as its videos need moviepy."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Video(str(path), format="mp4")}, step=step)
+        if self._tensorboard is not None:
+            frames = read_video(path)
+            self._tensorboard.add_images(name, frames[evenly_spaced(len(frames), 8)], step, dataformats="NHWC")
+
+    def close(self) -> None:
+        """Flush and close the file and the backends."""
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def setup_logging(is_main: bool = True) -> None:
+    """Log INFO and above to stderr from the main process, ERROR and above from the others, above any progress bar."""
+    handler = _ProgressBarHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[handler], force=True)
+
+
+def progress(
+    iterable_or_total: Iterable | int, description: str = "", *, unit: str = "it", is_main: bool = True
+) -> tqdm:
+    """A bar with speed and time left: wraps an iterable, or counts `update()` calls up to a total.
+
+    Shown in the main process on a terminal only, so that log files stay clean.
+    """
+    disable = not is_main or not sys.stderr.isatty()
+    options = {"desc": description or None, "unit": unit, "disable": disable, "dynamic_ncols": True}
+    if isinstance(iterable_or_total, int):
+        return tqdm(total=iterable_or_total, **options)
+    return tqdm(iterable_or_total, **options)
+
+
+class _ProgressBarHandler(logging.Handler):
+    """Writes above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb is not installed: pip install -e '.[wandb]', or switch wandb off") from error
+    id_file = folder / "wandb_id.txt"  # a resumed run goes on in the same curves
+    run_id = id_file.read_text().strip() if id_file.exists() else None
+    run = wandb.init(dir=folder, name=folder.resolve().name, config=config, id=run_id, resume="allow")
+    atomic_write_text(id_file, run.id)
+    return run
+
+
+def _start_tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard is not installed: pip install -e '.[tensorboard]', or switch tensorboard off"
+        ) from error
+    return SummaryWriter(folder / "tensorboard")
