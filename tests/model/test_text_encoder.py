@@ -1,0 +1,249 @@
+"""Prompts become embeddings that depend on the prompt alone, and survive every file format."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.text_encoder import (
+    PromptCache,
+    TextEncoder,
+    TextEncoderConfig,
+    _infer_config,
+    build_text_encoder,
+    clean_prompt,
+)
+from model.weights import WAN_T5_TO_TRANSFORMERS, load_state_dict, rename_keys, save_folder
+from utils.errors import UserError
+
+PROMPTS = ["a large red circle moving up and right", "", "a circle", "a blue zeppelin"]
+
+
+@pytest.fixture
+def encoder():
+    return build_text_encoder([*PROMPTS[:3], "blue"], TextEncoderConfig(dim=32, text_len=10), seed=3)
+
+
+def lengths(embeds):
+    """Tokens of each prompt [B], taken as what is not zero."""
+    return (embeds.abs().sum(-1) > 0).sum(1).tolist()
+
+
+def wan_names(model):
+    backwards = tuple((theirs, ours) for ours, theirs in WAN_T5_TO_TRANSFORMERS)
+    state = model.state_dict()
+    del state["encoder.embed_tokens.weight"]
+    return rename_keys(state, backwards)
+
+
+def test_embeddings_are_zero_past_each_prompt_and_cut_at_text_len(encoder):
+    embeds = encoder.encode([*PROMPTS, "circle " * 40])
+    assert embeds.shape == (5, encoder.text_len, encoder.dim)
+    assert lengths(embeds) == [9, 1, 3, 4, 10]
+    for row, length in zip(embeds, lengths(embeds), strict=True):
+        assert not row[length:].any()
+
+
+def test_an_embedding_does_not_depend_on_batch_neighbours(encoder):
+    """To rounding with grad (values are of order 3), to the last bit without."""
+    together = encoder.encode(PROMPTS)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        alone = encoder.encode([prompt])[0]
+        assert (row - alone).abs().max() <= 1e-6 * alone.abs().max()
+    with torch.no_grad():
+        together = encoder.encode(PROMPTS)
+        assert all(torch.equal(row, encoder.encode([p])[0]) for row, p in zip(together, PROMPTS, strict=True))
+
+
+def test_word_tokenizer_knows_its_words_in_any_case_and_folds_the_rest(encoder):
+    ids = encoder.tokenizer(["", "A Circle", "zeppelin", "red."])["input_ids"]
+    assert ids[0] == [1]
+    assert ids[1][-1] == 1
+    assert min(ids[1][:-1]) > 2
+    assert ids[2] == [2, 1]
+    assert ids[3][1:] == [2, 1]
+    assert encoder.tokenizer.pad_token_id == 0
+
+
+def test_the_same_seed_builds_the_same_encoder_and_leaves_the_global_generator_alone():
+    config = TextEncoderConfig()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first, second, other = (
+        build_text_encoder(words, config, seed=seed) for words, seed in (("ab", 1), ("ba", 1), ("ab", 2))
+    )
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.encode(["a b"]), second.encode(["a b"]))
+    assert not torch.equal(first.encode(["a b"]), other.encode(["a b"]))
+
+
+def test_encoding_is_differentiable_down_to_the_word_embeddings(encoder):
+    encoder.encode(["a circle", ""]).square().sum().backward()
+    grad = encoder.model.shared.weight.grad.abs().sum(-1)
+    used = set(encoder.tokenizer("a circle")["input_ids"])
+    assert {i for i, g in enumerate(grad.tolist()) if g > 0} == used
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
+def test_saved_and_reloaded_encoder_is_bitwise_equal(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    encoder.save_pretrained(tmp_path)
+    reloaded = TextEncoder.from_pretrained(tmp_path)
+    assert reloaded.text_len == encoder.text_len
+    assert reloaded.tokenizer(PROMPTS)["input_ids"] == encoder.tokenizer(PROMPTS)["input_ids"]
+    assert torch.equal(reloaded.encode(PROMPTS), encoder.encode(PROMPTS))
+    assert reloaded.model.shared.weight is reloaded.model.encoder.embed_tokens.weight
+    assert TextEncoder.from_pretrained(tmp_path, text_len=4).encode(PROMPTS).shape[1] == 4
+    assert not [file for file in tmp_path.iterdir() if file.is_dir() or file.name.endswith(".partial")]
+
+
+def test_transformers_itself_reads_the_saved_folder(encoder, tmp_path):
+    from transformers import UMT5EncoderModel
+
+    encoder.save_pretrained(tmp_path)
+    theirs = UMT5EncoderModel.from_pretrained(tmp_path, local_files_only=True).eval()
+    ids = torch.tensor([[3, 4, 1]])
+    mask = torch.ones_like(ids)
+    assert torch.equal(theirs(ids, mask).last_hidden_state, encoder.encode_tokens(ids, mask)[:, :3])
+
+
+def test_diffusers_layout_keeps_the_tokenizer_beside(encoder, tmp_path):
+    encoder.model.save_pretrained(tmp_path / "text_encoder")
+    encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    reloaded = TextEncoder.from_pretrained(tmp_path / "text_encoder", tokenizer_folder=tmp_path / "tokenizer")
+    assert reloaded.text_len == 512
+    assert torch.equal(reloaded.encode(PROMPTS)[:, :10], encoder.encode(PROMPTS))
+
+
+def test_wan_file_gives_the_same_encoder_with_sizes_read_off_its_shapes(encoder, tmp_path):
+    torch.save(wan_names(encoder.model), tmp_path / "t5.pth")
+    encoder.tokenizer.save_pretrained(tmp_path / "google/umt5-xxl")
+    loaded = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path / "google/umt5-xxl", text_len=10)
+    assert torch.equal(loaded.encode(PROMPTS), encoder.encode(PROMPTS))
+    half = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path / "google/umt5-xxl", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {half.encode(["a"]).dtype} == {torch.bfloat16}
+
+
+def test_sentencepiece_style_tokenizer_gives_the_ids_of_its_own_json(encoder, tmp_path):
+    """google/umt5-xxl: a Unigram tokenizer.json whose tokenizer_config names a T5 class."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁red", -2.0), ("▁", -3.0), ("c", -4.0)]
+    umt5 = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    umt5.pre_tokenizer = pre_tokenizers.Metaspace()
+    umt5.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    umt5.save(str(tmp_path / "tokenizer.json"))
+    names = {"tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    torch.save(wan_names(encoder.model), tmp_path / "t5.pth")
+    loaded = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path)
+    assert loaded.tokenizer(["a red c", "", "x"])["input_ids"] == [[3, 4, 5, 6, 1], [1], [5, 2, 1]]
+    embeds = loaded.encode(["a red c", ""])
+    assert embeds.shape == (2, 512, encoder.dim)
+    assert lengths(embeds) == [5, 1]
+
+
+def test_xxl_shapes_give_the_xxl_model(tmp_path):
+    """Every key and shape of the 5.7B encoder, on the meta device."""
+    from transformers import UMT5EncoderModel
+
+    parts = {"attn.q": (4096, 4096), "pos_embedding.embedding": (32, 64), "ffn.gate.0": (10240, 4096)}
+    names = {f"blocks.{i}.{part}.weight": shape for i in range(24) for part, shape in parts.items()}
+    names["token_embedding.weight"] = (256384, 4096)
+    state = {key: torch.empty(shape, device="meta", dtype=torch.bfloat16) for key, shape in names.items()}
+    config = _infer_config(rename_keys(state, WAN_T5_TO_TRANSFORMERS), "t5.pth")
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    expected = wan_names(model)
+    assert all(expected[key].shape == tensor.shape for key, tensor in state.items())
+    assert len(expected) == 2 + 24 * 10
+    assert round(sum(t.numel() for t in expected.values()) / 1e9, 2) == 5.68
+
+
+def test_bad_folders_give_one_line(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "good")
+    weights = load_state_dict(tmp_path / "good")
+    config = json.loads((tmp_path / "good/config.json").read_text())
+    save_folder(tmp_path / "wider", weights, config | {"d_ff": 64})
+    save_folder(tmp_path / "other", weights, config | {"model_type": "clip"})
+    save_folder(tmp_path / "wordless", weights, config)
+    save_folder(tmp_path / "garbled", weights, config)
+    (tmp_path / "garbled/tokenizer.json").write_text("{}")
+    for name, message in {
+        "wider": "does not fit UMT5EncoderModel: .*wi_0.weight",
+        "other": "'umt5' is needed",
+        "wordless": "holds no tokenizer",
+        "garbled": "tokenizer cannot be read",
+        "absent": "no such file",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            TextEncoder.from_pretrained(tmp_path / name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    torch.save({"token_embedding.weight": torch.zeros(3, 2)}, tmp_path / "t5.pth")
+    with pytest.raises(UserError, match=r"t5.pth: not a UMT5 encoder"):
+        TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path / "good")
+
+
+def test_wrong_arguments_are_quoted(encoder):
+    with pytest.raises(ValueError, match="not 'a circle'"):
+        encoder.encode("a circle")
+    with pytest.raises(ValueError, match=r"not \[\]"):
+        encoder.encode([])
+    with pytest.raises(ValueError, match="dim=30 is not a multiple of num_heads=4"):
+        TextEncoderConfig(dim=30)
+    with pytest.raises(ValueError, match="num_layers=0"):
+        TextEncoderConfig(num_layers=0)
+
+
+def test_prompts_are_cleaned(encoder):
+    assert clean_prompt(" a\n\t circle &amp;amp; a\u00a0square  âœ” ") == "a circle & a square ✔"
+    assert torch.equal(encoder.encode(["  a\n circle "]), encoder.encode(["a circle"]))
+
+
+@torch.no_grad()
+def test_prompt_cache_encodes_a_repeated_prompt_once_and_drops_the_least_used(encoder):
+    cache = PromptCache(encoder, max_prompts=2)
+    counted = []
+    encoder.model.register_forward_hook(lambda *_: counted.append(1))
+    embeds = cache.encode(["a circle", "", "a circle"])
+    assert len(counted) == 2
+    assert torch.equal(embeds[0], embeds[2])
+    embeds.zero_()
+    assert torch.equal(cache.encode(["a circle"])[0], encoder.encode(["a circle"])[0])  # the copy given out was ours
+    counted.clear()
+    cache.encode(["red"])  # evicts ""
+    cache.encode(["a circle"])
+    assert len(counted) == 1
+    cache.encode([""])
+    assert len(counted) == 2
+    assert (cache.dim, cache.text_len) == (encoder.dim, encoder.text_len)
+
+
+def test_prompt_cache_keeps_no_gradient(encoder):
+    assert not PromptCache(encoder).encode(["a circle"]).requires_grad
+
+
+def test_umt5_equals_the_recording(tmp_path):
+    """Case 10: the official encoder's output from its own weight names, on tokens that are not padding."""
+    from safetensors.torch import load_file
+
+    if "PARITY_DATA" not in os.environ:
+        pytest.skip("PARITY_DATA is not set: no recordings to compare with")
+    recordings = Path(os.environ["PARITY_DATA"])
+    case = load_file(recordings / "case10_t5.safetensors")
+    weights = {k: t.float() for k, t in load_file(recordings / "case10_t5_weights.safetensors").items()}
+    torch.save(weights, tmp_path / "t5.pth")
+    build_text_encoder(["a"], TextEncoderConfig()).tokenizer.save_pretrained(tmp_path)
+    encoder = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path, text_len=200)
+    with torch.no_grad():
+        output = encoder.encode_tokens(case["ids"], case["mask"])
+    real = case["mask"].bool()
+    expected = case["output"][real]
+    error = (output[:, :160][real] - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-6, error
+    assert not output[:, 160:].any()
+    assert not output[:, :160][~real].any()
