@@ -1,0 +1,1 @@
+"""The autoregressive rollout, many-step sampling and the text-to-video pipeline."""

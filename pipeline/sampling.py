@@ -1,0 +1,166 @@
+"""Many-step sampling with classifier-free guidance: bidirectional (the teacher) and causal, and trajectories.
+
+Shapes: B batch, F latent frames, C channels, H W latent height and width, L E text, S solver steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from model.denoiser import Denoiser
+from model.flow_matching import MAX_TIMESTEP
+from model.kv_cache import KVCache
+from pipeline.rollout import Block, RolloutConfig, rollout
+
+FlowFunction = Callable[[Tensor, float], Tensor]
+
+
+class Solver(Enum):
+    """Which integrator of the probability-flow ODE."""
+
+    euler = "euler"
+    unipc = "unipc"
+
+
+@dataclass
+class SamplingConfig:
+    """How a many-step denoiser is sampled."""
+
+    steps: int = 50
+    """Solver steps."""
+    solver: Solver = Solver.unipc
+    """euler, or unipc (order 2)."""
+    guidance_scale: float = 6.0
+    """Classifier-free guidance ``u + g (c - u)``; 1 is none."""
+    negative_prompt: str = ""
+    """Prompt of the unconditional half."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+
+
+def integrate(flow: FlowFunction, noise: Tensor, timesteps: Tensor, solver: Solver) -> Iterator[Tensor]:
+    """States of the ODE ``dx = v dsigma`` from noise to data, one after each step.
+
+    Args:
+        flow: ``(latents, timestep) -> v``.
+        noise: [...], the state at ``timesteps[0]``.
+        timesteps: [S] descending in (0, 1000]; the final 0 is added here.
+    """
+    if solver is Solver.unipc:
+        yield from _unipc(flow, noise, timesteps)
+        return
+    latents = noise
+    for timestep, following in zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0.0]):
+        latents = latents + (following - timestep) / MAX_TIMESTEP * flow(latents, timestep)
+        yield latents
+
+
+def _unipc(flow: FlowFunction, noise: Tensor, timesteps: Tensor) -> Iterator[Tensor]:
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    scheduler.set_timesteps(sigmas=(timesteps / MAX_TIMESTEP).numpy())
+    latents = noise
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(flow(latents, float(timestep)), timestep, latents, return_dict=False)[0]
+        yield latents
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    config: SamplingConfig,
+) -> Tensor:
+    """Bidirectional sampling of whole clips: noise [B F C H W], embeds [B L E] -> latents [B F C H W]."""
+    *_, latents = trajectory(denoiser, noise, prompt_embeds, negative_embeds, config)
+    return latents
+
+
+@torch.no_grad()
+def trajectory(
+    denoiser: Denoiser,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    config: SamplingConfig,
+) -> list[Tensor]:
+    """All S + 1 states of a bidirectional sampling, the noise first, each [B F C H W]."""
+
+    def flow(latents: Tensor, timestep: float) -> Tensor:
+        doubled, embeds = _double(latents, prompt_embeds, negative_embeds, config)
+        return _guide(denoiser(doubled, _timesteps(doubled, timestep), embeds).flow, config)
+
+    return [noise, *integrate(flow, noise, denoiser.schedule.grid(config.steps), config.solver)]
+
+
+def sample_causal(
+    denoiser: Denoiser,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    rollout_config: RolloutConfig,
+    config: SamplingConfig,
+    *,
+    context_latents: Tensor | None = None,
+) -> Iterator[Block]:
+    """Autoregressive sampling of a many-step causal denoiser, chunk by chunk over a cache; yields finished chunks.
+
+    With guidance the batch is doubled, so that conditional and unconditional context share one cache.
+    """
+    batch = noise.shape[0]
+    doubled_noise, embeds = _double(noise, prompt_embeds, negative_embeds, config)
+    cache = KVCache(denoiser.transformer.config.num_layers)
+
+    @torch.no_grad()
+    def denoise_chunk(latents: Tensor, start_frame: int) -> Tensor:
+        def flow(half: Tensor, timestep: float) -> Tensor:
+            state = half.repeat(latents.shape[0] // batch, 1, 1, 1, 1)
+            prediction = denoiser(
+                state, _timesteps(state, timestep), embeds, cache=cache, start_frame=start_frame
+            )
+            return _guide(prediction.flow, config)
+
+        *_, x0 = integrate(flow, latents[:batch], denoiser.schedule.grid(config.steps), config.solver)
+        return x0.repeat(latents.shape[0] // batch, 1, 1, 1, 1)
+
+    if context_latents is not None:
+        context_latents = context_latents.repeat(doubled_noise.shape[0] // batch, 1, 1, 1, 1)
+    for block in rollout(
+        denoiser,
+        doubled_noise,
+        embeds,
+        cache,
+        rollout_config,
+        context_latents=context_latents,
+        denoise_chunk=denoise_chunk,
+    ):
+        yield Block(block.start_frame, block.latents[:batch])
+
+
+def _double(
+    latents: Tensor, prompt_embeds: Tensor, negative_embeds: Tensor, config: SamplingConfig
+) -> tuple[Tensor, Tensor]:
+    if config.guidance_scale == 1:
+        return latents, prompt_embeds
+    return latents.repeat(2, 1, 1, 1, 1), torch.cat([prompt_embeds, negative_embeds])
+
+
+def _guide(flow: Tensor, config: SamplingConfig) -> Tensor:
+    if config.guidance_scale == 1:
+        return flow
+    conditional, unconditional = flow.chunk(2)
+    return torch.lerp(unconditional, conditional, config.guidance_scale)
+
+
+def _timesteps(latents: Tensor, timestep: float) -> Tensor:
+    return torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
