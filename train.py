@@ -1,0 +1,65 @@
+"""Train: python train.py --config_path configs/shapes/self_forcing_dmd.yaml --logdir logs/try [trainer.steps=20 ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config_path", required=True, help="YAML file of values for trainer.config.Config")
+    parser.add_argument("--logdir", required=True, help="folder for metrics, samples, checkpoints and the final model")
+    parser.add_argument("--disable-wandb", action="store_true", help="report to metrics.jsonl only")
+    parser.add_argument("--no_save", action="store_true", help="write no checkpoints before the end")
+    parser.add_argument("--no_visualize", action="store_true", help="make no samples before the end")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", help="any key of the configuration, such as trainer.steps=20")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    from utils.errors import UserError
+
+    try:
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    from trainer.build import build_trainer
+    from trainer.config import Config
+    from trainer.trainer import RunContext
+    from utils.config import load_config, to_dict, to_yaml
+    from utils.distributed import init_distributed, resolve_device, shutdown_distributed
+    from utils.files import ensure_writable_folder
+    from utils.tracking import Tracker, setup_logging
+
+    config = load_config(Config, args.config_path, args.overrides)
+    if args.disable_wandb:
+        config.trainer.wandb = False
+    if args.no_save:
+        config.trainer.save_every = 0
+    if args.no_visualize:
+        config.trainer.sample_every = 0
+    if args.dry_run:
+        print(to_yaml(config), end="")
+        return
+    device = resolve_device(config.device)
+    logdir = ensure_writable_folder(Path(args.logdir))
+    ranks = init_distributed(device.type)
+    setup_logging(ranks.is_main)
+    try:
+        with Tracker(logdir, wandb=config.trainer.wandb, config=to_dict(config), is_main=ranks.is_main) as tracker:
+            build_trainer(config, RunContext(logdir, device, ranks, tracker)).train()
+    finally:
+        shutdown_distributed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

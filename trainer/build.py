@@ -1,0 +1,22 @@
+"""The trainer of each objective."""
+
+from __future__ import annotations
+
+from trainer.autoencoder import AutoencoderTrainer
+from trainer.config import Config, Objective
+from trainer.diffusion import DiffusionTrainer
+from trainer.regression import RegressionTrainer
+from trainer.self_forcing import SelfForcingTrainer
+from trainer.trainer import RunContext, Trainer
+
+TRAINERS: dict[Objective, type[Trainer]] = {
+    Objective.autoencoder: AutoencoderTrainer,
+    Objective.diffusion: DiffusionTrainer,
+    Objective.ode_regression: RegressionTrainer,
+    Objective.self_forcing_dmd: SelfForcingTrainer,
+}
+
+
+def build_trainer(config: Config, context: RunContext) -> Trainer:
+    """Build the trainer ``config.objective`` names; loads its weights."""
+    return TRAINERS[config.objective](config, context)

@@ -1,0 +1,139 @@
+"""The configuration every entry point reads: one schema for training and inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pipeline.loading import DenoiserConfig, PartsConfig
+from pipeline.rollout import RolloutConfig
+from pipeline.sampling import SamplingConfig
+from trainer.data import DataConfig
+from trainer.optimizer import OptimizerConfig
+
+
+class Objective(Enum):
+    """What train.py trains."""
+
+    autoencoder = "autoencoder"
+    diffusion = "diffusion"
+    ode_regression = "ode_regression"
+    self_forcing_dmd = "self_forcing_dmd"
+
+
+class Forcing(Enum):
+    """What context a diffusion denoiser is trained with."""
+
+    bidirectional = "bidirectional"
+    diffusion_forcing = "diffusion_forcing"
+    teacher_forcing = "teacher_forcing"
+
+
+@dataclass
+class AutoencoderConfig:
+    """Training a TinyVAE."""
+
+    preset: str = "shapes"
+    """Sizes: a key of model.tiny_vae.TINY_VAE_PRESETS."""
+    fit_clips: int = 192
+    """Clips the linear encoder is fitted to."""
+    motion_weight: float = 2.0
+    """Weight of the error of the change between frames."""
+
+
+@dataclass
+class DiffusionConfig:
+    """Training a many-step denoiser on real videos."""
+
+    forcing: Forcing = Forcing.bidirectional
+    """bidirectional (a teacher), diffusion_forcing or teacher_forcing (causal)."""
+    guidance_dropout: float = 0.1
+    """Share of prompts replaced by the negative prompt."""
+    sigma_floor: float = 0.0
+    """Noise level under which the flow error's weight stops growing; for x0 predictions."""
+    bell_weights: bool = False
+    """Weight timesteps by Wan's bell curve."""
+    train_text_encoder: bool = False
+    """Train the text encoder along; without weights it starts from nothing."""
+
+
+@dataclass
+class ODEConfig:
+    """Regression of a causal student to a teacher's ODE trajectories."""
+
+    pairs: str = "logs/ode_pairs"
+    """Folder written by scripts/make_ode_pairs.py."""
+
+
+@dataclass
+class DMDConfig:
+    """Distribution matching distillation on self-generated videos."""
+
+    real_guidance_scale: float = 3.0
+    """g of ``c + g (c - u)``; 3 is CFG 4 in the usual convention."""
+    critic_updates: int = 5
+    """Critic updates for each generator update."""
+    replay_rollouts: int = 0
+    """Latest generator rollouts critic updates draw from; 0 makes a new rollout for each update."""
+    sigma_floor: float = 0.0
+    """See diffusion.sigma_floor; of the critic's loss."""
+    grad_start_frame: int = 0
+    """First latent frame that carries gradient."""
+
+    def __post_init__(self) -> None:
+        if self.critic_updates < 1:
+            raise ValueError(f"critic_updates={self.critic_updates} must be at least 1")
+        if self.replay_rollouts < 0:
+            raise ValueError(f"replay_rollouts={self.replay_rollouts} must not be negative")
+
+
+@dataclass
+class LoopConfig:
+    """The loop every trainer shares."""
+
+    steps: int = 1000
+    """Updates of the trained network."""
+    batch_size: int = 1
+    """Clips an update."""
+    seed: int = 0
+    """Of every random stream."""
+    ema_decay: float = 0.99
+    """Of the averaged weights; 0 keeps none but the last."""
+    ema_start_step: int = 0
+    """Until then the average copies the weights."""
+    log_every: int = 10
+    """Steps between log lines."""
+    sample_every: int = 0
+    """Steps between sample videos; 0 makes them at the end only."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    wandb: bool = False
+    """Report to Weights & Biases too."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class Config(PartsConfig):
+    """Everything. A YAML file sets what differs from these defaults."""
+
+    objective: Objective = Objective.self_forcing_dmd
+    """What train.py trains."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu."""
+    dtype: str = "auto"
+    """auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    real_score: DenoiserConfig = field(default_factory=DenoiserConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: LoopConfig = field(default_factory=LoopConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    ode: ODEConfig = field(default_factory=ODEConfig)
+    dmd: DMDConfig = field(default_factory=DMDConfig)

@@ -1,0 +1,48 @@
+"""ODE regression (CausVid, arXiv 2412.07772, Section 4.3): learn a teacher's clean endpoint from points on its path.
+
+Shapes: B batch, S stored states, F latent frames, C channels, H W latent height and width, L E text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.attention import BlockMask
+from model.denoiser import Denoiser
+
+
+def pick_states(
+    trajectory: Tensor, timesteps: Sequence[float], chunks: Sequence[tuple[int, int]], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """For every chunk of every clip, one stored state chosen at random.
+
+    Args:
+        trajectory: [B S F C H W], from noise to clean.
+        timesteps: of the S states; the last is 0.
+        chunks: frame ranges.
+
+    Returns:
+        noisy latents [B F C H W] and their timesteps [B F].
+    """
+    batch, states = trajectory.shape[:2]
+    drawn = torch.randint(states, (batch, len(chunks)), generator=generator)
+    index = drawn.repeat_interleave(torch.tensor([end - start for start, end in chunks]), dim=1)
+    rows, frames = torch.arange(batch)[:, None], torch.arange(index.shape[1])
+    return trajectory[rows, index, frames], torch.tensor(list(timesteps))[index]
+
+
+def ode_regression_loss(
+    denoiser: Denoiser,
+    noisy: Tensor,
+    timesteps: Tensor,
+    target: Tensor,
+    prompt_embeds: Tensor,
+    block_mask: BlockMask,
+) -> Tensor:
+    """MSE between the x0 prediction and the endpoint, over frames whose timestep is not 0; latents [B F C H W]."""
+    x0 = denoiser(noisy, timesteps, prompt_embeds, block_mask=block_mask).x0
+    noised = timesteps != 0
+    return (x0.float() - target.float())[noised].square().mean()

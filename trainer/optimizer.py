@@ -1,0 +1,157 @@
+"""Optimizers: AdamW, or Muon on the matrices of the blocks with AdamW on the rest; learning-rate schedule; clipping."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+
+class OptimizerKind(Enum):
+    """Which rule updates matrices."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
+@dataclass
+class OptimizerConfig:
+    """How a network is updated."""
+
+    kind: OptimizerKind = OptimizerKind.adamw
+    """AdamW everywhere, or Muon on the matrices inside blocks."""
+    lr: float = 2e-6
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
+    """AdamW's decay rates."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    clip_norm: float = 10.0
+    """Largest gradient norm."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    decay_fraction: float = 0.0
+    """Last share of the run over which it falls linearly to a twentieth."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} must be positive")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas} must be two numbers")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} must lie in [0, 1]")
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration towards the nearest orthogonal matrices, batched: [K M N] -> [K M N] (Jordan, Muon)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, scaled to the RMS of an AdamW update (arXiv 2502.16982), in the gradient's own dtype.
+
+    torch.optim.Muon (torch >= 2.9) iterates in bfloat16, which a CPU without bfloat16 units runs ten times slower.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every matrix that has a gradient; equal shapes are orthogonalised together."""
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                scale = 0.2 * max(shape) ** 0.5 * group["lr"]
+                for parameter, update in zip(parameters, orthogonalise(updates)):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
+
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)
+
+
+class Optimizer:
+    """The optimizers of one module, stepped together under one learning-rate schedule.
+
+    Args:
+        module: its parameters that require gradient are updated.
+        config: rule and hyper-parameters.
+        total_steps: updates in the whole run, for the schedule.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices = _matrices(module) if config.kind is OptimizerKind.muon else []
+        chosen = {id(parameter) for parameter in matrices}
+        rest = [parameter for parameter in self.parameters if id(parameter) not in chosen]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                rest, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
+            )
+        ]
+        if matrices:
+            self.optimizers.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        config, done = self.config, self.steps_done
+        rise = min(1.0, (done + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        decay_steps = config.decay_fraction * self.total_steps
+        left = (self.total_steps - done) / decay_steps if decay_steps else 1.0
+        return config.lr * rise * max(0.05, min(1.0, left))
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients; returns the gradient norm. A non-finite gradient updates nothing."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()
+        if norm == norm and norm != float("inf"):
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        return norm
+
+    def state_dict(self) -> dict:
+        """State of every optimizer and the number of steps done."""
+        return {"steps_done": self.steps_done, "optimizers": [each.state_dict() for each in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.steps_done = state["steps_done"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of the linear layers inside blocks."""
+    return [
+        layer.weight
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and "block" in name and layer.weight.requires_grad
+    ]

@@ -1,0 +1,138 @@
+"""The loop every trainer shares: step, average, log, sample, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Config
+from trainer.ema import EMA
+from trainer.optimizer import Optimizer
+from utils.config import save_config, to_dict
+from utils.distributed import Ranks, derive_seed
+from utils.files import atomic_path
+from utils.prompts import read_prompts
+from utils.tracking import Tracker, progress
+from utils.video import VideoWriter, save_contact_sheet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunContext:
+    """Where and on what a run happens."""
+
+    logdir: Path
+    device: torch.device
+    ranks: Ranks
+    tracker: Tracker
+
+
+class Trainer(ABC):
+    """Trains the modules in :attr:`trained` and keeps their average.
+
+    A subclass builds its parts in ``__init__``, calls :meth:`track`, and implements one :meth:`train_step`,
+    :meth:`sample_latents` and :meth:`export`.
+    """
+
+    trained: nn.ModuleDict
+    ema: EMA
+
+    def __init__(self, config: Config, context: RunContext) -> None:
+        self.config = config
+        self.context = context
+        self.device = context.device
+        self.step = 0
+        self.generator = self.stream("data")
+        save_config(config, context.logdir / "config.yaml")
+
+    def stream(self, purpose: str) -> torch.Generator:
+        """A random stream of its own for each purpose and rank."""
+        seed = derive_seed(self.config.trainer.seed, purpose, self.context.ranks.rank)
+        return torch.Generator().manual_seed(seed)
+
+    def track(self, **modules: nn.Module) -> None:
+        """Name the modules that train and start their average."""
+        self.trained = nn.ModuleDict(modules)
+        self.ema = EMA(self.trained, self.config.trainer.ema_decay, self.config.trainer.ema_start_step)
+
+    @abstractmethod
+    def train_step(self) -> dict[str, float]:
+        """One update; returns what to log."""
+
+    @abstractmethod
+    def sample_frames(self, prompts: list[str]) -> Tensor:
+        """Sample videos with the averaged weights: [B F 3 H W] in [-1, 1]."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the averaged modules as folders that :mod:`pipeline.loading` reads."""
+
+    def train(self) -> None:
+        """Run the whole training."""
+        loop = self.config.trainer
+        bar = progress(loop.steps, self.config.objective.value, unit="step", is_main=self.context.ranks.is_main)
+        with bar:
+            while self.step < loop.steps:
+                started = time.perf_counter()
+                metrics = self.train_step()
+                self.step += 1
+                self.ema.update(self.step)
+                self.report(metrics, time.perf_counter() - started)
+                bar.update(1)
+                if self.due(loop.sample_every):
+                    self.sample()
+                if self.due(loop.save_every):
+                    self.save()
+        self.export(self.context.logdir / "model")
+        log.info("model written to %s", self.context.logdir / "model")
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due."""
+        return self.step == self.config.trainer.steps or (every > 0 and self.step % every == 0)
+
+    def report(self, metrics: dict[str, float], seconds: float) -> None:
+        """Write metrics of this step, and now and then a log line."""
+        loop = self.config.trainer
+        self.context.tracker.log(self.step, metrics | {"seconds": seconds})
+        if self.due(loop.log_every):
+            values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            left = (loop.steps - self.step) * seconds / 60
+            log.info("step %d/%d  %s  %.2f s/step  %.0f min left", self.step, loop.steps, values, seconds, left)
+
+    def sample(self) -> None:
+        """Write one video a fixed prompt and a contact sheet of all."""
+        prompts = read_prompts(self.config.data.sample_prompts)[:8]
+        with self.ema.applied(), torch.no_grad():
+            clips = self.sample_frames(prompts).float().cpu()
+        folder = self.context.logdir / "samples" / f"step_{self.step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, clip in enumerate(clips):
+            with VideoWriter(folder / f"{index:02d}.mp4", self.config.video.fps) as writer:
+                writer.write(clip)
+        save_contact_sheet(folder / "contact_sheet.png", list(clips), prompts)
+        self.context.tracker.video("sample", folder / "00.mp4", self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint in the official layout, whole or not at all."""
+        content = {"step": self.step, "config": to_dict(self.config), **self.checkpoint()}
+        with atomic_path(self.context.logdir / f"checkpoint_{self.step:06d}.pt") as path:
+            torch.save(content, path)
+
+    def checkpoint(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by name: every trained module, and its average under ``<name>_ema``."""
+        states = {name: module.state_dict() for name, module in self.trained.items()}
+        return states | {f"{name}_ema": self.averaged(name) for name in self.trained}
+
+    def averaged(self, name: str) -> dict[str, Tensor]:
+        """State dict of a trained module with averaged parameters."""
+        average = self.ema.state_dict()
+        return {
+            key: average.get(f"{name}.{key}", value) for key, value in self.trained[name].state_dict().items()
+        }
