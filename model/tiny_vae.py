@@ -71,9 +71,9 @@ TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {
     "shapes": TinyVAEConfig(
         patch_size=4,
         encoder_widths=(48, 16),
-        decoder_widths=(48, 48),
+        decoder_widths=(64, 48),
         encoder_blocks=0,
-        decoder_blocks=2,
+        decoder_blocks=1,
         spatial_strides=(1,),
         temporal_strides=(4,),
         latent_limit=12.0,

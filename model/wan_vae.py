@@ -116,8 +116,8 @@ class StreamingWanDecoder:
         codec = self._codec
         if latents.ndim != 5 or latents.shape[2] != codec.latent_channels:
             raise ValueError(f"latents {tuple(latents.shape)} are not [B f {codec.latent_channels} h w]")
-        latents = rearrange(latents.to(codec.vae.dtype), "b f c h w -> b c f h w") * codec.std + codec.mean
-        features = codec.vae.post_quant_conv(latents)
+        latents = rearrange(latents, "b f c h w -> b c f h w") * codec.std + codec.mean
+        features = codec.vae.post_quant_conv(latents.to(codec.vae.dtype))
         frames = []
         for latent in features.split(1, dim=2):
             # diffusers decodes one latent frame a call, counts convolutions in feat_idx and fills feat_cache in place.

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from model.attention import AttentionBackend
+from model.attention import AttentionBackend, resolve_backend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
 from model.text_encoder import TextEncoder
 from model.transformer import PRESETS, WanConfig, WanTransformer
-from model.weights import load_into, load_state_dict, read_config, save_folder
+from model.weights import load_into, load_state_dict, read_config
+from pipeline.rollout import RolloutConfig
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,31 @@ class VideoConfig:
     """Latent frames of a training clip, and of a generated one unless asked otherwise."""
     fps: int = 16
     """Frames per second of the written video."""
+    scale: int = 1
+    """Whole-number enlargement of the written video, for worlds of few pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "fps", "scale"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class InferenceConfig:
+    """What inference.py makes."""
+
+    data_path: str = "prompts/shapes.txt"
+    """Prompts, one a line; with i2v, JSON lines {"image": ..., "prompt": ...}."""
+    output_folder: str = "videos"
+    """Where videos go."""
+    seed: int = 0
+    """With the prompt and the sample index it decides every random number."""
+    num_samples: int = 1
+    """Videos a prompt."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples={self.num_samples} must be at least 1")
 
 
 @dataclass
@@ -90,6 +116,12 @@ class PartsConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu."""
+    dtype: str = "auto"
+    """auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16."""
 
 
 def transformer_config(path: Path | None, preset: str) -> WanConfig:
@@ -130,17 +162,15 @@ def load_transformer(
         load_into(model, state, source=str(path), dtype=dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.attention_backend = config.attention
+    backend = resolve_backend(config.attention, torch.device(device), dtype)
+    weights = config.weights or f"{config.preset}, random weights"
+    log.info("%s on %s in %s, attention: %s", weights, device, str(dtype).removeprefix("torch."), backend.value)
     return model.to(device)
 
 
 def load_denoiser(config: DenoiserConfig, **options) -> Denoiser:
     """A :class:`Denoiser` around :func:`load_transformer`."""
     return Denoiser(load_transformer(config, **options), FlowMatching(config.shift))
-
-
-def save_transformer(folder: str | Path, model: WanTransformer, state: dict | None = None, **options) -> None:
-    """Write config.json and model.safetensors of a transformer; ``state`` stands in for its own weights (EMA)."""
-    save_folder(folder, model if state is None else state, asdict(model.config), **options)
 
 
 def load_codec(

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from model.denoiser import Denoiser
-from model.flow_matching import MAX_TIMESTEP
+from model.flow_matching import MAX_TIMESTEP, FlowMatching
 from model.kv_cache import KVCache
 from pipeline.rollout import Block, RolloutConfig, rollout
 
 FlowFunction = Callable[[Tensor, float], Tensor]
+
+UNIPC_FIRST_LEVEL = 0.999
 
 
 class Solver(Enum):
@@ -44,6 +46,16 @@ class SamplingConfig:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
 
+    def timesteps(self, schedule: FlowMatching) -> Tensor:
+        """Timesteps [S] of the solver's steps; the final 0 is not part of them.
+
+        Pure noise has an infinite log-SNR, so UniPC starts just below it, where Wan's own sampler does.
+        """
+        if self.solver is Solver.euler:
+            return schedule.grid(self.steps)
+        levels = 1 - torch.arange(self.steps, dtype=torch.float64) / self.steps
+        return schedule.timestep(UNIPC_FIRST_LEVEL * levels)
+
 
 def integrate(flow: FlowFunction, noise: Tensor, timesteps: Tensor, solver: Solver) -> Iterator[Tensor]:
     """States of the ODE ``dx = v dsigma`` from noise to data, one after each step.
@@ -63,10 +75,12 @@ def integrate(flow: FlowFunction, noise: Tensor, timesteps: Tensor, solver: Solv
 
 
 def _unipc(flow: FlowFunction, noise: Tensor, timesteps: Tensor) -> Iterator[Tensor]:
+    """UniPC (arXiv 2302.04867) of order 2; as in Wan's sampler the network is told whole timesteps, rounded down."""
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     scheduler.set_timesteps(sigmas=(timesteps / MAX_TIMESTEP).numpy())
+    scheduler.set_begin_index(0)  # steps are counted: looked up, timesteps that round to the same would be confused
     latents = noise
     for timestep in scheduler.timesteps:
         latents = scheduler.step(flow(latents, float(timestep)), timestep, latents, return_dict=False)[0]
@@ -100,7 +114,7 @@ def trajectory(
         doubled, embeds = _double(latents, prompt_embeds, negative_embeds, config)
         return _guide(denoiser(doubled, _timesteps(doubled, timestep), embeds).flow, config)
 
-    return [noise, *integrate(flow, noise, denoiser.schedule.grid(config.steps), config.solver)]
+    return [noise, *integrate(flow, noise, config.timesteps(denoiser.schedule), config.solver)]
 
 
 def sample_causal(
@@ -130,7 +144,7 @@ def sample_causal(
             )
             return _guide(prediction.flow, config)
 
-        *_, x0 = integrate(flow, latents[:batch], denoiser.schedule.grid(config.steps), config.solver)
+        *_, x0 = integrate(flow, latents[:batch], config.timesteps(denoiser.schedule), config.solver)
         return x0.repeat(latents.shape[0] // batch, 1, 1, 1, 1)
 
     if context_latents is not None:

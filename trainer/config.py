@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pipeline.loading import DenoiserConfig, PartsConfig
-from pipeline.rollout import RolloutConfig
 from pipeline.sampling import SamplingConfig
 from trainer.data import DataConfig
 from trainer.optimizer import OptimizerConfig
@@ -107,6 +106,8 @@ class LoopConfig:
     """Steps between sample videos; 0 makes them at the end only."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
+    export_dtype: str = "float32"
+    """Of the final model's files: float32, float16 or bfloat16."""
     wandb: bool = False
     """Report to Weights & Biases too."""
 
@@ -114,6 +115,8 @@ class LoopConfig:
         for name in ("steps", "batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.export_dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"export_dtype={self.export_dtype!r} must be float32, float16 or bfloat16")
 
 
 @dataclass
@@ -122,13 +125,11 @@ class Config(PartsConfig):
 
     objective: Objective = Objective.self_forcing_dmd
     """What train.py trains."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu."""
-    dtype: str = "auto"
-    """auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    student: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """What self-forcing starts from; generator is what it leaves for inference."""
     real_score: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """The frozen teacher, and the critic's starting point."""
     data: DataConfig = field(default_factory=DataConfig)
     trainer: LoopConfig = field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

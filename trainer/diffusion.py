@@ -10,7 +10,7 @@ from torch import Tensor
 from model.attention import BlockMask, block_causal_mask, teacher_forcing_mask
 from model.kv_cache import KVCache
 from model.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
-from pipeline.loading import load_codec, load_denoiser, load_text_encoder, save_transformer
+from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.rollout import rollout
 from pipeline.sampling import sample
 from trainer.config import Config, Forcing
@@ -72,7 +72,7 @@ class DiffusionTrainer(Trainer):
         return self.codec.decode(torch.cat([block.latents for block in blocks], dim=1))
 
     def export(self, folder: Path) -> None:
-        save_transformer(folder / "generator", self.denoiser.transformer, self.averaged("generator"))
+        self.export_transformer(folder)
         if self.config.diffusion.train_text_encoder:
             with self.ema.applied():
                 self.text_encoder.save_pretrained(folder / "text_encoder")

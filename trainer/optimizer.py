@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, or Muon on the matrices of the blocks with AdamW on the rest; learning-rate schedule; clipping."""
+"""Optimizers: AdamW, or Muon on matrices with AdamW on the rest; learning-rate schedule; clipping."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OptimizerConfig:
     """How a network is updated."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """AdamW everywhere, or Muon on the matrices inside blocks."""
+    """AdamW everywhere, or Muon on the matrices of blocks and the kernels of 2-d convolutions."""
     lr: float = 2e-6
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
@@ -70,16 +70,17 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every matrix that has a gradient; equal shapes are orthogonalised together."""
+        """Update every matrix (or kernel, as output x rest) with a gradient; equal shapes are done together."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
-                scale = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for parameter, update in zip(parameters, orthogonalise(updates)):
+                momenta = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                updates = orthogonalise(momenta.flatten(2)).view_as(momenta)
+                scale = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5 * group["lr"]
+                for parameter, update in zip(parameters, updates):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
@@ -149,9 +150,10 @@ class Optimizer:
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers inside blocks."""
+    """Weights of the linear layers inside blocks and of 2-d convolutions."""
     return [
         layer.weight
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and "block" in name and layer.weight.requires_grad
+        if (isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.Linear) and "block" in name))
+        and layer.weight.requires_grad
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from model.attention import block_causal_mask
 from model.kv_cache import KVCache
 from model.text_encoder import PromptCache
-from pipeline.loading import load_codec, load_denoiser, load_text_encoder, save_transformer
+from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.rollout import rollout
 from trainer.config import Config
 from trainer.data import Deck, read_ode_pairs
@@ -70,4 +70,4 @@ class RegressionTrainer(Trainer):
         return self.codec.decode(torch.cat([block.latents for block in blocks], dim=1))
 
     def export(self, folder: Path) -> None:
-        save_transformer(folder / "generator", self.denoiser.transformer, self.averaged("generator"))
+        self.export_transformer(folder)

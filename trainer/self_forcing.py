@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import KVCache
-from pipeline.loading import load_codec, load_denoiser, load_text_encoder, save_transformer
+from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.rollout import rollout
 from model.text_encoder import PromptCache
 from trainer.config import Config
@@ -24,7 +24,7 @@ class SelfForcingTrainer(Trainer):
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
-        self.denoiser = load_denoiser(config.generator, device=self.device, generator=self.stream("weights"))
+        self.denoiser = load_denoiser(config.student, device=self.device, generator=self.stream("weights"))
         self.real_score = load_denoiser(config.real_score, device=self.device).requires_grad_(False)
         self.fake_score = load_denoiser(config.real_score, device=self.device)
         self.text_encoder = PromptCache(load_text_encoder(config.text_encoder, device=self.device), 4096)
@@ -133,4 +133,4 @@ class SelfForcingTrainer(Trainer):
         return super().checkpoint() | {"critic": self.fake_score.transformer.state_dict()}
 
     def export(self, folder: Path) -> None:
-        save_transformer(folder / "generator", self.denoiser.transformer, self.averaged("generator"))
+        self.export_transformer(folder)

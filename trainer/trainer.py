@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from model.weights import save_folder
 from trainer.config import Config
 from trainer.ema import EMA
 from trainer.optimizer import Optimizer
@@ -91,6 +92,7 @@ class Trainer(ABC):
                 if self.due(loop.save_every):
                     self.save()
         self.export(self.context.logdir / "model")
+        save_config(self.config, self.context.logdir / "model" / "config.yaml")
         log.info("model written to %s", self.context.logdir / "model")
 
     def due(self, every: int) -> bool:
@@ -111,10 +113,11 @@ class Trainer(ABC):
         prompts = read_prompts(self.config.data.sample_prompts)[:8]
         with self.ema.applied(), torch.no_grad():
             clips = self.sample_frames(prompts).float().cpu()
+        video = self.config.video
         folder = self.context.logdir / "samples" / f"step_{self.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for index, clip in enumerate(clips):
-            with VideoWriter(folder / f"{index:02d}.mp4", self.config.video.fps) as writer:
+            with VideoWriter(folder / f"{index:02d}.mp4", video.fps, scale=video.scale) as writer:
                 writer.write(clip)
         save_contact_sheet(folder / "contact_sheet.png", list(clips), prompts)
         self.context.tracker.video("sample", folder / "00.mp4", self.step)
@@ -136,3 +139,8 @@ class Trainer(ABC):
         return {
             key: average.get(f"{name}.{key}", value) for key, value in self.trained[name].state_dict().items()
         }
+
+    def export_transformer(self, folder: Path, name: str = "generator") -> None:
+        """Write the averaged transformer called ``name``."""
+        dtype = getattr(torch, self.config.trainer.export_dtype)
+        save_folder(folder / name, self.averaged(name), asdict(self.trained[name].config), dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from utils.errors import UserError
@@ -24,3 +25,23 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write one a line")
     return prompts
+
+
+def read_image_prompts(path: str | Path) -> tuple[list[Path], list[str]]:
+    """Images and prompts of a JSON-lines file: ``{"image": "first.png", "prompt": "..."}``, paths relative to it.
+
+    Raises:
+        UserError: names the line that is not such an object or whose image is missing.
+    """
+    images, prompts = [], []
+    for number, line in enumerate(read_prompts(path), start=1):
+        try:
+            entry = json.loads(line)
+            image, prompt = Path(path).parent / entry["image"], entry["prompt"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise UserError(f'{path}, line {number}: is not {{"image": ..., "prompt": ...}}') from None
+        if not image.is_file():
+            raise UserError(f"{path}, line {number}: image {image} not found")
+        images.append(image)
+        prompts.append(prompt)
+    return images, prompts

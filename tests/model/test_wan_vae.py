@@ -106,6 +106,14 @@ def test_both_file_formats_load_without_the_network(codec: WanVAE, tmp_path: Pat
         assert torch.equal(WanVAE.from_file(path).decode(z), codec.decode(z))
 
 
+def test_half_precision_weights_take_float32_latents(codec: WanVAE, tmp_path: Path) -> None:
+    codec.vae.save_pretrained(tmp_path)
+    half = WanVAE.from_file(tmp_path, dtype=torch.bfloat16)
+    assert half.vae.dtype is torch.bfloat16
+    assert (half.decode(latents(2)) - codec.decode(latents(2))).abs().mean() < 0.02
+    assert (half.encode(clip(5)) - codec.encode(clip(5))).abs().mean() < 0.02
+
+
 def test_wrong_files_are_named(codec: WanVAE, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.pth"):
         WanVAE.from_file(tmp_path / "absent.pth")

@@ -87,7 +87,7 @@ def fit_linear_code(frames: Tensor, config: TinyVAEConfig) -> LinearCode:
         ValueError: a TinyVAE of this config cannot hold a linear code.
     """
     _check_can_hold_code(config)
-    blocks = _blocks(frames, config).flatten(0, 3).double()
+    blocks = _blocks(frames.cpu(), config).flatten(0, 3).double()  # MPS has no float64
     mean = blocks.mean(0)
     variances, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
     basis = vectors.T.flip(0)[: config.latent_channels]

@@ -1,0 +1,121 @@
+"""Measure a Shapes checkpoint with the detector on held-out prompts; print and save the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+COLUMNS = ("present", "colour", "shape", "size", "background", "direction", "smooth", "speed", "all_right")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="weights of the generator or the teacher: folder, .safetensors or .pt")
+    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml")
+    add("--use_ema", action="store_true", help="averaged weights, where a checkpoint holds both")
+    add("--sampler", choices=("rollout", "teacher"), default="rollout", help="few-step rollout, or many bidirectional steps")
+    add("--prompts", type=int, default=96, help="held-out prompts measured")
+    add("--lengths", type=int, nargs="+", default=[1, 4], help="multiples of the training length")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=16)
+    add("--output_folder", default="logs/evaluate", help="for the JSON table and the contact sheets")
+    add("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from utils.errors import UserError
+
+    try:
+        run(parse_arguments(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    from pipeline.text_to_video import TextToVideo
+    from trainer.config import Config
+    from utils.config import load_config
+    from utils.distributed import resolve_device, resolve_dtype
+    from utils.files import atomic_write_text, ensure_writable_folder
+
+    config = load_config(Config, args.config_path, [f"generator.weights={args.checkpoint}", *args.overrides])
+    folder = ensure_writable_folder(args.output_folder)
+    device = resolve_device(config.device)
+    pipeline = TextToVideo.from_config(
+        config, device=device, dtype=resolve_dtype(config.dtype, device), use_ema=args.use_ema
+    )
+    lengths = [1] if args.sampler == "teacher" else args.lengths
+    tables = {f"{length}x": measure_length(args, config, pipeline, length, folder) for length in lengths}
+    report = {
+        "checkpoint": args.checkpoint,
+        "sampler": args.sampler,
+        "prompts": args.prompts,
+        "seed": args.seed,
+        "tables": tables,
+    }
+    atomic_write_text(folder / "table.json", json.dumps(report, indent=2) + "\n")
+    print(format_table(args, tables))
+
+
+def measure_length(args: argparse.Namespace, config, pipeline, length: int, folder: Path) -> dict:
+    """Generate and measure one clip a held-out prompt, ``length`` times as long as in training."""
+    from pipeline.text_to_video import VideoSeed
+    from utils.shapes import held_out_scenes, measure, summarise
+    from utils.tracking import progress
+    from utils.video import save_contact_sheet
+
+    scenes = held_out_scenes()[: args.prompts]
+    clips, started = [], time.perf_counter()
+    for start in progress(range(0, len(scenes), args.batch), f"{length}x length", unit="batch"):
+        seeds = [VideoSeed(args.seed, scene.prompt) for scene in scenes[start : start + args.batch]]
+        clips.extend(generate(args.sampler, pipeline, config, seeds, config.video.num_frames * length))
+    seconds = time.perf_counter() - started
+    table = summarise([measure(clip, scene, config.data.shapes) for clip, scene in zip(clips, scenes)], config.video.fps)
+    shown = range(0, len(scenes), max(1, len(scenes) // 12))
+    save_contact_sheet(
+        folder / f"contact_sheet_{length}x.png",
+        [clips[index] for index in shown],
+        [scenes[index].prompt for index in shown],
+        columns_frames=12,
+    )
+    return table | {"generation_seconds": seconds}
+
+
+def generate(sampler: str, pipeline, config, seeds: list, num_frames: int):
+    """Clips [B F 3 H W] by the few-step rollout, or by the teacher's many bidirectional steps."""
+    import torch
+
+    from pipeline.rollout import randn
+    from pipeline.sampling import sample
+
+    if sampler == "rollout":
+        return pipeline.generate(seeds, height=config.video.height, width=config.video.width, num_frames=num_frames)
+    scale = pipeline.codec.spatial_scale
+    shape = (pipeline.codec.latent_channels, config.video.height // scale, config.video.width // scale)
+    embeds = pipeline.text_encoder.encode([seed.prompt for seed in seeds])
+    negative = pipeline.text_encoder.encode([config.sampling.negative_prompt] * len(seeds))
+    noise = randn((len(seeds), num_frames, *shape), [seed.generator("noise") for seed in seeds], embeds)
+    with torch.no_grad():
+        return pipeline.codec.decode(sample(pipeline.denoiser, noise, embeds, negative, config.sampling)).cpu()
+
+
+def format_table(args: argparse.Namespace, tables: dict[str, dict]) -> str:
+    """The table as text: one row a length, and the last quarter of each longer one."""
+    lines = [f"{args.prompts} held-out prompts, seed {args.seed}, {args.sampler}, {args.checkpoint}"]
+    lines.append("length  frames  " + "  ".join(f"{name:>10}" for name in COLUMNS))
+    for length, table in tables.items():
+        lines.append(f"{length:>6}  {table['frames']:>6}  " + "  ".join(f"{table[name]:10.3f}" for name in COLUMNS))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
