@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.cli import exit_code
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,14 +70,7 @@ class Job:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    from utils.errors import UserError
-
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -142,7 +137,11 @@ def plan(args: argparse.Namespace, config: PartsConfig) -> list[Job]:
         if len(prompts) != len(names):
             raise UserError(f"{args.extended_prompt_path}: {len(prompts)} prompts for {len(names)} names")
 
-    folder, seed, kind = Path(config.inference.output_folder), config.inference.seed, "ema" if args.use_ema else "regular"
+    folder, seed, kind = (
+        Path(config.inference.output_folder),
+        config.inference.seed,
+        "ema" if args.use_ema else "regular",
+    )
     jobs: dict[Path, Job] = {}
     for index, (name, prompt, image) in enumerate(zip(names, prompts, images, strict=True)):
         for sample in range(config.inference.num_samples):
@@ -156,7 +155,11 @@ def check_weights(config: PartsConfig) -> None:
     """Refuse missing weights before anything heavy loads."""
     from utils.errors import UserError
 
-    for key, section in (("generator", config.generator), ("text_encoder", config.text_encoder), ("codec", config.codec)):
+    for key, section in (
+        ("generator", config.generator),
+        ("text_encoder", config.text_encoder),
+        ("codec", config.codec),
+    ):
         if section.weights is None or not Path(section.weights).exists():
             raise UserError(f"{key}.weights={section.weights} not found; give the path of a file or folder of weights")
 

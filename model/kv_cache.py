@@ -33,9 +33,7 @@ class KVCache:
         append_only: keep every frame (needed for passes under grad).
     """
 
-    def __init__(
-        self, num_layers: int, *, window: int | None = None, sink: int = 0, append_only: bool = False
-    ) -> None:
+    def __init__(self, num_layers: int, *, window: int | None = None, sink: int = 0, append_only: bool = False) -> None:
         self.num_layers = num_layers
         self.append_only = append_only
         self.set_window(window, sink)
@@ -85,8 +83,10 @@ class KVCache:
         if torch.is_grad_enabled():
             if self.ring:
                 raise ValueError("a rolling KVCache cannot be used under grad; make it with append_only=True")
-            return tuple(self._join(buffer, live, start_frame, end) for buffer, live in zip(buffers, (k, v)))
-        return tuple(self._write(buffer, live, start_frame, end) for buffer, live in zip(buffers, (k, v)))
+            return tuple(
+                self._join(buffer, live, start_frame, end) for buffer, live in zip(buffers, (k, v), strict=True)
+            )
+        return tuple(self._write(buffer, live, start_frame, end) for buffer, live in zip(buffers, (k, v), strict=True))
 
     def text(self, prompt_embeds: Tensor, compute: Callable[[], list[KeyValue]]) -> list[KeyValue]:
         """Cross-attention keys and values of a prompt, computed once until another tensor is given."""
@@ -107,9 +107,11 @@ class KVCache:
         held = 0 if buffers is None else buffers[0].shape[1]
         needed = self._capacity(end)
         if held < needed:
-            fresh = tuple(k.new_zeros(k.shape[0], max(needed, min(2 * held, self._limit())), *k.shape[2:]) for _ in "kv")
+            fresh = tuple(
+                k.new_zeros(k.shape[0], max(needed, min(2 * held, self._limit())), *k.shape[2:]) for _ in "kv"
+            )
             if buffers is not None:
-                for new, old in zip(fresh, buffers):
+                for new, old in zip(fresh, buffers, strict=True):
                     new[:, :held] = old
             self._buffers[layer] = buffers = fresh
         return buffers

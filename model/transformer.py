@@ -135,7 +135,8 @@ class WanTransformer(nn.Module):
         """
         self._check(latents, prompt_embeds, cache, block_mask)
         frames, height, width = (
-            size // patch for size, patch in zip((latents.shape[1], *latents.shape[3:]), self.config.patch_size)
+            size // patch
+            for size, patch in zip((latents.shape[1], *latents.shape[3:]), self.config.patch_size, strict=True)
         )
         x = self.patch_embedding(rearrange(latents, "b f c h w -> b c f h w"))
         x = rearrange(x, "b c f h w -> b f (h w) c")
@@ -145,7 +146,7 @@ class WanTransformer(nn.Module):
         head_dim = self.config.dim // self.config.num_heads
         rotary = rotary_table(positions, height, width, head_dim, x.device)
 
-        for layer, (block, text) in enumerate(zip(self.blocks, self._text(prompt_embeds, cache))):
+        for layer, (block, text) in enumerate(zip(self.blocks, self._text(prompt_embeds, cache), strict=True)):
             x = self._run(
                 block,
                 x,

@@ -89,6 +89,11 @@ class VideoConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
+    def latent_shape(self, codec: VideoCodec, num_frames: int | None = None) -> tuple[int, int, int, int]:
+        """F C H W of a clip's latents; ``num_frames`` stands in for the configured length."""
+        height, width = self.height // codec.spatial_scale, self.width // codec.spatial_scale
+        return num_frames or self.num_frames, codec.latent_channels, height, width
+
 
 @dataclass
 class InferenceConfig:

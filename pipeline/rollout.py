@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
-        if not steps or any(a <= b for a, b in zip(steps, steps[1:])) or steps[0] > 1000 or steps[-1] <= 0:
+        if not steps or any(a <= b for a, b in pairwise(steps)) or steps[0] > 1000 or steps[-1] <= 0:
             raise ValueError(f"denoising_steps={steps} must descend within (0, 1000]")
         if self.frames_per_chunk < 1:
             raise ValueError(f"frames_per_chunk={self.frames_per_chunk} must be at least 1")
@@ -163,9 +164,7 @@ def _denoise(
     for step, timestep in enumerate(timesteps):
         last = step == len(timesteps) - 1
         with nullcontext() if last and with_grad else torch.no_grad():
-            x0 = denoiser(
-                latents, _full(timestep, latents), prompt_embeds, cache=cache, start_frame=start_frame
-            ).x0
+            x0 = denoiser(latents, _full(timestep, latents), prompt_embeds, cache=cache, start_frame=start_frame).x0
         if not last:
             latents = add_noise(x0, randn(x0.shape, generator, x0), _full(timesteps[step + 1], x0))
     return x0

@@ -69,7 +69,7 @@ def integrate(flow: FlowFunction, noise: Tensor, timesteps: Tensor, solver: Solv
         yield from _unipc(flow, noise, timesteps)
         return
     latents = noise
-    for timestep, following in zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0.0]):
+    for timestep, following in zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0.0], strict=True):
         latents = latents + (following - timestep) / MAX_TIMESTEP * flow(latents, timestep)
         yield latents
 
@@ -139,9 +139,7 @@ def sample_causal(
     def denoise_chunk(latents: Tensor, start_frame: int) -> Tensor:
         def flow(half: Tensor, timestep: float) -> Tensor:
             state = half.repeat(latents.shape[0] // batch, 1, 1, 1, 1)
-            prediction = denoiser(
-                state, _timesteps(state, timestep), embeds, cache=cache, start_frame=start_frame
-            )
+            prediction = denoiser(state, _timesteps(state, timestep), embeds, cache=cache, start_frame=start_frame)
             return _guide(prediction.flow, config)
 
         *_, x0 = integrate(flow, latents[:batch], config.timesteps(denoiser.schedule), config.solver)

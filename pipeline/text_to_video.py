@@ -45,9 +45,7 @@ class TextToVideo:
         config: how clips are rolled out.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, text_encoder: TextEncoder, codec: VideoCodec, config: RolloutConfig
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, text_encoder: TextEncoder, codec: VideoCodec, config: RolloutConfig) -> None:
         self.denoiser = denoiser
         self.text_encoder = PromptCache(text_encoder)
         self.codec = codec

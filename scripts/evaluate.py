@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.cli import exit_code
+
 COLUMNS = ("present", "colour", "shape", "size", "background", "direction", "smooth", "speed", "all_right")
 
 
@@ -19,7 +21,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", required=True, help="weights of the generator or the teacher: folder, .safetensors or .pt")
     add("--config_path", default="configs/shapes/self_forcing_dmd.yaml")
     add("--use_ema", action="store_true", help="averaged weights, where a checkpoint holds both")
-    add("--sampler", choices=("rollout", "teacher"), default="rollout", help="few-step rollout, or many bidirectional steps")
+    add(
+        "--sampler",
+        choices=("rollout", "teacher"),
+        default="rollout",
+        help="few-step rollout, or many bidirectional steps",
+    )
     add("--prompts", type=int, default=96, help="held-out prompts measured")
     add("--lengths", type=int, nargs="+", default=[1, 4], help="multiples of the training length")
     add("--seed", type=int, default=0)
@@ -30,14 +37,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from utils.errors import UserError
-
-    try:
-        run(parse_arguments(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parse_arguments(arguments)
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,7 +80,9 @@ def measure_length(args: argparse.Namespace, config, pipeline, length: int, fold
         seeds = [VideoSeed(args.seed, scene.prompt) for scene in scenes[start : start + args.batch]]
         clips.extend(generate(args.sampler, pipeline, config, seeds, config.video.num_frames * length))
     seconds = time.perf_counter() - started
-    table = summarise([measure(clip, scene, config.data.shapes) for clip, scene in zip(clips, scenes)], config.video.fps)
+    table = summarise(
+        [measure(clip, scene, config.data.shapes) for clip, scene in zip(clips, scenes, strict=True)], config.video.fps
+    )
     shown = range(0, len(scenes), max(1, len(scenes) // 12))
     save_contact_sheet(
         folder / f"contact_sheet_{length}x.png",
@@ -99,11 +102,10 @@ def generate(sampler: str, pipeline, config, seeds: list, num_frames: int):
 
     if sampler == "rollout":
         return pipeline.generate(seeds, height=config.video.height, width=config.video.width, num_frames=num_frames)
-    scale = pipeline.codec.spatial_scale
-    shape = (pipeline.codec.latent_channels, config.video.height // scale, config.video.width // scale)
+    shape = (len(seeds), *config.video.latent_shape(pipeline.codec, num_frames))
     embeds = pipeline.text_encoder.encode([seed.prompt for seed in seeds])
     negative = pipeline.text_encoder.encode([config.sampling.negative_prompt] * len(seeds))
-    noise = randn((len(seeds), num_frames, *shape), [seed.generator("noise") for seed in seeds], embeds)
+    noise = randn(shape, [seed.generator("noise") for seed in seeds], embeds)
     with torch.no_grad():
         return pipeline.codec.decode(sample(pipeline.denoiser, noise, embeds, negative, config.sampling)).cpu()
 

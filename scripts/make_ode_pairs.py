@@ -1,4 +1,4 @@
-"""Sample a teacher and keep points of each trajectory, for ODE regression: python scripts/make_ode_pairs.py --count 512"""
+"""Sample a teacher and keep points of each trajectory, for ODE regression."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import exit_code
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -21,14 +23,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from utils.errors import UserError
-
-    try:
-        run(parse_arguments(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parse_arguments(arguments)
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,13 +48,10 @@ def run(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(derive_seed(config.trainer.seed, "ode pairs"))
     deck = training_prompts(config.data, generator)
     kept = kept_states(config.rollout.denoising_steps, args.solver_steps)
-    height, width = config.video.height // codec.spatial_scale, config.video.width // codec.spatial_scale
     prompts, chosen = [], []
     for start in progress(range(0, args.count, args.batch), "trajectories", unit="batch"):
         batch = deck.next(min(args.batch, args.count - start))
-        noise = torch.randn(
-            len(batch), config.video.num_frames, codec.latent_channels, height, width, generator=generator
-        )
+        noise = torch.randn(len(batch), *config.video.latent_shape(codec), generator=generator)
         negative = encoder.encode([config.sampling.negative_prompt] * len(batch))
         states = trajectory(teacher, noise.to(device), encoder.encode(batch), negative, config.sampling)
         chosen.append(torch.stack([states[index] for index in kept], dim=1).half().cpu())

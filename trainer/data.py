@@ -57,9 +57,7 @@ class ShapesClips:
     def next(self, batch: int, num_frames: int) -> Clips:
         """The next clips of ``num_frames`` pixel frames."""
         scenes: list[Scene] = self.prompts.next(batch)
-        return Clips(
-            render_clips(scenes, num_frames, self.generator, self.config), [scene.prompt for scene in scenes]
-        )
+        return Clips(render_clips(scenes, num_frames, self.generator, self.config), [scene.prompt for scene in scenes])
 
 
 class Deck:

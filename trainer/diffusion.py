@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from model.attention import BlockMask, block_causal_mask, teacher_forcing_mask
-from model.kv_cache import KVCache
 from model.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
-from pipeline.rollout import rollout
 from pipeline.sampling import sample
 from trainer.config import Config, Forcing
 from trainer.data import ShapesClips
@@ -60,16 +58,12 @@ class DiffusionTrainer(Trainer):
 
     def sample_frames(self, prompts: list[str]) -> Tensor:
         embeds = self.text_encoder.encode(prompts)
-        video, config = self.config.video, self.config
-        scale = self.codec.spatial_scale
-        shape = (len(prompts), video.num_frames, self.codec.latent_channels, video.height // scale, video.width // scale)
+        if self.config.diffusion.forcing is not Forcing.bidirectional:
+            return self.sample_rollout(self.denoiser, embeds, self.codec)
+        negative = self.text_encoder.encode([self.config.sampling.negative_prompt] * len(prompts))
+        shape = (len(prompts), *self.config.video.latent_shape(self.codec))
         noise = torch.randn(shape, generator=self.stream("samples")).to(self.device)
-        if config.diffusion.forcing is Forcing.bidirectional:
-            negative = self.text_encoder.encode([config.sampling.negative_prompt] * len(prompts))
-            return self.codec.decode(sample(self.denoiser, noise, embeds, negative, config.sampling))
-        cache = KVCache(self.denoiser.transformer.config.num_layers)
-        blocks = rollout(self.denoiser, noise, embeds, cache, config.rollout, generator=self.stream("sample noise"))
-        return self.codec.decode(torch.cat([block.latents for block in blocks], dim=1))
+        return self.codec.decode(sample(self.denoiser, noise, embeds, negative, self.config.sampling))
 
     def export(self, folder: Path) -> None:
         self.export_transformer(folder)
@@ -112,5 +106,6 @@ class DiffusionTrainer(Trainer):
     def _drop(self, prompts: list[str]) -> list[str]:
         dropped = torch.rand(len(prompts), generator=self.generator) < self.config.diffusion.guidance_dropout
         return [
-            self.config.sampling.negative_prompt if drop else prompt for prompt, drop in zip(prompts, dropped.tolist())
+            self.config.sampling.negative_prompt if drop else prompt
+            for prompt, drop in zip(prompts, dropped.tolist(), strict=True)
         ]

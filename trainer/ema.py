@@ -30,7 +30,9 @@ class EMA:
     def update(self, step: int) -> None:
         """Move the average towards the parameters after step ``step`` (1, 2, ...)."""
         decay = self.decay if step > self.start_step else 0.0
-        averages, parameters = zip(*((self.average[n], p.detach()) for n, p in self.module.named_parameters()))
+        averages, parameters = zip(
+            *((self.average[n], p.detach()) for n, p in self.module.named_parameters()), strict=True
+        )
         torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
 
     @contextmanager

@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
                 momenta = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
                 updates = orthogonalise(momenta.flatten(2)).view_as(momenta)
                 scale = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5 * group["lr"]
-                for parameter, update in zip(parameters, updates):
+                for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:

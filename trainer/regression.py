@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from model.attention import block_causal_mask
-from model.kv_cache import KVCache
 from model.text_encoder import PromptCache
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
-from pipeline.rollout import rollout
 from trainer.config import Config
 from trainer.data import Deck, read_ode_pairs
 from trainer.objectives.ode import ode_regression_loss, pick_states
@@ -58,16 +55,7 @@ class RegressionTrainer(Trainer):
         return {"loss": loss.item(), "gradient_norm": self.updater.step(), "lr": lr}
 
     def sample_frames(self, prompts: list[str]) -> Tensor:
-        shape = (len(prompts), *self.pairs.trajectories.shape[2:])
-        blocks = rollout(
-            self.denoiser,
-            torch.randn(shape, generator=self.stream("samples")).to(self.device),
-            self.text_encoder.encode(prompts),
-            KVCache(self.denoiser.transformer.config.num_layers),
-            self.config.rollout,
-            generator=self.stream("sample noise"),
-        )
-        return self.codec.decode(torch.cat([block.latents for block in blocks], dim=1))
+        return self.sample_rollout(self.denoiser, self.text_encoder.encode(prompts), self.codec)
 
     def export(self, folder: Path) -> None:
         self.export_transformer(folder)

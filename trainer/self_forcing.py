@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import KVCache
+from model.text_encoder import PromptCache
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.rollout import rollout
-from model.text_encoder import PromptCache
 from trainer.config import Config
 from trainer.data import training_prompts
 from trainer.objectives.dmd import critic_loss, dmd_loss, sample_score_timesteps
@@ -86,7 +86,8 @@ class SelfForcingTrainer(Trainer):
     def generate(self, embeds: Tensor, *, grad_start_frame: int | None) -> Tensor:
         """Roll out whole videos [B F C H W]; every chunk stops at one random step."""
         config = self.config.rollout
-        noise = self.draw_noise(len(embeds))
+        shape = (len(embeds), *self.config.video.latent_shape(self.codec))
+        noise = torch.randn(shape, generator=self.noise).to(self.device)
         exit_step = int(torch.randint(len(config.denoising_steps), (), generator=self.generator))
         cache = KVCache(self.denoiser.transformer.config.num_layers, append_only=True)
         blocks = rollout(
@@ -105,12 +106,6 @@ class SelfForcingTrainer(Trainer):
         """Embeddings [B L E] of the next training prompts."""
         return self.text_encoder.encode(self.prompts.next(self.config.trainer.batch_size))
 
-    def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Noise of whole videos [B F C H W]."""
-        video, scale = self.config.video, self.codec.spatial_scale
-        shape = (batch, video.num_frames, self.codec.latent_channels, video.height // scale, video.width // scale)
-        return torch.randn(shape, generator=generator or self.noise).to(self.device)
-
     def score_noise(self, video: Tensor) -> dict[str, Tensor]:
         """A noise level a video and the noise, for either loss."""
         timesteps = sample_score_timesteps(video.shape[0], self.denoiser.schedule, self.generator)
@@ -118,16 +113,7 @@ class SelfForcingTrainer(Trainer):
         return {"timesteps": timesteps.to(self.device), "noise": noise.to(video)}
 
     def sample_frames(self, prompts: list[str]) -> Tensor:
-        noise = self.draw_noise(len(prompts), self.stream("samples"))
-        blocks = rollout(
-            self.denoiser,
-            noise,
-            self.text_encoder.encode(prompts),
-            KVCache(self.denoiser.transformer.config.num_layers),
-            self.config.rollout,
-            generator=self.stream("sample noise"),
-        )
-        return self.codec.decode(torch.cat([block.latents for block in blocks], dim=1))
+        return self.sample_rollout(self.denoiser, self.text_encoder.encode(prompts), self.codec)
 
     def checkpoint(self) -> dict[str, dict[str, Tensor]]:
         return super().checkpoint() | {"critic": self.fake_score.transformer.state_dict()}

@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.codec import VideoCodec
+from model.denoiser import Denoiser
+from model.kv_cache import KVCache
 from model.weights import save_folder
+from pipeline.rollout import rollout
 from trainer.config import Config
 from trainer.ema import EMA
-from trainer.optimizer import Optimizer
 from utils.config import save_config, to_dict
 from utils.distributed import Ranks, derive_seed
 from utils.files import atomic_path
@@ -38,8 +41,8 @@ class RunContext:
 class Trainer(ABC):
     """Trains the modules in :attr:`trained` and keeps their average.
 
-    A subclass builds its parts in ``__init__``, calls :meth:`track`, and implements one :meth:`train_step`,
-    :meth:`sample_latents` and :meth:`export`.
+    A subclass builds its parts in ``__init__``, calls :meth:`track`, and implements :meth:`train_step`,
+    :meth:`sample_frames` and :meth:`export`.
     """
 
     trained: nn.ModuleDict
@@ -122,6 +125,19 @@ class Trainer(ABC):
         save_contact_sheet(folder / "contact_sheet.png", list(clips), prompts)
         self.context.tracker.video("sample", folder / "00.mp4", self.step)
 
+    def sample_rollout(self, denoiser: Denoiser, prompt_embeds: Tensor, codec: VideoCodec) -> Tensor:
+        """Few-step videos [B F 3 H W] of prompts [B L E], from the same noise at every call."""
+        shape = (len(prompt_embeds), *self.config.video.latent_shape(codec))
+        blocks = rollout(
+            denoiser,
+            torch.randn(shape, generator=self.stream("samples")).to(self.device),
+            prompt_embeds,
+            KVCache(denoiser.transformer.config.num_layers),
+            self.config.rollout,
+            generator=self.stream("sample noise"),
+        )
+        return codec.decode(torch.cat([block.latents for block in blocks], dim=1))
+
     def save(self) -> None:
         """Write a checkpoint in the official layout, whole or not at all."""
         content = {"step": self.step, "config": to_dict(self.config), **self.checkpoint()}
@@ -136,9 +152,7 @@ class Trainer(ABC):
     def averaged(self, name: str) -> dict[str, Tensor]:
         """State dict of a trained module with averaged parameters."""
         average = self.ema.state_dict()
-        return {
-            key: average.get(f"{name}.{key}", value) for key, value in self.trained[name].state_dict().items()
-        }
+        return {key: average.get(f"{name}.{key}", value) for key, value in self.trained[name].state_dict().items()}
 
     def export_transformer(self, folder: Path, name: str = "generator") -> None:
         """Write the averaged transformer called ``name``."""

@@ -68,7 +68,7 @@ def forcing_loss(
     sigma_floor: float = 0.0,
     bell_weights: bool = False,
 ) -> Tensor:
-    """Denoise real clips: bidirectional (no mask), diffusion forcing (noisy context) or teacher forcing (clean context).
+    """Denoise real clips: bidirectional (no mask), diffusion forcing (noisy context), teacher forcing (clean context).
 
     Args:
         x0: clean latents [B F C H W].

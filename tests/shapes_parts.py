@@ -1,0 +1,101 @@
+"""A complete tiny release in the real formats, made once a session: weights, configuration, prompts.
+
+A test module asks for it with ``pytest_plugins = ["tests.shapes_parts"]`` and the fixture ``release``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.text_encoder import TextEncoderConfig, build_text_encoder
+from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
+from model.transformer import WanConfig, WanTransformer
+from model.weights import save_folder
+from trainer.config import Config
+from trainer.data import ShapesClips
+from trainer.objectives.codec import fit_linear_code
+from utils.config import load_config
+from utils.shapes import ShapesConfig, all_scenes
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SIZES = WanConfig(
+    dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=16, freq_dim=32, prediction_type="x0"
+)
+PROMPTS = ["a large red circle on a navy background", "a small blue square on a black background", "a cat / a dog 🐈"]
+CONFIG = """\
+defaults: [{base}]
+generator: {{weights: {folder}/generator}}
+student: {{weights: {folder}/student, shift: 5.0}}
+real_score: {{weights: {folder}/teacher}}
+codec: {{weights: {folder}/codec}}
+text_encoder: {{weights: {folder}/text_encoder}}
+video: {{height: 16, width: 16, num_frames: 6, scale: 2}}
+sampling: {{steps: 2}}
+data: {{sample_prompts: {folder}/prompts.txt, shapes: {{resolution: 16, speed: 0.25}}}}
+inference: {{data_path: {folder}/prompts.txt, output_folder: {folder}/videos}}
+autoencoder: {{fit_clips: 8}}
+ode: {{pairs: {folder}/pairs}}
+dmd: {{critic_updates: 2}}
+trainer: {{steps: 3, batch_size: 2, log_every: 1}}
+optimizer: {{lr: 1.0e-3}}
+critic_optimizer: {{lr: 1.0e-3}}
+device: cpu
+"""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A folder with generator, student, teacher, codec, text_encoder, prompts.txt and config.yaml."""
+
+    folder: Path
+
+    @property
+    def config_path(self) -> str:
+        return str(self.folder / "config.yaml")
+
+    @property
+    def prompts(self) -> list[str]:
+        return list(PROMPTS)
+
+    def config(self, *overrides: str) -> Config:
+        return load_config(Config, self.config_path, overrides)
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """The release; tests read it and write elsewhere."""
+    folder = tmp_path_factory.mktemp("release")
+    for seed, name in enumerate(("generator", "student", "teacher")):
+        save_folder(folder / name, tiny_transformer(seed), asdict(SIZES))
+    tiny_codec().save_pretrained(folder / "codec")
+    vocabulary = [scene.prompt for scene in all_scenes()]
+    build_text_encoder(vocabulary, TextEncoderConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32)).save_pretrained(
+        folder / "text_encoder"
+    )
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    base = REPOSITORY / "configs" / "shapes" / "base.yaml"
+    (folder / "config.yaml").write_text(CONFIG.format(base=base, folder=folder), encoding="utf-8")
+    return Release(folder)
+
+
+def tiny_transformer(seed: int) -> WanTransformer:
+    """Random weights whose output depends on every input: a fresh head is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    model = WanTransformer(SIZES)
+    model.reset_parameters(generator)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("head.head", "text_embedding", "time_embedding")):
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
+def tiny_codec() -> TinyVAE:
+    """The Shapes codec as its training starts: a linear code that already shows what is in a clip."""
+    codec = TinyVAE(TINY_VAE_PRESETS["shapes"])
+    clips = ShapesClips(ShapesConfig(resolution=16, speed=0.25), torch.Generator().manual_seed(0))
+    fit_linear_code(clips.next(16, 5).frames, codec.config).write_to(codec)
+    return codec
