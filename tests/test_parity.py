@@ -96,7 +96,7 @@ def test_01_conversions_at_tabled_levels(shift):
     noisy = add_noise(x0, noise, tabled)
     assert_close(noisy, recorded["add_noise"], 1e-6)
     assert_close(flow_to_x0(flow, noisy, tabled), recorded["x0_from_flow"], 1e-6)
-    assert_close(x0_to_flow(x0, noisy, tabled), recorded["flow_from_x0"], 1e-5)
+    assert_close(x0_to_flow(x0, noisy, tabled), recorded["flow_from_x0"])
     weight = FlowMatching(shift).training_weight(tabled[:, 0])
     assert_close(weight, case[f"s{shift}.training_weight"], 1e-5)
 
@@ -137,15 +137,15 @@ def test_04_teacher_forcing():
 
 
 @pytest.mark.parametrize(
-    ("name", "window", "spare"),
+    ("name", "window"),
     [
-        ("case05a_rollout_B1", None, 0),
-        ("case05c_i2v_indep_init1", None, 0),
-        ("case05e_indep_noinit_F10", None, 0),
-        ("case06a_rolling_local6_sink0", 6, 0),
+        ("case05a_rollout_B1", None),
+        ("case05c_i2v_indep_init1", None),
+        ("case05e_indep_noinit_F10", None),
+        ("case06a_rolling_local6_sink0", 6),
     ],
 )
-def test_05_06_rollout_and_the_keys_it_leaves(name, window, spare, inject):
+def test_05_06_rollout_and_the_keys_it_leaves(name, window, inject):
     case, meta = load_case(name)
     left = inject(case)
     independent = meta["args"]["independent_first_frame"]
@@ -154,7 +154,7 @@ def test_05_06_rollout_and_the_keys_it_leaves(name, window, spare, inject):
     blocks = rollout(recorded_denoiser(), case["noise"], case["prompt_embeds"], kv, config, context_latents=given)
     output = torch.cat([*([] if given is None else [given]), *(block.latents for block in blocks)], dim=1)
     assert_close(output, case["output"])
-    assert len(left) == spare
+    assert not left
 
     # The three frames before the last chunk (with a window, all else that it holds) or the first three.
     start = output.shape[1] - 3

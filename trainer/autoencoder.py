@@ -9,8 +9,8 @@ from torch import Tensor
 
 from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
 from trainer.config import Config
-from trainer.data import ShapesClips
-from trainer.objectives.codec import decoder_loss, fit_linear_code, psnr
+from trainer.data import training_clips
+from trainer.objectives.codec import decoder_loss, disturb, fit_linear_code, psnr, random_window
 from trainer.optimizer import Optimizer
 from trainer.trainer import RunContext, Trainer
 from utils.errors import UserError
@@ -28,7 +28,7 @@ class AutoencoderTrainer(Trainer):
         torch.manual_seed(config.trainer.seed)
         self.codec = TinyVAE(TINY_VAE_PRESETS[preset]).to(self.device)
         self.num_frames = self.codec.num_frames(config.video.num_frames)
-        self.clips = ShapesClips(config.data.shapes, self.generator)
+        self.clips = training_clips(config.data, self.generator)
         fitted = self.clips.next(config.autoencoder.fit_clips, self.num_frames).frames
         fit_linear_code(fitted, self.codec.config).write_to(self.codec)
         self.codec.encoder.requires_grad_(False)
@@ -36,14 +36,16 @@ class AutoencoderTrainer(Trainer):
         self.updater = Optimizer(self.codec, config.optimizer, config.trainer.steps)
 
     def train_step(self) -> dict[str, float]:
-        frames = self.clips.next(self.config.trainer.batch_size, self.num_frames).frames.to(self.device)
-        with torch.no_grad():
-            latents = self.codec.encode(frames)
+        config = self.config.autoencoder
+        clips = self.clips.next(self.config.trainer.batch_size, self.num_frames)
+        frames = random_window(clips.frames, config.crop_frames, self.generator).to(self.device)
+        latents = disturb(self.codec.encode(frames), config.latent_noise, self.generator)
         decoded = self.codec.decode(latents, clamp=False)
-        loss = decoder_loss(decoded, frames, motion_weight=self.config.autoencoder.motion_weight)
+        loss = decoder_loss(decoded, frames, motion_weight=config.motion_weight)
         loss.backward()
-        self.updater.step()
-        return {"loss": loss.item(), "psnr": psnr(decoded.detach().clamp(-1, 1), frames).item()}
+        lr = self.updater.lr
+        quality = psnr(decoded.detach().clamp(-1, 1), frames).item()
+        return {"loss": loss.item(), "psnr": quality, "gradient_norm": self.updater.step(), "lr": lr}
 
     def sample_frames(self, prompts: list[str]) -> Tensor:
         scenes = [Scene.from_prompt(prompt) for prompt in prompts]

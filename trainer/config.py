@@ -36,7 +36,11 @@ class AutoencoderConfig:
     """Sizes: a key of model.tiny_vae.TINY_VAE_PRESETS."""
     fit_clips: int = 192
     """Clips the linear encoder is fitted to."""
-    motion_weight: float = 2.0
+    crop_frames: int = 9
+    """Consecutive pixel frames of a clip the decoder is trained on."""
+    latent_noise: float = 0.1
+    """Up to this much noise is added to latents, so that the decoder forgives a denoiser's small errors."""
+    motion_weight: float = 0.5
     """Weight of the error of the change between frames."""
 
 

@@ -78,6 +78,17 @@ class Deck:
         return [self.items[index] for index in drawn]
 
 
+def training_clips(config: DataConfig, generator: torch.Generator) -> ShapesClips:
+    """The clips a video objective trains on.
+
+    Raises:
+        UserError: ``data.kind`` has no videos.
+    """
+    if config.kind is not DataKind.shapes:
+        raise UserError(f"data.kind={config.kind.value} has no videos to train on; use data.kind=shapes")
+    return ShapesClips(config.shapes, generator)
+
+
 def training_prompts(config: DataConfig, generator: torch.Generator) -> Deck:
     """The prompts a text-only objective draws from.
 

@@ -12,7 +12,7 @@ from model.text_encoder import TextEncoder, TextEncoderConfig, build_text_encode
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.sampling import sample
 from trainer.config import Config, Forcing
-from trainer.data import ShapesClips
+from trainer.data import training_clips
 from trainer.objectives.diffusion import forcing_loss, sample_timesteps
 from trainer.optimizer import Optimizer
 from trainer.trainer import RunContext, Trainer
@@ -27,7 +27,7 @@ class DiffusionTrainer(Trainer):
         self.codec = load_codec(config.codec, device=self.device)
         self.denoiser = load_denoiser(config.generator, device=self.device, generator=self.stream("weights"))
         self.text_encoder = self._text_encoder()
-        self.clips = ShapesClips(config.data.shapes, self.generator)
+        self.clips = training_clips(config.data, self.generator)
         self.chunks = self._chunks()
         self.mask = self._mask()
         modules = {"generator": self.denoiser.transformer}

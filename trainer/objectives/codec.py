@@ -122,6 +122,22 @@ def _blocks(frames: Tensor, config: TinyVAEConfig) -> Tensor:
     return rearrange(pixels, "b (f s) p h w -> b f h w (s p)", s=stride)
 
 
+def disturb(latents: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Add noise of a deviation uniform in [0, strength] to each clip's latents [B f C h w].
+
+    A decoder trained so forgives the small errors of generated latents, at hardly any loss on exact ones.
+    """
+    deviation = strength * torch.rand(len(latents), 1, 1, 1, 1, generator=generator, device=generator.device)
+    noise = torch.randn(latents.shape, generator=generator, device=generator.device)
+    return latents + (deviation * noise).to(latents)
+
+
+def random_window(frames: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """`length` successive frames of each clip [B F 3 H W], from a random start: short clips that do contain bounces."""
+    starts = torch.randint(frames.shape[1] - length + 1, (len(frames),), generator=generator, device=generator.device)
+    return torch.stack([clip[start : start + length] for clip, start in zip(frames, starts.tolist(), strict=True)])
+
+
 def decoder_loss(decoded: Tensor, frames: Tensor, *, motion_weight: float) -> Tensor:
     """MSE of the pixels plus `motion_weight` times the MSE of the change between frames; all [B F 3 H W], unclamped."""
     error = decoded - frames

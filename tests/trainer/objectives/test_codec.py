@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
-from trainer.objectives.codec import LinearCode, decoder_loss, fit_linear_code, psnr
+from trainer.objectives.codec import LinearCode, decoder_loss, disturb, fit_linear_code, psnr, random_window
 from utils.shapes import render_clips, training_scenes
 
 CONFIG = TINY_VAE_PRESETS["shapes"]
@@ -76,6 +76,19 @@ def test_decoder_loss_counts_pixels_and_their_change() -> None:
     assert decoder_loss(constant, frames, motion_weight=4.0) == pytest.approx(0.25)
     assert decoder_loss(flicker, frames, motion_weight=4.0) == pytest.approx(0.25 / 3 + 4 * 0.25)
     assert psnr(constant, frames) == pytest.approx(12.0412, abs=1e-3)
+
+
+def test_disturbance_differs_between_clips_and_stays_below_its_strength() -> None:
+    noise = disturb(torch.zeros(64, 3, 16, 6, 6), 0.1, torch.Generator().manual_seed(0))
+    deviations = noise.flatten(1).std(1)
+    assert deviations.min() < 0.02 and 0.08 < deviations.max() < 0.105
+
+
+def test_random_windows_are_successive_frames_from_every_start() -> None:
+    frames = torch.arange(9.0).view(1, 9, 1, 1, 1).expand(200, 9, 3, 2, 2)
+    windows = random_window(frames, 5, torch.Generator().manual_seed(0))[:, :, 0, 0, 0]
+    assert (windows.diff(dim=1) == 1).all()
+    assert windows[:, 0].unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_codecs_that_cannot_hold_the_code_are_refused() -> None:

@@ -1,0 +1,99 @@
+"""Masks say who sees whom, and attention obeys them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.attention import (
+    AttentionBackend,
+    attention,
+    block_causal_mask,
+    chunk_ranges,
+    resolve_backend,
+    teacher_forcing_mask,
+    visible_frames,
+)
+from tests.parity import random, relative_error
+
+LAYOUTS = [(9, 3, False), (6, 1, False), (8, 4, False), (7, 3, True), (5, 2, True), (1, 3, True), (12, 3, False)]
+WINDOWS = [(None, 0), (3, 0), (4, 1), (5, 0), (6, 3), (7, 2), (50, 7)]
+
+
+def sees(query, key, chunks, window, sink):
+    """The definition, one frame at a time."""
+    end = next(end for _, end in chunks if query < end)
+    if key >= end:
+        return False
+    return window is None or end <= window or key < sink or key >= end - (window - sink)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("window", "sink"), WINDOWS)
+def test_block_causal_mask_is_its_definition(layout, window, sink):
+    frames, size, independent = layout
+    chunks = chunk_ranges(*layout)
+    mask = block_causal_mask(frames, size, window=window, sink=sink, independent_first_frame=independent).dense()
+    for query in range(frames):
+        for key in range(frames):
+            assert mask[query, key] == sees(query, key, chunks, window, sink), (query, key)
+    assert window is None or mask.sum(1).max() <= window
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("window", "sink"), WINDOWS)
+def test_teacher_forcing_shows_noisy_chunks_clean_history_and_themselves(layout, window, sink):
+    frames, size, independent = layout
+    chunks = chunk_ranges(*layout)
+    mask = teacher_forcing_mask(frames, size, window=window, sink=sink, independent_first_frame=independent)
+    assert mask.positions == tuple(range(frames)) * 2
+    dense = mask.dense()
+    assert not dense[:frames, frames:].any()
+    for query in range(frames):
+        start, end = next(chunk for chunk in chunks if query < chunk[1])
+        for key in range(frames):
+            visible = sees(query, key, chunks, window, sink)
+            assert dense[query, key] == visible
+            assert dense[frames + query, key] == (visible and key < start)
+            assert dense[frames + query, frames + key] == (start <= key < end)
+
+
+def test_visible_frames_never_repeat_a_frame():
+    for end in range(1, 30):
+        for window in range(1, 12):
+            for sink in range(window):
+                frames = [frame for low, high in visible_frames(end, window, sink) for frame in range(low, high)]
+                assert len(set(frames)) == len(frames) == min(end, window)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("make", [block_causal_mask, teacher_forcing_mask])
+def test_masked_attention_equals_one_product_with_a_boolean_mask(layout, make):
+    frames, size, independent = layout
+    mask = make(frames, size, window=max(5, size), sink=1, independent_first_frame=independent)
+    tokens, total = 3, len(mask.positions)
+    q, k, v = (random(2, total * tokens, 2, 8, seed=seed) for seed in range(3))
+    dense = mask.dense().repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=dense).transpose(1, 2)
+    assert relative_error(attention(q, k, v, mask=mask), expected) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "better"), [((7, 3, False), "use 6 or 9"), ((9, 3, True), "use 7 or 10"), ((2, 3, False), "use 3 or 3")]
+)
+def test_frames_that_do_not_divide_are_refused_with_the_nearest_that_do(arguments, better):
+    with pytest.raises(ValueError, match=rf"num_frames={arguments[0]} is not .*frames_per_chunk=3; {better}"):
+        chunk_ranges(*arguments)
+
+
+def test_flash_is_refused_where_it_cannot_run():
+    assert resolve_backend(AttentionBackend.auto, torch.device("cpu"), torch.float32) is AttentionBackend.sdpa
+    with pytest.raises(ValueError, match=r"'flash' needs .* not cpu and torch.bfloat16"):
+        resolve_backend(AttentionBackend.flash, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_flex_equals_the_cpu():
+    mask = teacher_forcing_mask(6, 3, window=4, sink=1)
+    q, k, v = (random(2, 12 * 24, 2, 32, seed=seed) for seed in range(3))
+    on_gpu = attention(*(x.cuda() for x in (q, k, v)), mask=mask).cpu()
+    assert relative_error(on_gpu, attention(q, k, v, mask=mask)) <= 1e-4

@@ -1,0 +1,327 @@
+"""inference.py from the command line: what it writes, what it leaves alone, and how it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import inference
+from model.weights import weights_hash
+from trainer.config import Config
+from utils.config import load_config
+from utils.files import safe_stem
+from utils.video import read_video
+
+pytest_plugins = ["tests.shapes_parts"]
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def make(release, tmp_path):
+    """Runs inference.py into a folder of tmp_path and returns the folder."""
+
+    def make(*arguments, folder: str = "videos") -> Path:
+        path = tmp_path / folder
+        code = inference.main(["--config_path", release.config_path, "--output_folder", str(path), *arguments])
+        assert code == 0
+        return path
+
+    return make
+
+
+@pytest.fixture
+def refuse(release, tmp_path, capsys, monkeypatch):
+    """Runs inference.py on a mistake and returns the one line it says; no part is loaded after the generator."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a mistake must be found before the codec and the text encoder load")
+
+    monkeypatch.setattr("pipeline.text_to_video.load_codec", loaded)
+    monkeypatch.setattr("pipeline.text_to_video.load_text_encoder", loaded)
+
+    def refuse(*arguments, config_path: Path | str = release.config_path) -> str:
+        folder = ["--output_folder", str(tmp_path / "refused")]
+        code = inference.main(["--config_path", str(config_path), *folder, *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+        return err
+
+    return refuse
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """No weights may be read."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("pipeline.loading.load_state_dict", loaded)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "videos.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def videos(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.mp4"))
+
+
+def same(first: Path, second: Path) -> bool:
+    return torch.equal(read_video(first), read_video(second))
+
+
+def test_a_run_makes_one_video_a_prompt_a_contact_sheet_and_a_record_each(make, release):
+    folder = make()
+    assert videos(folder) == sorted(f"{safe_stem(prompt)}-0.mp4" for prompt in release.prompts)
+    for name in videos(folder):
+        assert read_video(folder / name).shape == (1 + 4 * (6 - 1), 32, 32, 3)
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.height > len(release.prompts) * 100
+    assert [record["prompt"] for record in records(folder)] == release.prompts
+    for record in records(folder):
+        assert (folder / record["file"]).is_file()
+        assert (record["seed"], record["sample"], record["frames"], record["image"]) == (0, 0, 21, None)
+        assert record["seconds"] > 0 and record["frames_per_second"] > 0
+        assert record["weights"] == weights_hash(release.folder / "generator")
+        assert record["settings"]["rollout"]["window"] == 6 and record["settings"]["video"]["height"] == 16
+
+
+def test_a_rerun_keeps_what_exists_and_overwrite_makes_it_again(make):
+    folder = make("--prompt", "a red circle", "--prompt", "a blue square")
+    made = {name: (folder / name).stat().st_mtime_ns for name in videos(folder)}
+    (folder / videos(folder)[0]).unlink()
+    make("--prompt", "a red circle", "--prompt", "a blue square")
+    times = {name: (folder / name).stat().st_mtime_ns for name in videos(folder)}
+    assert [times[name] == made[name] for name in sorted(made)] == [False, True]
+    make("--prompt", "a red circle", "--prompt", "a blue square", "--overwrite")
+    assert all((folder / name).stat().st_mtime_ns > times[name] for name in made)
+    assert sorted(record["file"] for record in records(folder)) == sorted(made)
+
+
+def test_a_rerun_with_nothing_to_do_reads_no_weights(make, no_weights, tmp_path):
+    for name in ("a red circle-0.mp4", "a blue square-0.mp4"):
+        from utils.video import VideoWriter
+
+        with VideoWriter(tmp_path / "videos" / name, 12) as writer:
+            writer.write(torch.zeros(5, 3, 16, 16))
+    folder = make("--prompt", "a red circle", "--prompt", "a blue square")
+    assert (folder / "contact_sheet.png").is_file()
+
+
+def test_a_seed_decides_the_video(make):
+    folders = [make("--prompt", "a cat", "--seed", seed, folder=f"{run}") for run, seed in enumerate("001")]
+    first, again, other = (folder / "a cat-0.mp4" for folder in folders)
+    assert same(first, again) and not same(first, other)
+
+
+def test_num_samples_makes_different_videos_and_index_names_follow_the_official_ones(make):
+    folder = make("--num_samples", "2", "--save_with_index", "--prompt", "a/b", "--prompt", "c")
+    assert videos(folder) == ["0-0_regular.mp4", "0-1_regular.mp4", "1-0_regular.mp4", "1-1_regular.mp4"]
+    assert not same(folder / "0-0_regular.mp4", folder / "0-1_regular.mp4")
+
+
+def test_extended_prompts_are_generated_under_the_short_names(make, release, tmp_path):
+    extended = [f"{prompt}, slowly, in bright light" for prompt in release.prompts]
+    (tmp_path / "long.txt").write_text("\n".join(extended), encoding="utf-8")
+    folder = make("--extended_prompt_path", str(tmp_path / "long.txt"))
+    assert videos(folder) == sorted(f"{safe_stem(prompt)}-0.mp4" for prompt in release.prompts)
+    assert [record["prompt"] for record in records(folder)] == extended
+    direct = make("--prompt", extended[0], folder="direct")
+    assert same(folder / f"{safe_stem(release.prompts[0])}-0.mp4", direct / f"{safe_stem(extended[0])}-0.mp4")
+
+
+def test_equal_names_with_different_extended_prompts_are_all_made(make, tmp_path):
+    (tmp_path / "short.txt").write_text("a cat\na cat\na cat\n")
+    (tmp_path / "long.txt").write_text("a cat sleeps\na cat runs\na cat runs\n")
+    folder = make("--data_path", str(tmp_path / "short.txt"), "--extended_prompt_path", str(tmp_path / "long.txt"))
+    assert sorted(record["prompt"] for record in records(folder)) == ["a cat runs", "a cat sleeps"]
+    assert len(videos(folder)) == 2
+
+
+def test_names_are_safe_for_any_prompt(make):
+    prompts = ["../up/and away", "🐈 on a 🛹", "very " * 60 + "long", "con", "A Cat", "a cat"]
+    folder = make(*(word for prompt in prompts for word in ("--prompt", prompt)), "--num_output_frames", "3")
+    assert len(videos(folder)) == len(prompts)
+    assert all(len(name.encode()) < 120 for name in videos(folder))
+    assert sorted(record["prompt"] for record in records(folder)) == sorted(prompts)
+
+
+def test_flags_and_dotted_overrides_reach_the_rollout(make):
+    folder = make(
+        "rollout.frames_per_chunk=1", "--prompt", "a cat", "rollout.window=2", "--num_output_frames", "4", "--fps", "5"
+    )
+    assert len(read_video(folder / "a cat-0.mp4")) == 13
+    settings = records(folder)[0]["settings"]
+    assert (settings["rollout"]["frames_per_chunk"], settings["rollout"]["window"]) == (1, 2)
+    assert (settings["video"]["num_frames"], settings["video"]["fps"]) == (4, 5)
+
+
+def test_dry_run_prints_a_configuration_that_reads_back(release, tmp_path, capsys, no_weights):
+    overrides = ["rollout.window=9", "video.num_frames=12", f"inference.output_folder={tmp_path / 'dry'}"]
+    assert inference.main(["--config_path", release.config_path, "--dry-run", *overrides]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(Config, printed) == release.config(*overrides)
+    assert not (tmp_path / "dry").exists()
+
+
+def test_i2v_starts_from_the_image_and_the_default_length_makes_room_for_it(make, release, tmp_path):
+    from pipeline.loading import load_codec
+
+    colours = {"green": (20, 220, 60), "purple": (190, 40, 200)}
+    lines = []
+    for name, colour in colours.items():
+        Image.new("RGB", (40, 20), colour).save(tmp_path / f"{name}.png")
+        lines.append(json.dumps({"image": f"{name}.png", "prompt": name}))
+    (tmp_path / "images.jsonl").write_text("\n\n".join(lines))
+    folder = make("--i2v", "--data_path", str(tmp_path / "images.jsonl"))
+    codec = load_codec(release.config().codec)
+    for name, colour in colours.items():
+        frames = read_video(folder / f"{name}-0.mp4").float()
+        assert len(frames) == 1 + 4 * 6
+        image = (torch.tensor(colour) / 127.5 - 1)[None, None, :, None, None].expand(1, 1, 3, 16, 16)
+        with torch.no_grad():
+            decoded = (codec.decode(codec.encode(image))[0, 0].mean((1, 2)) + 1) * 127.5
+        assert (frames[0].mean((0, 1)) - decoded).abs().max() < 8
+    assert [Path(record["image"]).name for record in records(folder)] == ["green.png", "purple.png"]
+    first_frames = [read_video(folder / f"{name}-0.mp4")[0].float() for name in colours]
+    assert (first_frames[0] - first_frames[1]).abs().mean() > 30
+
+
+def test_ema_weights_are_taken_from_a_checkpoint_on_request(make, release, tmp_path):
+    from model.weights import load_state_dict
+
+    states = {name: load_state_dict(release.folder / folder) for name, folder in
+              (("generator", "generator"), ("generator_ema", "student"))}  # fmt: skip
+    torch.save({**states, "critic": states["generator"], "step": 3}, tmp_path / "checkpoint.pt")
+    (tmp_path / "config.json").write_bytes((release.folder / "generator" / "config.json").read_bytes())
+    for flags, folder, kind in (((), "generator", "regular"), (("--use_ema",), "student", "ema")):
+        made = make("--checkpoint_path", str(tmp_path / "checkpoint.pt"), "--prompt", "x", "--save_with_index", *flags)
+        record = next(record for record in records(made) if record["file"] == f"0-0_{kind}.mp4")
+        assert record["weights"] == weights_hash(release.folder / folder)
+
+
+def write_mistakes(folder: Path) -> None:
+    """Files that are wrong in one way each."""
+    (folder / "empty.txt").write_text("\n  \n")
+    (folder / "one.txt").write_text("only one line\n")
+    (folder / "a_file").write_text("in the way")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x80")
+    (folder / "images.jsonl").write_text('\n{"image": "nowhere.png", "prompt": "a cat"}\n')
+    (folder / "numbers.jsonl").write_text('{"image": "a_file", "prompt": 3}\n')
+    (folder / "junk.pt").write_text("<html>not found</html>")
+
+
+BAD_INPUT = {
+    "missing checkpoint": (["--checkpoint_path", "{tmp}/nowhere.pt"], "{tmp}/nowhere.pt not found"),
+    "missing codec": (["codec.weights={tmp}/nowhere"], "codec.weights={tmp}/nowhere not found"),
+    "missing text encoder": (["text_encoder.weights=null"], "text_encoder.weights=None not found"),
+    "empty prompt file": (["--data_path", "{tmp}/empty.txt"], "{tmp}/empty.txt: holds no prompt"),
+    "missing prompt file": (["--data_path", "{tmp}/nowhere.txt"], "{tmp}/nowhere.txt: no such prompt file"),
+    "a folder of prompts": (["--data_path", "{tmp}"], "{tmp}: no such prompt file"),
+    "prompts that are not text": (["--data_path", "{tmp}/binary.txt"], "binary.txt: is not a UTF-8 text file"),
+    "empty prompt": (["--prompt", " "], "--prompt is empty"),
+    "other number of extended prompts": (["--extended_prompt_path", "{tmp}/one.txt"], "one.txt: 1 prompts for 3 names"),
+    "prompt with i2v": (["--i2v", "--prompt", "a cat"], "--prompt cannot be used with --i2v"),
+    "missing image": (["--i2v", "--data_path", "{tmp}/images.jsonl"], "images.jsonl, line 2: image {tmp}/nowhere.png"),
+    "prompts for i2v": (["--i2v"], "prompts.txt, line 1: is not"),
+    "number for a prompt": (["--i2v", "--data_path", "{tmp}/numbers.jsonl"], "numbers.jsonl, line 1: is not"),
+    "non-multiple length": (["--num_output_frames", "7"], "num_frames=7 is not a multiple of frames_per_chunk=3"),
+    "non-multiple override": (["video.num_frames=7"], "num_frames=7"),
+    "non-multiple i2v": (["--i2v", "--num_output_frames", "9"], "video.num_frames=9"),
+    "unknown device": (["--device", "gpu"], "unknown device 'gpu': choose auto, cpu"),
+    "missing device": (["--device", "xpu:99"], "device 'xpu:99' is not available"),
+    "bad dtype": (["--dtype", "fp8"], "unknown dtype 'fp8': choose auto, float32, bfloat16, float16"),
+    "unwritable folder": (["--output_folder", "{tmp}/a_file"], "cannot write to the folder {tmp}/a_file"),
+    "folder below a file": (["--output_folder", "{tmp}/a_file/videos"], "cannot write to the folder {tmp}/a_file/videos"),
+    "override typo": (["rollout.windw=9"], "unknown key rollout.windw=9; did you mean rollout.window?"),
+    "override without value": (["rollout.window"], "'rollout.window' is not an override"),
+    "wrong type": (["--num_output_frames", "many"], "video.num_frames='many' is not of type int"),
+    "wrong type of an override": (["rollout.window=big"], "rollout.window='big' is not of type int | None"),
+    "unknown choice": (["codec.kind=tinny"], "codec.kind='tinny' is not one of tiny, wan; did you mean tiny?"),
+    "no samples": (["--num_samples", "0"], "inference: num_samples=0 must be at least 1"),
+    "no frames a second": (["--fps", "0"], "video: fps=0 must be at least 1"),
+    "negative length": (["--num_output_frames", "-3"], "num_frames=-3"),
+    "window below a chunk": (["rollout.window=2"], "window=2 less sink=0 does not hold frames_per_chunk=3"),
+    "unknown preset": (["generator.preset=wan"], "generator: preset='wan' is none of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_a_mistake_ends_in_one_line_before_any_weights(refuse, no_weights, tmp_path, arguments, message):
+    write_mistakes(tmp_path)
+    assert message.format(tmp=tmp_path) in refuse(*(text.format(tmp=tmp_path) for text in arguments))
+
+
+def test_a_mistake_in_the_configuration_names_the_nearest_key(refuse, no_weights, release, tmp_path):
+    (tmp_path / "typo.yaml").write_text(f"defaults: [{release.config_path}]\nrolout: {{window: 9}}\n")
+    assert f"{tmp_path / 'typo.yaml'}: unknown key rolout" in (line := refuse(config_path=tmp_path / "typo.yaml"))
+    assert "did you mean rollout?" in line
+    (tmp_path / "type.yaml").write_text(f"defaults: [{release.config_path}]\nvideo: {{height: tall}}\n")
+    assert "video.height='tall' is not of type int" in refuse(config_path=tmp_path / "type.yaml")
+    assert "typ.yaml: cannot read the configuration" in (line := refuse(config_path=tmp_path / "typ.yaml"))
+    assert "did you mean type.yaml?" in line
+
+
+def test_sizes_that_do_not_divide_into_tokens_are_refused_before_any_weights(refuse, no_weights):
+    assert "video.height, video.width: 20x16 pixels do not divide into tokens of 8x8" in refuse("video.height=20")
+
+
+def test_damaged_checkpoints_are_named(refuse, release, tmp_path):
+    write_mistakes(tmp_path)
+    whole = (release.folder / "generator" / "model.safetensors").read_bytes()
+    for name, content in {"cut.safetensors": whole[: len(whole) // 2], "none.safetensors": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        assert f"{tmp_path / name}: " in refuse("--checkpoint_path", tmp_path / name)
+    assert "junk.pt: is not a PyTorch file" in refuse("--checkpoint_path", tmp_path / "junk.pt")
+    torch.save({"generator": {"weight": torch.zeros(1000)}}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:3000])
+    assert "cut.pt: truncated or damaged" in refuse("--checkpoint_path", tmp_path / "cut.pt")
+    torch.save({"generator": {"weight": torch.zeros(10)}}, tmp_path / "no_ema.pt")
+    assert "has no generator_ema" in refuse("--checkpoint_path", tmp_path / "no_ema.pt", "--use_ema")
+
+
+def test_a_checkpoint_of_another_architecture_names_the_first_tensors(refuse, release, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((release.folder / "generator" / "model.safetensors").read_bytes())
+    line = refuse("--checkpoint_path", tmp_path)
+    assert "does not fit WanTransformer" in line
+    assert "patch_embedding.weight (file: (32, 16, 1, 2, 2), model: (128, 16, 1, 2, 2))" in line
+
+
+def run_process(*command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_real_process_exits_with_2(tmp_path):
+    done = run_process("inference.py", "--config_path", str(tmp_path / "nowhere.yaml"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path / 'nowhere.yaml'}: cannot read the configuration: No such file or directory\n"
+    )
+
+
+def test_two_processes_share_the_prompts_and_make_the_same_videos(make, release, tmp_path):
+    alone = make("--num_output_frames", "3", folder="alone")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "inference.py")
+    shared = tmp_path / "shared"
+    done = run_process(
+        *launcher, "--config_path", release.config_path, "--output_folder", str(shared), "--num_output_frames", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert videos(shared) == videos(alone)
+    assert sorted(record["prompt"] for record in records(shared)) == sorted(release.prompts)
+    assert (shared / "contact_sheet.png").is_file()
+    for name in videos(alone):
+        assert same(shared / name, alone / name)
