@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("inference")
 
 SHEET_VIDEOS = 32
+RECORDS = "videos.jsonl"
 FLAGS = {
     "checkpoint_path": "generator.weights",
     "output_folder": "inference.output_folder",
@@ -76,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     from trainer.config import Config
     from utils.config import load_config, to_yaml
-    from utils.distributed import init_distributed, resolve_device, resolve_dtype, share, shutdown_distributed
+    from utils.distributed import broadcast_object, init_distributed, resolve_device, resolve_dtype, share
+    from utils.distributed import shutdown_distributed
     from utils.files import ensure_writable_folder
     from utils.tracking import setup_logging
 
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         return
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    check_frames(config, args.i2v)
+    check_frames(args, config)
     jobs = plan(args, config)
     ensure_writable_folder(config.inference.output_folder)
     check_weights(config)
@@ -95,7 +97,8 @@ def run(args: argparse.Namespace) -> None:
     ranks = init_distributed(device.type)
     setup_logging(ranks.is_main)
     try:
-        missing = [job for job in jobs if args.overwrite or not job.path.exists()]
+        # One process looks, so that all deal out the same list while files appear.
+        missing = broadcast_object([job for job in jobs if args.overwrite or not job.path.exists()])
         if len(missing) < len(jobs):
             log.info("%d of %d videos exist already; --overwrite makes them again", len(jobs) - len(missing), len(jobs))
         make_videos(config, share(missing, ranks.rank, ranks.world_size), device, dtype, args.use_ema, ranks)
@@ -104,14 +107,18 @@ def run(args: argparse.Namespace) -> None:
         shutdown_distributed()
 
 
-def check_frames(config: PartsConfig, i2v: bool) -> None:
+def check_frames(args: argparse.Namespace, config: PartsConfig) -> None:
     """Refuse a length that does not divide into chunks; with an image, the default length makes room for it."""
     from utils.errors import UserError
 
+    chosen = args.num_output_frames is not None or any(text.startswith("video.num_frames=") for text in args.overrides)
+    if args.i2v and not chosen and not config.rollout.independent_first_frame:
+        config.video.num_frames += 1
     try:
-        config.rollout.chunks(config.video.num_frames - i2v, int(i2v))
+        config.rollout.chunks(config.video.num_frames - args.i2v, int(args.i2v))
     except ValueError as error:
-        raise UserError(f"video.num_frames={config.video.num_frames} (--num_output_frames): {error}") from None
+        image = ", and 1 for the image" if args.i2v else ""
+        raise UserError(f"video.num_frames={config.video.num_frames} (--num_output_frames): {error}{image}") from None
 
 
 def plan(args: argparse.Namespace, config: PartsConfig) -> list[Job]:
@@ -146,8 +153,10 @@ def plan(args: argparse.Namespace, config: PartsConfig) -> list[Job]:
     for index, (name, prompt, image) in enumerate(zip(names, prompts, images, strict=True)):
         for sample in range(config.inference.num_samples):
             stem = f"{index}-{sample}_{kind}" if args.save_with_index else f"{safe_stem(name)}-{sample}"
-            path = folder / f"{stem}.mp4"
-            jobs.setdefault(path, Job(VideoSeed(seed, prompt, sample), path, image))
+            job = Job(VideoSeed(seed, prompt, sample), folder / f"{stem}.mp4", image)
+            if jobs.setdefault(job.path, job) != job:  # the same name for another extended prompt or image
+                job = replace(job, path=folder / f"{stem}_{index}.mp4")
+                jobs[job.path] = job
     return list(jobs.values())
 
 
@@ -220,12 +229,12 @@ def append_record(config: PartsConfig, job: Job, figures: dict) -> None:
         "frames_per_second": round(figures["frames"] / figures["seconds"], 2),
         "settings": {name: settings[name] for name in ("generator", "rollout", "video", "device", "dtype")},
     }
-    with open(job.path.parent / "videos.jsonl", "a", encoding="utf-8") as file:
+    with open(job.path.parent / RECORDS, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def finish(config: PartsConfig, jobs: list[Job], ranks) -> None:
-    """Once every process is done, draw the contact sheet."""
+    """Once every process is done, draw the contact sheet and keep the latest record of each video."""
     from utils.config import save_config
     from utils.distributed import barrier
     from utils.video import read_video, save_contact_sheet
@@ -235,9 +244,21 @@ def finish(config: PartsConfig, jobs: list[Job], ranks) -> None:
         return
     shown, folder = jobs[:SHEET_VIDEOS], Path(config.inference.output_folder)
     save_config(config, folder / "config.yaml")
+    keep_latest_records(folder / RECORDS)
     sheet = folder / "contact_sheet.png"
     save_contact_sheet(sheet, [read_video(job.path) for job in shown], [job.video.prompt for job in shown])
     log.info("%d videos in %s, contact sheet %s", len(jobs), folder, sheet)
+
+
+def keep_latest_records(path: Path) -> None:
+    """One line a video: the record of its latest making."""
+    from utils.files import atomic_write_text
+
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    latest = {json.loads(line)["file"]: line for line in lines}
+    atomic_write_text(path, "".join(f"{line}\n" for line in latest.values()))
 
 
 if __name__ == "__main__":

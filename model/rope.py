@@ -22,6 +22,7 @@ def _angles(positions: Tensor, pairs: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table kept from generation must also serve training
 def rotary_table(
     frames: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,6 @@ class TextToVideo:
         self.text_encoder = PromptCache(text_encoder)
         self.codec = codec
         self.config = config
-        self.cache = KVCache(denoiser.transformer.config.num_layers)
 
     @classmethod
     def from_config(
@@ -98,7 +97,7 @@ class TextToVideo:
             self.denoiser,
             self._noise(seeds, height, width, None if num_frames is None else num_frames - given, given),
             embeds,
-            self.cache,
+            KVCache(self.denoiser.transformer.config.num_layers),  # its own: streams may run side by side
             self.config,
             context_latents=context,
             generator=[seed.generator("steps") for seed in seeds],

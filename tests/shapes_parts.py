@@ -35,9 +35,9 @@ student: {{weights: {folder}/student, shift: 5.0}}
 real_score: {{weights: {folder}/teacher}}
 codec: {{weights: {folder}/codec}}
 text_encoder: {{weights: {folder}/text_encoder}}
-video: {{height: 16, width: 16, num_frames: 6, scale: 2}}
+video: {{num_frames: 6, scale: 2}}
 sampling: {{steps: 2}}
-data: {{sample_prompts: {folder}/prompts.txt, shapes: {{resolution: 16, speed: 0.25}}}}
+data: {{sample_prompts: {folder}/prompts.txt}}
 inference: {{data_path: {folder}/prompts.txt, output_folder: {folder}/videos}}
 autoencoder: {{fit_clips: 8}}
 ode: {{pairs: {folder}/pairs}}
@@ -107,6 +107,6 @@ def tiny_transformer(seed: int) -> WanTransformer:
 def tiny_codec() -> TinyVAE:
     """The Shapes codec as its training starts: a linear code that already shows what is in a clip."""
     codec = TinyVAE(TINY_VAE_PRESETS["shapes"])
-    clips = ShapesClips(ShapesConfig(resolution=16, speed=0.25), torch.Generator().manual_seed(0))
+    clips = ShapesClips(ShapesConfig(), torch.Generator().manual_seed(0))
     fit_linear_code(clips.next(16, 5).frames, codec.config).write_to(codec)
     return codec

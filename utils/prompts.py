@@ -14,17 +14,7 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
         UserError: the file is missing, not text, or holds no prompt.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such prompt file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a UTF-8 text file") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path}: holds no prompt; write one a line")
-    return prompts
+    return [prompt for _, prompt in _numbered_prompts(Path(path))]
 
 
 def read_image_prompts(path: str | Path) -> tuple[list[Path], list[str]]:
@@ -34,14 +24,28 @@ def read_image_prompts(path: str | Path) -> tuple[list[Path], list[str]]:
         UserError: names the line that is not such an object or whose image is missing.
     """
     images, prompts = [], []
-    for number, line in enumerate(read_prompts(path), start=1):
+    for number, line in _numbered_prompts(Path(path)):
         try:
             entry = json.loads(line)
-            image, prompt = Path(path).parent / entry["image"], entry["prompt"]
-        except (json.JSONDecodeError, TypeError, KeyError):
+            image, prompt = Path(path).parent / entry["image"], entry["prompt"].strip()
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
             raise UserError(f'{path}, line {number}: is not {{"image": ..., "prompt": ...}}') from None
         if not image.is_file():
             raise UserError(f"{path}, line {number}: image {image} not found")
         images.append(image)
         prompts.append(prompt)
     return images, prompts
+
+
+def _numbered_prompts(path: Path) -> list[tuple[int, str]]:
+    """Non-empty lines with their numbers in the file, from 1."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such prompt file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a UTF-8 text file") from None
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; write one a line")
+    return prompts
