@@ -77,8 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     from trainer.config import Config
     from utils.config import load_config, to_yaml
-    from utils.distributed import broadcast_object, init_distributed, resolve_device, resolve_dtype, share
-    from utils.distributed import shutdown_distributed
+    from utils.distributed import (
+        broadcast_object,
+        init_distributed,
+        resolve_device,
+        resolve_dtype,
+        share,
+        shutdown_distributed,
+    )
     from utils.files import ensure_writable_folder
     from utils.tracking import setup_logging
 
@@ -161,7 +167,8 @@ def plan(args: argparse.Namespace, config: PartsConfig) -> list[Job]:
 
 
 def check_weights(config: PartsConfig) -> None:
-    """Refuse missing weights before anything heavy loads."""
+    """Refuse missing weights, and sizes they cannot make, before anything heavy loads."""
+    from pipeline.loading import token_size
     from utils.errors import UserError
 
     for key, section in (
@@ -171,22 +178,21 @@ def check_weights(config: PartsConfig) -> None:
     ):
         if section.weights is None or not Path(section.weights).exists():
             raise UserError(f"{key}.weights={section.weights} not found; give the path of a file or folder of weights")
+    rows, columns = token_size(config)
+    height, width = config.video.height, config.video.width
+    if height % rows or width % columns:
+        raise UserError(f"video.height={height}, video.width={width}: must be multiples of {rows} and {columns}")
 
 
 def make_videos(config: PartsConfig, jobs: list[Job], device, dtype, use_ema: bool, ranks) -> None:
     """Load the pipeline and make this process's videos."""
     from model.weights import weights_hash
     from pipeline.text_to_video import TextToVideo
-    from utils.errors import UserError
     from utils.tracking import progress
 
     if not jobs:
         return
     pipeline = TextToVideo.from_config(config, device=device, dtype=dtype, use_ema=use_ema)
-    try:
-        pipeline.check_size(config.video.height, config.video.width)
-    except ValueError as error:
-        raise UserError(f"video.height, video.width: {error}") from None
     digest = weights_hash(pipeline.denoiser.transformer.state_dict())
     for job in progress(jobs, "videos", unit="video", is_main=ranks.is_main):
         started = time.perf_counter()

@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.weights import count_layers, load_into, load_state_dict, read_config, save_folder
+from model.weights import (
+    StateDict,
+    count_layers,
+    find_part,
+    load_into,
+    load_state_dict,
+    not_found,
+    read_config,
+    save_folder,
+)
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,19 +125,23 @@ class TextEncoder(nn.Module):
         """Load a folder written by `save_pretrained`, transformers or diffusers; the hub is never contacted.
 
         Args:
-            tokenizer_folder: where the tokenizer is if not in `folder` (diffusers keeps it in a sibling).
+            folder: also a whole diffusers pipeline, for its text encoder.
+            tokenizer_folder: where the tokenizer is; None looks in `folder` and, as diffusers keeps it, beside.
             text_len: tokens per prompt; None takes what config.json says, or Wan's 512.
             dtype: None keeps the stored one.
         """
         from transformers import UMT5Config
 
+        folder = find_part(folder, "text_encoder")
         config = read_config(folder)
         if config.get("model_type") != "umt5":
             raise UserError(f"{folder}: config.json says model_type={config.get('model_type')!r}; 'umt5' is needed")
         stored_text_len = config.pop("text_len", WAN_TEXT_LEN)
         model = _build_umt5(UMT5Config.from_dict(config), load_state_dict(folder), source=str(folder), dtype=dtype)
-        tokenizer = load_tokenizer(tokenizer_folder or folder)
-        return cls(model, tokenizer, text_len or stored_text_len)
+        beside = find_part(folder.parent, "tokenizer")
+        if tokenizer_folder is None:
+            tokenizer_folder = folder if beside == folder.parent or _tokenizer_file(folder) else beside
+        return cls(model, load_tokenizer(tokenizer_folder), text_len or stored_text_len)
 
     @classmethod
     def from_wan(
@@ -139,10 +152,13 @@ class TextEncoder(nn.Module):
         text_len: int = WAN_TEXT_LEN,
         dtype: torch.dtype | None = None,
     ) -> "TextEncoder":
-        """Load Wan2.1's models_t5_umt5-xxl-enc-bf16.pth (or one of any size in that format), with google/umt5-xxl."""
+        """Load Wan2.1's models_t5_umt5-xxl-enc-bf16.pth (or one of any size in that format), with google/umt5-xxl.
+
+        `tokenizer_folder` may also be the release folder that holds google/umt5-xxl.
+        """
         state = load_state_dict(weights_path)
         model = _build_umt5(_infer_config(state, str(weights_path)), state, source=str(weights_path), dtype=dtype)
-        return cls(model, load_tokenizer(tokenizer_folder), text_len)
+        return cls(model, load_tokenizer(find_part(tokenizer_folder, "tokenizer")), text_len)
 
 
 class PromptCache:
@@ -212,19 +228,28 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
+# tokenizer.json says everything, whichever class and transformers version wrote it; the rest is looked up by name.
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a local folder; UserError when there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # tokenizer.json says everything, whichever class and transformers version wrote it; the rest is looked up by name.
-    readers = {"tokenizer.json": PreTrainedTokenizerFast, "spiece.model": AutoTokenizer}
-    reader = next((reader for name, reader in readers.items() if (Path(folder) / name).is_file()), None)
-    if reader is None:
-        raise UserError(f"{folder}: holds no tokenizer (neither {' nor '.join(readers)})")
+    if not Path(folder).exists():
+        raise not_found(folder)
+    file = _tokenizer_file(folder)
+    if file is None:
+        raise UserError(f"{folder}: holds no tokenizer (neither {' nor '.join(TOKENIZER_FILES)})")
+    reader = PreTrainedTokenizerFast if file.suffix == ".json" else AutoTokenizer
     try:
         return reader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and the Rust tokenizer raise bare Exceptions on damaged files
         raise UserError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _tokenizer_file(folder: str | Path) -> Path | None:
+    return next((Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()), None)
 
 
 def _build_word_tokenizer(vocabulary: Iterable[str]) -> "PreTrainedTokenizerBase":
@@ -244,15 +269,14 @@ def _build_word_tokenizer(vocabulary: Iterable[str]) -> "PreTrainedTokenizerBase
 
 
 def _build_umt5(
-    config: "UMT5Config", state: Mapping[str, Tensor], *, source: str, dtype: torch.dtype | None
+    config: "UMT5Config", state: StateDict, *, source: str, dtype: torch.dtype | None
 ) -> "UMT5EncoderModel":
     from transformers import UMT5EncoderModel
 
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     if "shared.weight" in state:  # files hold the tied embedding once
-        shared = state["shared.weight"].to(dtype)
-        state = {**state, "shared.weight": shared, "encoder.embed_tokens.weight": shared}
+        state["shared.weight"] = state["encoder.embed_tokens.weight"] = state["shared.weight"].to(dtype)
     load_into(model, state, source=source, dtype=dtype)
     model.set_input_embeddings(model.shared)  # assigning has untied the two
     return model.eval()

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.weights import load_into, load_state_dict, read_config, save_folder
+from model.weights import StateDict, count_layers, load_into, load_state_dict, read_config, save_folder
 from utils.errors import UserError
 
 Memory = dict[int, Tensor]
@@ -160,6 +160,29 @@ def _build_decoder(config: TinyVAEConfig) -> nn.Sequential:
     return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3 * config.patch_size**2))
 
 
+def _infer_config(state: StateDict, source: str) -> TinyVAEConfig:
+    """Sizes read off the tensors' shapes, but for `spatial_strides`, which leave no trace there."""
+
+    def shapes(part: str, suffix: str) -> list[torch.Size]:
+        names = (f"{part}.{index}.{suffix}" for index in range(count_layers(state, part)))
+        return [state[name].shape for name in names if name in state]
+
+    encoder, decoder, pools = shapes("encoder", "weight"), shapes("decoder", "weight"), shapes("encoder", "conv.weight")
+    if len(encoder) < 2 or len(decoder) < 2 or not pools or encoder[0][1] % 3:
+        raise UserError(f"{source}: is not a TAEHV: its tensors are not those of such an encoder and decoder")
+    stages = len(pools)
+    return TinyVAEConfig(
+        patch_size=math.isqrt(encoder[0][1] // 3),
+        latent_channels=encoder[-1][0],
+        encoder_widths=tuple(shape[0] for shape in encoder[:-1]),
+        decoder_widths=tuple(shape[0] for shape in decoder[:-1]),
+        encoder_blocks=len(shapes("encoder", "conv.0.weight")) // stages,
+        decoder_blocks=len(shapes("decoder", "conv.0.weight")) // stages,
+        spatial_strides=(2,) * stages,
+        temporal_strides=tuple(shape[1] // shape[0] for shape in pools),
+    )
+
+
 def _run(layers: nn.Sequential, x: Tensor, memory: Memory) -> Tensor:
     """Run all frames of a chunk [B t c h w] as one batch; reads and updates the memory of the stream."""
     batch = x.shape[0]
@@ -269,14 +292,19 @@ class TinyVAE(nn.Module):
         return cls.from_file(folder, config)
 
     @classmethod
-    def from_file(cls, path: str | Path, config: TinyVAEConfig) -> "TinyVAE":
+    def from_file(cls, path: str | Path, config: TinyVAEConfig | None = None) -> "TinyVAE":
         """Read weights under the published names from a folder, .safetensors or .pth (e.g. taew2_1.pth).
+
+        Args:
+            config: None reads the sizes off the weights, taking each stage to halve both sides as published.
 
         Raises:
             UserError: the file is missing, unreadable, or its names or shapes are not those of `config`.
         """
-        model = cls(config)
         weights = load_state_dict(path)
+        config = _infer_config(weights, str(path)) if config is None else config
+        with torch.device("meta"):
+            model = cls(config)
         for index, layer in enumerate(model.decoder):
             name = f"decoder.{index}.conv.weight"
             # Published files may hold a TGrow trained with a longer stride: its last frames are the ones to keep.

@@ -5,6 +5,7 @@ Shapes: B batch, F latent frames, C channels, H W latent height and width, L tex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -133,6 +134,40 @@ class WanTransformer(nn.Module):
         Raises:
             ValueError: a cache and a mask together, or sizes that do not fit.
         """
+        last = len(self.blocks) - 1
+        embedding, (x,) = self._backbone(
+            latents, timesteps, prompt_embeds, [last], cache=cache, start_frame=start_frame, block_mask=block_mask
+        )
+        _, rows, columns = self.config.patch_size
+        return rearrange(
+            self.head(x, embedding),
+            "b f (h w) (p q c) -> b f c (h p) (w q)",
+            h=latents.shape[3] // rows,
+            p=rows,
+            q=columns,
+        )
+
+    def features(
+        self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """Hidden states [B F T C] after each of the blocks ``layers`` (ascending), every frame seeing every other.
+
+        T are the tokens of a frame, C the model dim; the other arguments are those of :meth:`forward`.
+        """
+        return self._backbone(latents, timesteps, prompt_embeds, layers)[1]
+
+    def _backbone(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        layers: Sequence[int],
+        *,
+        cache: KVCache | None = None,
+        start_frame: int = 0,
+        block_mask: BlockMask | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Time embedding [B F C], and hidden states after each of the blocks ``layers``."""
         self._check(latents, prompt_embeds, cache, block_mask)
         frames, height, width = (
             size // patch
@@ -146,6 +181,7 @@ class WanTransformer(nn.Module):
         head_dim = self.config.dim // self.config.num_heads
         rotary = rotary_table(positions, height, width, head_dim, x.device)
 
+        kept = []
         for layer, (block, text) in enumerate(zip(self.blocks, self._text(prompt_embeds, cache), strict=True)):
             x = self._run(
                 block,
@@ -159,10 +195,9 @@ class WanTransformer(nn.Module):
                 start_frame=start_frame,
                 backend=self.attention_backend,
             )
-        _, rows, columns = self.config.patch_size
-        return rearrange(
-            self.head(x, embedding), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height, w=width, p=rows, q=columns
-        )
+            if layer in layers:
+                kept.append(x)
+        return embedding, kept
 
     def _run(self, block: nn.Module, *args, **kwargs) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

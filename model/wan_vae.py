@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.weights import load_into, load_state_dict, read_config
+from model.weights import find_part, load_into, load_state_dict, read_config
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "WanVAE":
-        """Load the original Wan2.1_VAE.pth (or .safetensors), or a diffusers folder; nothing is downloaded.
+        """Load the original Wan2.1_VAE.pth (or .safetensors), a diffusers folder, or a release's; nothing is downloaded.
 
         Raises:
             UserError: the weights are missing, unreadable, or not those of a Wan2.1 autoencoder.
@@ -43,14 +43,12 @@ class WanVAE(nn.Module):
         from diffusers import AutoencoderKLWan
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-        path = Path(path)
+        path = find_part(path, "vae")
         state = load_state_dict(path)
         if path.is_dir():
             config = read_config(path)
         elif "encoder.conv1.weight" in state:
-            config = {
-                "base_dim": len(state["encoder.conv1.weight"])
-            }  # the rest is published: the defaults of diffusers
+            config = {"base_dim": len(state["encoder.conv1.weight"])}  # the rest is published: diffusers' defaults
             state = convert_wan_vae_to_diffusers(state)
         else:
             raise UserError(f"{path}: is not the original Wan2.1 VAE: it has no tensor 'encoder.conv1.weight'")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 
 import torch
 
-from model.attention import AttentionBackend, resolve_backend
+from model.attention import AttentionBackend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
+from model.lora import load_lora, merge_lora
 from model.text_encoder import TextEncoder
 from model.transformer import PRESETS, WanConfig, WanTransformer
-from model.weights import load_into, load_state_dict, read_config
+from model.transformer_files import read_declared_config, read_transformer
+from model.weights import not_found, read_config
 from pipeline.rollout import RolloutConfig
 from utils.errors import UserError
 
@@ -27,9 +30,13 @@ class DenoiserConfig:
     """One denoiser: sizes, weights, schedule."""
 
     preset: str = "wan2.1-t2v-1.3b"
-    """Sizes, where the weights bring no config.json of their own."""
+    """Sizes without weights; with them, what their shapes do not show and no config.json says, if the sizes agree."""
     weights: str | None = None
-    """Folder or file of weights; null starts from random ones."""
+    """Folder or file of weights in any format; null starts from random ones."""
+    lora: str | None = None
+    """Folder or file of a LoRA to merge into the weights."""
+    lora_scale: float = 1.0
+    """How much of the LoRA to merge."""
     shift: float = 5.0
     """Timestep shift of its schedule."""
     attention: AttentionBackend = AttentionBackend.auto
@@ -130,47 +137,58 @@ class PartsConfig:
 
 
 def transformer_config(path: Path | None, preset: str) -> WanConfig:
-    """Sizes from the config.json beside the weights, else those of the preset."""
-    folder = None if path is None else path if path.is_dir() else path.parent
-    if folder is None or not (folder / "config.json").is_file():
+    """What is known before weights load: the config.json with them, else the preset."""
+    declared = None if path is None else read_declared_config(path)
+    if declared is None:
         return PRESETS[preset]
-    values = read_config(folder)
-    known = {entry.name for entry in fields(WanConfig)}
     try:
-        return WanConfig(**(asdict(PRESETS[preset]) | {key: value for key, value in values.items() if key in known}))
+        return WanConfig(**(asdict(PRESETS[preset]) | declared))
     except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{path}: config.json: {error}") from error
+
+
+def token_size(config: PartsConfig) -> tuple[int, int]:
+    """Pixel rows and columns of a token, from the configurations beside the weights: known before weights load."""
+    from model.tiny_vae import TinyVAEConfig
+
+    path = Path(config.codec.weights)
+    sizes = asdict(TinyVAEConfig())  # whose reduction the Wan VAE shares
+    if config.codec.kind is CodecKind.tiny and path.is_dir():
+        sizes |= read_config(path)
+    scale = sizes["patch_size"] * math.prod(sizes["spatial_strides"])
+    generator = Path(config.generator.weights) if config.generator.weights else None
+    _, rows, columns = transformer_config(generator, config.generator.preset).patch_size
+    return scale * rows, scale * columns
 
 
 def load_transformer(
     config: DenoiserConfig,
     *,
-    use_ema: bool = True,
+    use_ema: bool | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
 ) -> WanTransformer:
-    """Build a transformer from its weights, or from random ones drawn from ``generator``.
+    """Build a transformer from its weights and LoRA, or from random weights drawn from ``generator``.
+
+    ``use_ema`` chooses between a checkpoint's averaged and raw weights; None takes averaged ones where there are any.
 
     Raises:
         UserError: weights that are missing, damaged or of other sizes.
     """
-    path = None if config.weights is None else Path(config.weights)
-    state = None if path is None else load_state_dict(path, use_ema=use_ema)
-    with torch.device("meta"):
-        model = WanTransformer(transformer_config(path, config.preset))
-    if state is None:
+    if config.weights is None:
+        with torch.device("meta"):
+            model = WanTransformer(PRESETS[config.preset])
         model.to_empty(device="cpu")
         model.reset_parameters(generator)
-        model.to(dtype)
+        model.to(device, dtype)
     else:
-        load_into(model, state, source=str(path), dtype=dtype)
+        model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, device=device, dtype=dtype)
+    if config.lora is not None:
+        merge_lora(dict(model.named_parameters()), load_lora(config.lora), config.lora_scale, source=config.lora)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.attention_backend = config.attention
-    backend = resolve_backend(config.attention, torch.device(device), dtype)
-    weights = config.weights or f"{config.preset}, random weights"
-    log.info("%s on %s in %s, attention: %s", weights, device, str(dtype).removeprefix("torch."), backend.value)
-    return model.to(device)
+    return model
 
 
 def load_denoiser(config: DenoiserConfig, **options) -> Denoiser:
@@ -184,15 +202,15 @@ def load_codec(
     """The video codec, frozen."""
     path = Path(config.weights)
     if not path.exists():
-        raise UserError(f"codec.weights={path} not found")
+        raise not_found(path)
     if config.kind is CodecKind.wan:
         from model.wan_vae import WanVAE
 
         codec = WanVAE.from_file(path)
     else:
-        from model.tiny_vae import TinyVAE, TinyVAEConfig
+        from model.tiny_vae import TinyVAE
 
-        codec = TinyVAE.from_pretrained(path) if path.is_dir() else TinyVAE.from_file(path, TinyVAEConfig())
+        codec = TinyVAE.from_pretrained(path) if path.is_dir() else TinyVAE.from_file(path)
     return codec.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -204,7 +222,7 @@ def load_text_encoder(
         raise UserError("text_encoder.weights is null; name a text-encoder folder or Wan's .pth file")
     path = Path(config.weights)
     if not path.exists():
-        raise UserError(f"text_encoder.weights={path} not found")
+        raise not_found(path)
     if path.is_dir():
         encoder = TextEncoder.from_pretrained(path, tokenizer_folder=config.tokenizer, dtype=dtype)
     else:

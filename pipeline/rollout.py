@@ -185,8 +185,9 @@ def _commit(
 def _commit_context(
     denoiser: Denoiser, latents: Tensor, prompt_embeds: Tensor, cache: KVCache, config: RolloutConfig
 ) -> None:
-    """Commit given frames clean, in chunks as they would have been generated."""
-    first = 1 if config.independent_first_frame else latents.shape[1] % config.frames_per_chunk
+    """Commit given frames clean, in chunks as they would have been generated; the first takes what is left over."""
+    alone = 1 if config.independent_first_frame else 0
+    first = alone + (latents.shape[1] - alone) % config.frames_per_chunk
     sizes = [first] * (first > 0) + [config.frames_per_chunk] * ((latents.shape[1] - first) // config.frames_per_chunk)
     start = 0
     for part in latents.split(sizes, dim=1):

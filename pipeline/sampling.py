@@ -62,7 +62,7 @@ def integrate(flow: FlowFunction, noise: Tensor, timesteps: Tensor, solver: Solv
 
     Args:
         flow: ``(latents, timestep) -> v``.
-        noise: [...], the state at ``timesteps[0]``.
+        noise: [B C ...], the state at ``timesteps[0]``.
         timesteps: [S] descending in (0, 1000]; the final 0 is added here.
     """
     if solver is Solver.unipc:

@@ -37,7 +37,7 @@ codec: {{weights: {folder}/codec}}
 text_encoder: {{weights: {folder}/text_encoder}}
 video: {{num_frames: 6, scale: 2}}
 sampling: {{steps: 2}}
-data: {{sample_prompts: {folder}/prompts.txt}}
+data: {{sample_prompts: {folder}/samples.txt}}
 inference: {{data_path: {folder}/prompts.txt, output_folder: {folder}/videos}}
 autoencoder: {{fit_clips: 8}}
 ode: {{pairs: {folder}/pairs}}
@@ -51,7 +51,7 @@ device: cpu
 
 @dataclass(frozen=True)
 class Release:
-    """A folder with generator, student, teacher, codec, text_encoder, prompts.txt and config.yaml."""
+    """A folder with generator, student, teacher, codec, text_encoder, prompts.txt, samples.txt and config.yaml."""
 
     folder: Path
 
@@ -79,6 +79,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
         folder / "text_encoder"
     )
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    (folder / "samples.txt").write_text("\n".join(vocabulary[:2]) + "\n", encoding="utf-8")
     base = REPOSITORY / "configs" / "shapes" / "base.yaml"
     (folder / "config.yaml").write_text(CONFIG.format(base=base, folder=folder), encoding="utf-8")
     return Release(folder)

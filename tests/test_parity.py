@@ -2,13 +2,13 @@
 
 Deliberate departures (numerics.md), and how a test bridges each:
 
-1. sigma = t / 1000 exactly. The official code looks levels up in a 1000-entry table, and converts the output of the score
-   models with the table of shift 8. :class:`OfficialDenoiser` and :class:`OfficialScore` do that here; levels that lie
-   on the table need no bridge.
+1. sigma = t / 1000 exactly. The official code looks levels up in a 1000-entry table, and converts the output of the
+   score models with the table of shift 8. :class:`OfficialDenoiser` and :class:`OfficialScore` do that here; levels
+   that lie on the table need no bridge.
 2. No context pass after the last chunk. Its random draw is left over, and the cached keys of the last chunk are not
    compared.
-3. K/V of earlier chunks are detached. Gradients are compared with the detached variant where one is recorded; elsewhere
-   only those that the leak cannot reach: the head, and in the last block all but what makes keys, values and modulation.
+3. K/V of earlier chunks are detached. Gradients are compared with the detached variant where one is recorded;
+   elsewhere only those that the leak cannot reach: the head, and in the last block what follows its keys and values.
 4. Context noise 0 means clean. Training in the official code commits the context at the last tabled level, told to the
    network as timestep 0; the tests ask for that level.
 """

@@ -25,6 +25,8 @@ class AutoencoderTrainer(Trainer):
         preset = config.autoencoder.preset
         if preset not in TINY_VAE_PRESETS:
             raise UserError(f"autoencoder.preset={preset!r} is none of {', '.join(TINY_VAE_PRESETS)}")
+        for prompt in self.sample_prompts:
+            Scene.from_prompt(prompt)  # refuses a prompt that is not of this world now, not after the training
         torch.manual_seed(config.trainer.seed)
         self.codec = TinyVAE(TINY_VAE_PRESETS[preset]).to(self.device)
         self.num_frames = self.codec.num_frames(config.video.num_frames)

@@ -88,7 +88,7 @@ class DiffusionTrainer(Trainer):
         frames = self.config.video.num_frames
         if self.config.diffusion.forcing is Forcing.bidirectional:
             return [(0, frames)]
-        return self.config.rollout.chunks(frames)
+        return self.chunks_of(frames)
 
     def _mask(self) -> BlockMask | None:
         forcing, rollout_config = self.config.diffusion.forcing, self.config.rollout

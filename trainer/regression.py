@@ -27,7 +27,7 @@ class RegressionTrainer(Trainer):
         self.codec = load_codec(config.codec, device=self.device)
         self.deck = Deck(list(range(len(self.pairs.prompts))), self.generator)
         frames = self.pairs.trajectories.shape[2]
-        self.chunks = config.rollout.chunks(frames)
+        self.chunks = self.chunks_of(frames)
         self.mask = block_causal_mask(
             frames,
             config.rollout.frames_per_chunk,

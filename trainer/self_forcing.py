@@ -31,6 +31,7 @@ class SelfForcingTrainer(Trainer):
         self.codec = load_codec(config.codec, device=self.device)
         self.prompts = training_prompts(config.data, self.generator)
         self.noise = self.stream("noise")
+        self.chunks = self.chunks_of(config.video.num_frames)
         self.replay: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, config.dmd.replay_rollouts))
         self.track(generator=self.denoiser.transformer)
         steps = config.trainer.steps
@@ -96,7 +97,7 @@ class SelfForcingTrainer(Trainer):
             embeds,
             cache,
             config,
-            exit_steps=[exit_step] * len(config.chunks(noise.shape[1])),
+            exit_steps=[exit_step] * len(self.chunks),
             grad_start_frame=grad_start_frame,
             generator=self.noise,
         )

@@ -20,12 +20,15 @@ from trainer.config import Config
 from trainer.ema import EMA
 from utils.config import save_config, to_dict
 from utils.distributed import Ranks, derive_seed
+from utils.errors import UserError
 from utils.files import atomic_path
 from utils.prompts import read_prompts
 from utils.tracking import Tracker, progress
 from utils.video import VideoWriter, save_contact_sheet
 
 log = logging.getLogger(__name__)
+
+SAMPLE_VIDEOS = 8
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Trainer(ABC):
         self.device = context.device
         self.step = 0
         self.generator = self.stream("data")
+        self.sample_prompts = read_prompts(config.data.sample_prompts)[:SAMPLE_VIDEOS]
         save_config(config, context.logdir / "config.yaml")
 
     def stream(self, purpose: str) -> torch.Generator:
@@ -65,6 +69,13 @@ class Trainer(ABC):
         """Name the modules that train and start their average."""
         self.trained = nn.ModuleDict(modules)
         self.ema = EMA(self.trained, self.config.trainer.ema_decay, self.config.trainer.ema_start_step)
+
+    def chunks_of(self, frames: int) -> list[tuple[int, int]]:
+        """Frame ranges of a clip's chunks; UserError where the frames do not divide into them."""
+        try:
+            return self.config.rollout.chunks(frames)
+        except ValueError as error:
+            raise UserError(f"rollout: {error}") from None
 
     @abstractmethod
     def train_step(self) -> dict[str, float]:
@@ -113,16 +124,15 @@ class Trainer(ABC):
 
     def sample(self) -> None:
         """Write one video a fixed prompt and a contact sheet of all."""
-        prompts = read_prompts(self.config.data.sample_prompts)[:8]
         with self.ema.applied(), torch.no_grad():
-            clips = self.sample_frames(prompts).float().cpu()
+            clips = self.sample_frames(self.sample_prompts).float().cpu()
         video = self.config.video
         folder = self.context.logdir / "samples" / f"step_{self.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for index, clip in enumerate(clips):
             with VideoWriter(folder / f"{index:02d}.mp4", video.fps, scale=video.scale) as writer:
                 writer.write(clip)
-        save_contact_sheet(folder / "contact_sheet.png", list(clips), prompts)
+        save_contact_sheet(folder / "contact_sheet.png", list(clips), self.sample_prompts)
         self.context.tracker.video("sample", folder / "00.mp4", self.step)
 
     def sample_rollout(self, denoiser: Denoiser, prompt_embeds: Tensor, codec: VideoCodec) -> Tensor:
@@ -151,8 +161,8 @@ class Trainer(ABC):
 
     def averaged(self, name: str) -> dict[str, Tensor]:
         """State dict of a trained module with averaged parameters."""
-        average = self.ema.state_dict()
-        return {key: average.get(f"{name}.{key}", value) for key, value in self.trained[name].state_dict().items()}
+        with self.ema.applied():
+            return self.trained[name].state_dict()
 
     def export_transformer(self, folder: Path, name: str = "generator") -> None:
         """Write the averaged transformer called ``name``."""

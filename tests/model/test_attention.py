@@ -78,7 +78,8 @@ def test_masked_attention_equals_one_product_with_a_boolean_mask(layout, make):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "better"), [((7, 3, False), "use 6 or 9"), ((9, 3, True), "use 7 or 10"), ((2, 3, False), "use 3 or 3")]
+    ("arguments", "better"),
+    [((7, 3, False), "use 6 or 9"), ((9, 3, True), "use 7 or 10"), ((2, 3, False), "use 3 or 3")],
 )
 def test_frames_that_do_not_divide_are_refused_with_the_nearest_that_do(arguments, better):
     with pytest.raises(ValueError, match=rf"num_frames={arguments[0]} is not .*frames_per_chunk=3; {better}"):

@@ -106,7 +106,12 @@ def test_without_a_window_a_known_length_is_allocated_once_and_read_in_place():
 @torch.no_grad()
 def test_one_cache_serves_any_batch_resolution_and_dtype_in_turn():
     cache = KVCache(1)
-    for batch, tokens, dtype in [(1, 2, torch.float32), (3, 2, torch.float32), (3, 5, torch.float32), (3, 5, torch.bfloat16)]:
+    for batch, tokens, dtype in [
+        (1, 2, torch.float32),
+        (3, 2, torch.float32),
+        (3, 5, torch.float32),
+        (3, 5, torch.bfloat16),
+    ]:
         for start in (0, 3):
             k = torch.full((batch, 3, tokens, HEADS, DIM), float(start), dtype=dtype)
             keys, _ = cache.extend(0, k, k, start)

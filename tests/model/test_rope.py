@@ -27,7 +27,7 @@ def test_rotation_is_a_product_with_a_unit_complex_number(head_dim):
     for f, frame in enumerate(frames):
         for row in range(height):
             for column in range(width):
-                positions = zip((frame, row, column), frequencies)
+                positions = zip((frame, row, column), frequencies, strict=True)
                 angles = torch.cat([position * frequency for position, frequency in positions])
                 expected[:, f, row * width + column] *= torch.polar(torch.ones_like(angles), angles)
     rotated = apply_rotary(x, rotary_table(frames, height, width, head_dim, CPU))

@@ -115,7 +115,7 @@ def test_training_from_nothing_starts_at_zero_and_can_leave_it():
     assert transformer.head.head.weight.grad.any()
     again = WanTransformer(TINY)
     again.reset_parameters(torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(transformer.parameters(), again.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(transformer.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 96, 128])
@@ -139,7 +139,7 @@ def test_any_head_dim_runs(head_dim):
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, line):
-    arguments = dict(zip(("latents", "timesteps", "prompt_embeds"), inputs())) | change
+    arguments = dict(zip(("latents", "timesteps", "prompt_embeds"), inputs(), strict=True)) | change
     with pytest.raises(ValueError, match=line):
         tiny_denoiser().transformer(**arguments)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from model.transformer_files import infer_transformer_sizes
 from model.weights import (
     WAN_T5_TO_TRANSFORMERS,
     diffusers_to_wan,
-    infer_transformer_sizes,
     load_into,
     load_state_dict,
     read_config,

@@ -1,0 +1,361 @@
+"""The cached rollout is the masked one, only faster; its gradients are those of the last pass of each chunk."""
+
+from itertools import count
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import BlockMask, chunk_ranges
+from model.flow_matching import add_noise
+from model.kv_cache import KVCache
+from model.rope import rotary_table
+from pipeline.rollout import RolloutConfig, randn, rollout
+from tests.parity import gradients, random, relative_error, tiny_denoiser
+
+STEPS = [1000.0, 500.0]
+EMBEDS = random(1, 5, 8, seed=1)
+
+
+def clip(frames: int, batch: int = 1, seed: int = 0) -> Tensor:
+    return random(batch, frames, 4, 4, 6, seed=seed)
+
+
+def seeded(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def config(**options) -> RolloutConfig:
+    return RolloutConfig(denoising_steps=STEPS, **options)
+
+
+def latents_of(blocks) -> Tensor:
+    return torch.cat([block.latents for block in blocks], dim=1)
+
+
+def naive_mask(chunks: list[tuple[int, int]], window: int | None = None, sink: int = 0) -> BlockMask:
+    """Every visible frame by itself: before the end of the chunk, and in the window or the sink."""
+    rows = []
+    for start, end in chunks:
+        oldest = 0 if window is None or end <= window else end - (window - sink)
+        keys = [(frame, frame + 1) for frame in range(end) if frame >= oldest or frame < sink]
+        rows.append(((start, end), tuple(keys)))
+    return BlockMask(tuple(rows), tuple(range(chunks[-1][1])))
+
+
+def masked_pass(denoiser, finished: list[Tensor], live: Tensor, timestep: float, mask: BlockMask) -> Tensor:
+    """x0 of the live chunk, from one pass over the clean finished frames and the chunk at its timestep."""
+    sequence = torch.cat([*finished, live], dim=1)
+    timesteps = torch.zeros(sequence.shape[:2])
+    timesteps[:, -live.shape[1] :] = timestep
+    return denoiser(sequence, timesteps, EMBEDS, block_mask=mask).x0[:, -live.shape[1] :]
+
+
+def masked_rollout(denoiser, noise: Tensor, rules: RolloutConfig, chunks, given: Tensor | None, generator) -> Tensor:
+    """The reference: no cache, every pass over the whole sequence so far; chunks include the given frames."""
+    finished = [] if given is None else [given]
+    for index, (start, end) in enumerate(chunks):
+        if given is not None and start < given.shape[1]:
+            continue
+        mask = naive_mask(chunks[: index + 1], rules.window, rules.sink)
+        offset = 0 if given is None else given.shape[1]
+        timesteps = rules.timesteps(denoiser)
+        x0 = masked_pass(denoiser, finished, noise[:, start - offset : end - offset], timesteps[0], mask)
+        for timestep in timesteps[1:]:
+            latents = add_noise(x0, randn(x0.shape, generator, x0), torch.full(x0.shape[:2], timestep))
+            x0 = masked_pass(denoiser, finished, latents, timestep, mask)
+        finished.append(x0)
+    return torch.cat(finished if given is None else finished[1:], dim=1)
+
+
+LAYOUTS = {
+    "everything visible": (9, 0, [(0, 3), (3, 6), (6, 9)], {}),
+    "window": (12, 0, [(0, 3), (3, 6), (6, 9), (9, 12)], {"window": 6}),
+    "window no multiple of the chunk": (12, 0, [(0, 3), (3, 6), (6, 9), (9, 12)], {"window": 7}),
+    "window and sink": (15, 0, [(0, 3), (3, 6), (6, 9), (9, 12), (12, 15)], {"window": 8, "sink": 2}),
+    "window of one chunk": (9, 0, [(0, 3), (3, 6), (6, 9)], {"window": 3}),
+    "frame by frame": (7, 0, [(f, f + 1) for f in range(7)], {"frames_per_chunk": 1, "window": 4, "sink": 1}),
+    "first frame alone": (10, 0, [(0, 1), (1, 4), (4, 7), (7, 10)], {"independent_first_frame": True, "window": 6}),
+    "one image given": (6, 1, [(0, 1), (1, 4), (4, 7)], {"independent_first_frame": True, "window": 5, "sink": 1}),
+    "five frames given": (6, 5, [(0, 2), (2, 5), (5, 8), (8, 11)], {"window": 7}),
+    "odd video after an image": (3, 6, [(0, 3), (3, 6), (6, 9)], {"independent_first_frame": True}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("append_only", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cached_rollout_equals_masked_passes(layout, append_only):
+    frames, context, chunks, options = LAYOUTS[layout]
+    denoiser, noise, rules = tiny_denoiser(), clip(frames), config(**options)
+    given = clip(context, seed=3) if context else None
+    kv = KVCache(2, append_only=append_only)
+    blocks = list(rollout(denoiser, noise, EMBEDS, kv, rules, context_latents=given, generator=seeded()))
+    assert [block.start_frame for block in blocks] == [start for start, _ in chunks if start >= context]
+    expected = masked_rollout(denoiser, noise, rules, chunks, given, seeded())
+    assert relative_error(latents_of(blocks), expected) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 7, "sink": 1}])
+def test_committed_chunks_equal_one_masked_pass_over_the_finished_clip(options):
+    denoiser, finished, kv = tiny_denoiser(), clip(12), KVCache(2, **options)
+    clean = torch.zeros(1, 3)
+    chunks = chunk_ranges(12, 3)
+    cached = [denoiser(finished[:, a:b], clean, EMBEDS, cache=kv, start_frame=a).flow for a, b in chunks]
+    whole = denoiser(finished, torch.zeros(1, 12), EMBEDS, block_mask=naive_mask(chunks, **options)).flow
+    assert relative_error(torch.cat(cached, dim=1), whole) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_cache_serves_rollouts_of_any_batch_size_resolution_window_and_prompt_in_turn():
+    denoiser, kv = tiny_denoiser(), KVCache(2)
+    for index, (batch, height, options) in enumerate(
+        [(1, 4, {}), (2, 4, {"window": 6}), (2, 8, {"window": 4}), (1, 4, {})]
+    ):
+        noise, embeds = random(batch, 9, 4, height, 6, seed=index), random(batch, 5, 8, seed=index)
+        used, fresh = (
+            latents_of(rollout(denoiser, noise, embeds, cache, config(**options), generator=seeded()))
+            for cache in (kv, KVCache(2))
+        )
+        assert torch.equal(used, fresh)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"context_noise": 100.0, "window": 6}])
+def test_a_sample_does_not_depend_on_its_batch(options):
+    denoiser, noise = tiny_denoiser(), clip(9, batch=3)
+    embeds = random(3, 5, 8, seed=1)
+
+    def run(samples):
+        generators = [seeded(sample) for sample in samples]
+        return latents_of(
+            rollout(denoiser, noise[samples], embeds[samples], KVCache(2), config(**options), generator=generators)
+        )
+
+    together = run([0, 1, 2])
+    for sample in range(3):
+        assert relative_error(together[sample : sample + 1], run([sample])) <= 1e-5
+    assert relative_error(run([2, 0]), together[[2, 0]]) <= 1e-5
+
+
+def test_one_generator_and_a_list_of_it_draw_the_same():
+    like = clip(2)
+    assert torch.equal(randn(like.shape, seeded(), like), randn(like.shape, [seeded()], like))
+    with pytest.raises(ValueError, match="1 generators for a batch of 2"):
+        randn((2, 3), [seeded()], like)
+
+
+@pytest.mark.parametrize("exit_steps", [None, [0, 1, 0]])
+def test_each_chunk_takes_its_steps_and_one_context_pass_but_the_last_takes_none(exit_steps):
+    denoiser, passes = tiny_denoiser(), []
+    denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append((kwargs["start_frame"], args[1][0, 0].item())), with_kwargs=True
+    )
+    list(rollout(denoiser, clip(9), EMBEDS, KVCache(2, append_only=True), config(), exit_steps=exit_steps))
+    first, second = config().timesteps(denoiser)
+    steps = [[first, second][: step + 1] for step in exit_steps or [1, 1, 1]]
+    expected = [(3 * index, timestep) for index, chunk in enumerate(steps) for timestep in (*chunk, 0.0)]
+    assert passes == expected[:-1]
+
+
+@torch.no_grad()
+def test_a_chunk_is_yielded_before_anything_of_the_next_is_computed():
+    denoiser, passes = tiny_denoiser(), []
+    denoiser.register_forward_hook(lambda *_: passes.append(1))
+    blocks = rollout(denoiser, clip(9), EMBEDS, KVCache(2), config())
+    assert len(passes) == 0
+    next(blocks)
+    assert len(passes) == 2
+    next(blocks)
+    assert len(passes) == 2 + 1 + 2
+
+
+def test_the_callers_grad_mode_is_its_own():
+    for _ in rollout(tiny_denoiser(), clip(6), EMBEDS, KVCache(2), config()):
+        assert torch.is_grad_enabled()
+
+
+@torch.no_grad()
+def test_200_chunks_of_endless_noise_take_the_memory_of_one_window():
+    denoiser, kv = tiny_denoiser(), KVCache(2)
+    noise = (clip(3, seed=index) for index in count())
+    rules = RolloutConfig(denoising_steps=[1000.0], window=7, sink=1)
+    where, tables = set(), rotary_table.cache_info().maxsize
+    for index, block in enumerate(rollout(denoiser, noise, EMBEDS, kv, rules)):
+        assert block.start_frame == 3 * index and block.latents.isfinite().all()
+        if index >= 3:
+            live = torch.zeros(1, 3, 6, 2, 16)
+            keys, _ = kv.extend(1, live, live, block.start_frame)
+            where.add((keys.data_ptr(), keys.untyped_storage().nbytes()))
+        if index == 200:
+            break
+    assert where == {(keys.data_ptr(), 7 * 6 * 32 * 4)}
+    assert rotary_table.cache_info().currsize <= tables
+
+
+@torch.no_grad()
+def test_endless_noise_gives_what_the_same_noise_in_one_piece_gives():
+    denoiser, noise, rules = tiny_denoiser(), clip(12), config(window=6)
+    whole = latents_of(rollout(denoiser, noise, EMBEDS, KVCache(2), rules, generator=seeded()))
+    pieces = latents_of(rollout(denoiser, iter(noise.split(3, 1)), EMBEDS, KVCache(2), rules, generator=seeded()))
+    assert torch.equal(whole, pieces)
+
+
+@torch.no_grad()
+def test_a_stream_looks_the_same_a_million_frames_later():
+    """Once the window holds the same frames, the start frame makes no difference: no table runs out."""
+    denoiser, frames = tiny_denoiser(), clip(12)
+
+    def last_of_seven_chunks(start):
+        kv = KVCache(2, window=6)
+        for index in range(7):
+            chunk = frames.split(3, dim=1)[index % 4]
+            flow = denoiser(chunk, torch.zeros(1, 3), EMBEDS, cache=kv, start_frame=start + 3 * index).flow
+        return flow
+
+    assert relative_error(last_of_seven_chunks(10**6), last_of_seven_chunks(0)) <= 1e-5
+
+
+def trained(
+    denoiser, noise: Tensor, rules: RolloutConfig, *, exit_step: int = 0, grad_start_frame: int | None = 0, **rest
+):
+    """A training rollout's latents."""
+    chunks = rules.chunks(noise.shape[1])
+    kv, exits = KVCache(2, append_only=True), [exit_step] * len(chunks)
+    blocks = rollout(
+        denoiser,
+        noise,
+        EMBEDS,
+        kv,
+        rules,
+        exit_steps=exits,
+        grad_start_frame=grad_start_frame,
+        generator=seeded(),
+        **rest,
+    )
+    return latents_of(blocks)
+
+
+RULES = {"all": {}, "window": {"window": 6}, "window and sink": {"window": 7, "sink": 1}}
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("exit_step", [0, 1])
+def test_checkpointing_changes_no_gradient_of_a_rollout(rules, exit_step):
+    denoiser, target, taken = tiny_denoiser(), clip(12, seed=5), []
+    for checkpointing in (False, True):
+        denoiser.transformer.gradient_checkpointing = checkpointing
+        (trained(denoiser, clip(12), config(**RULES[rules]), exit_step=exit_step) * target).sum().backward()
+        taken.append(gradients(denoiser))
+    assert taken[0].keys() == dict(denoiser.named_parameters()).keys()
+    for name, gradient in taken[0].items():
+        assert relative_error(taken[1][name], gradient) <= 1e-6, name
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_rollout_gradients_are_those_of_masked_passes_with_detached_context(rules, monkeypatch):
+    """One masked pass a chunk; in every layer the keys and values of the frames before it are detached."""
+    from model import layers
+
+    denoiser, noise, weights = tiny_denoiser(), clip(12), clip(12, seed=5)
+    options = RULES[rules]
+    cached = trained(denoiser, noise, config(**options))
+    (cached * weights).sum().backward()
+    expected = gradients(denoiser)
+
+    attention = layers.attention
+
+    def detached(q, k, v, *, mask=None, backend):
+        if mask is not None:
+            context = mask.rows[-1][0][0] * 6
+            k, v = (torch.cat([x[:, :context].detach(), x[:, context:]], dim=1) for x in (k, v))
+        return attention(q, k, v, mask=mask, backend=backend)
+
+    monkeypatch.setattr(layers, "attention", detached)
+    chunks = chunk_ranges(12, 3)
+    for index, (start, end) in enumerate(chunks):
+        mask = naive_mask(chunks[: index + 1], **options)
+        x0 = masked_pass(denoiser, [cached[:, :start].detach()], noise[:, start:end], 1000.0, mask)
+        assert relative_error(x0, cached[:, start:end]) <= 1e-5
+        (x0 * weights[:, start:end]).sum().backward()
+    for name, gradient in gradients(denoiser).items():
+        assert relative_error(gradient, expected[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_reaches_other_chunks(checkpointing):
+    denoiser, noise = tiny_denoiser(), clip(9).requires_grad_()
+    denoiser.transformer.gradient_checkpointing = checkpointing
+    latents = trained(denoiser, noise, config())
+    for chunk in range(3):
+        own = slice(3 * chunk, 3 * chunk + 3)
+        (gradient,) = torch.autograd.grad(latents[:, own].square().sum(), noise, retain_graph=True)
+        reached = gradient.abs().amax(dim=(0, 2, 3, 4)) > 0
+        assert reached.nonzero().flatten().tolist() == [3 * chunk, 3 * chunk + 1, 3 * chunk + 2]
+
+
+def test_no_gradient_reaches_the_steps_before_the_exit():
+    noise = clip(6).requires_grad_()
+    latents = trained(tiny_denoiser(), noise, config(), exit_step=1)
+    assert latents.requires_grad
+    assert torch.autograd.grad(latents.sum(), noise, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize(("start", "learning"), [(None, 0), (0, 3), (3, 2), (4, 1), (9, 0)])
+def test_gradient_begins_with_the_first_chunk_at_grad_start_frame(start, learning):
+    kv = KVCache(2, append_only=True)
+    blocks = list(rollout(tiny_denoiser(), clip(9), EMBEDS, kv, config(), grad_start_frame=start, exit_steps=[0, 0, 0]))
+    assert [block.latents.requires_grad for block in blocks] == [False] * (3 - learning) + [True] * learning
+
+
+@torch.no_grad()
+def test_gradients_do_not_change_what_is_generated():
+    denoiser, noise = tiny_denoiser(), clip(9)
+    with torch.enable_grad():
+        learning = trained(denoiser, noise, config(window=6), exit_step=1).detach()
+    plain = latents_of(rollout(denoiser, noise, EMBEDS, KVCache(2), config(window=6), generator=seeded()))
+    assert relative_error(learning, plain) <= 1e-5
+
+
+@torch.no_grad()
+def test_context_noise_is_committed_at_its_timestep():
+    denoiser, told = tiny_denoiser(), []
+    denoiser.register_forward_pre_hook(lambda _, args: told.append((args[1][0, 0].item(), args[0].clone())))
+    blocks = list(rollout(denoiser, clip(6), EMBEDS, KVCache(2), config(context_noise=250.0), generator=seeded()))
+    timestep, committed = told[2]
+    generator = seeded()
+    randn((1, 3, 4, 4, 6), generator, committed)  # the draw between the first chunk's two steps
+    noise = randn((1, 3, 4, 4, 6), generator, committed)
+    assert timestep == 250
+    assert torch.equal(committed, add_noise(blocks[0].latents, noise, torch.full((1, 3), 250.0)))
+
+
+def refused_rollout(**options):
+    list(rollout(tiny_denoiser(), clip(6), EMBEDS, KVCache(2), config(), **options))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "line"),
+    [
+        (lambda: config().chunks(8), "num_frames=8 is not a multiple of frames_per_chunk=3; use 6 or 9"),
+        (lambda: config(independent_first_frame=True).chunks(9), "num_frames=9 is not 1 \\+ a multiple"),
+        (lambda: config(window=2), "window=2 less sink=0 does not hold frames_per_chunk=3"),
+        (lambda: config(window=6, sink=4), "window=6 less sink=4 does not hold frames_per_chunk=3"),
+        (lambda: config(sink=-1), "sink=-1"),
+        (lambda: config(frames_per_chunk=0), "frames_per_chunk=0"),
+        (lambda: config(context_noise=1001.0), "context_noise=1001.0"),
+        (lambda: RolloutConfig(denoising_steps=[500.0, 750.0]), r"denoising_steps=\[500.0, 750.0\] must descend"),
+        (lambda: RolloutConfig(denoising_steps=[]), r"denoising_steps=\[\]"),
+        (lambda: refused_rollout(exit_steps=[0]), "1 exit_steps for 2 chunks"),
+    ],
+)
+def test_mistakes_are_refused_with_the_values(mistake, line):
+    with pytest.raises(ValueError, match=line):
+        mistake()
+
+
+def test_a_rolling_cache_is_refused_under_grad():
+    blocks = rollout(tiny_denoiser(), clip(6), EMBEDS, KVCache(2), config(window=3), grad_start_frame=0)
+    with pytest.raises(ValueError, match="append_only=True"):
+        next(blocks)

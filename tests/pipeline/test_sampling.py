@@ -1,0 +1,156 @@
+"""Solvers follow the flow to the data; guidance and the cache do not change what a step means."""
+
+import pytest
+import torch
+
+from model.flow_matching import FlowMatching
+from pipeline.rollout import RolloutConfig
+from pipeline.sampling import SamplingConfig, Solver, integrate, sample, sample_causal, trajectory
+from tests.parity import random, relative_error, tiny_denoiser
+
+PROMPT, NEGATIVE = random(2, 5, 8, seed=1), random(2, 5, 8, seed=2)
+CHUNKS = RolloutConfig(frames_per_chunk=3)
+
+
+def clip(frames=6):
+    return random(2, frames, 4, 4, 6)
+
+
+def solve(flow, noise, solver, steps, shift=5.0):
+    config = SamplingConfig(steps=steps, solver=solver)
+    return list(integrate(flow, noise, config.timesteps(FlowMatching(shift)), solver))
+
+
+def gaussian_flow(spread):
+    """The exact flow from noise to data of standard deviation ``spread``, whose paths end at ``spread * noise``."""
+
+    def flow(latents, timestep):
+        sigma = timestep / 1000
+        variance = ((1 - sigma) * spread) ** 2 + sigma**2
+        return latents * (sigma - (1 - sigma) * spread**2) / variance
+
+    return flow
+
+
+def passes(denoiser):
+    """Batch sizes of the passes still to come."""
+    sizes = []
+    denoiser.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
+    return sizes
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_euler_reaches_the_data_of_a_straight_flow_exactly(steps):
+    noise, data = random(8, 8), random(8, 8, seed=1)
+    states = solve(lambda latents, timestep: noise - data, noise, Solver.euler, steps)
+    assert len(states) == steps
+    assert relative_error(states[-1], data) <= 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_unipc_reaches_the_data_of_a_single_point_exactly(steps):
+    """Wherever it goes, the flow points at the data; the solver and the network disagree on t by less than 1."""
+    noise, data = random(8, 8), random(8, 8, seed=1)
+    (*_, last) = solve(lambda latents, timestep: (latents - data) * 1000 / timestep, noise, Solver.unipc, steps)
+    assert relative_error(last, data) <= 5e-3
+
+
+def test_euler_converges_at_first_order_and_unipc_is_ahead_of_it():
+    """UniPC stops converging at 3e-3, where whole timesteps no longer tell the levels apart."""
+    noise = random(4, 64)
+
+    def error(solver, steps):
+        return relative_error(solve(gaussian_flow(0.5), noise, solver, steps, shift=1.0)[-1], 0.5 * noise)
+
+    assert error(Solver.euler, 40) == pytest.approx(error(Solver.euler, 20) / 2, rel=0.1)
+    assert error(Solver.euler, 1000) < 2e-3
+    assert error(Solver.unipc, 10) < error(Solver.euler, 10) / 10
+    assert error(Solver.unipc, 50) < error(Solver.euler, 50) / 4
+    assert error(Solver.unipc, 200) < 3e-3
+
+
+def test_unipc_takes_more_steps_than_there_are_whole_timesteps():
+    (*_, last) = solve(gaussian_flow(0.5), random(1, 8), Solver.unipc, 1500, shift=1.0)
+    assert relative_error(last, 0.5 * random(1, 8)) < 5e-3
+
+
+def test_unipc_starts_below_pure_noise_and_euler_at_it():
+    schedule = FlowMatching(5.0)
+    assert torch.equal(SamplingConfig(steps=4, solver=Solver.euler).timesteps(schedule), schedule.grid(4))
+    timesteps = SamplingConfig(steps=4, solver=Solver.unipc).timesteps(schedule)
+    assert timesteps.int().tolist() == [999, 937, 833, 624]
+
+
+@pytest.mark.parametrize("solver", Solver)
+def test_a_trajectory_holds_the_noise_and_every_step_and_ends_in_the_sample(solver):
+    denoiser, config = tiny_denoiser(), SamplingConfig(steps=5, solver=solver, guidance_scale=2.0)
+    states = trajectory(denoiser, clip(), PROMPT, NEGATIVE, config)
+    assert len(states) == 6
+    assert torch.equal(states[0], clip())
+    assert torch.equal(states[-1], sample(denoiser, clip(), PROMPT, NEGATIVE, config))
+    assert not any(state.requires_grad for state in states)
+
+
+def test_guidance_extrapolates_from_the_negative_prompt_and_1_is_none():
+    """With a single Euler step from pure noise the result is x0 itself, so it is linear in the scale."""
+    denoiser = tiny_denoiser()
+
+    def sampled(scale, prompt=PROMPT, negative=NEGATIVE):
+        config = SamplingConfig(steps=1, solver=Solver.euler, guidance_scale=scale)
+        return sample(denoiser, clip(), prompt, negative, config)
+
+    conditional, unconditional = sampled(1), sampled(1, NEGATIVE)
+    assert relative_error(sampled(4.0), unconditional + 4 * (conditional - unconditional)) <= 1e-5
+    assert relative_error(sampled(0.0), unconditional) <= 1e-5
+    assert relative_error(sampled(4.0, PROMPT, PROMPT), conditional) <= 1e-5
+
+
+@pytest.mark.parametrize(("scale", "batch"), [(1.0, 2), (3.0, 4)])
+def test_guidance_1_skips_the_unconditional_half(scale, batch):
+    denoiser, config = tiny_denoiser(), SamplingConfig(steps=3, solver=Solver.euler, guidance_scale=scale)
+    sizes = passes(denoiser)
+    sample(denoiser, clip(), PROMPT, NEGATIVE, config)
+    assert sizes == [batch] * 3
+    blocks = list(sample_causal(denoiser, clip(), PROMPT, NEGATIVE, CHUNKS, config))
+    assert sizes[3:] == [batch] * (3 + 1 + 3)
+    assert [(block.start_frame, block.latents.shape) for block in blocks] == [
+        (0, (2, 3, 4, 4, 6)),
+        (3, (2, 3, 4, 4, 6)),
+    ]
+
+
+@pytest.mark.parametrize("solver", Solver)
+def test_the_first_causal_chunk_is_a_bidirectional_sample(solver):
+    denoiser, config = tiny_denoiser(), SamplingConfig(steps=3, solver=solver, guidance_scale=3.0)
+    first = next(iter(sample_causal(denoiser, clip(6), PROMPT, NEGATIVE, CHUNKS, config)))
+    assert relative_error(first.latents, sample(denoiser, clip(6)[:, :3], PROMPT, NEGATIVE, config)) <= 1e-5
+
+
+@pytest.mark.parametrize("solver", Solver)
+def test_causal_samples_do_not_depend_on_their_batch(solver):
+    denoiser, config = tiny_denoiser(), SamplingConfig(steps=3, solver=solver, guidance_scale=3.0)
+
+    def run(rows):
+        blocks = sample_causal(denoiser, clip()[rows], PROMPT[rows], NEGATIVE[rows], CHUNKS, config)
+        return torch.cat([block.latents for block in blocks], dim=1)
+
+    together = run(slice(None))
+    for row in range(2):
+        assert relative_error(together[row : row + 1], run(slice(row, row + 1))) <= 1e-5
+
+
+def test_given_frames_are_context_of_both_halves():
+    denoiser, config = tiny_denoiser(), SamplingConfig(steps=2, solver=Solver.euler, guidance_scale=3.0)
+
+    def run(given):
+        blocks = sample_causal(denoiser, clip(3), PROMPT, NEGATIVE, CHUNKS, config, context_latents=given)
+        return next(iter(blocks))
+
+    seen = run(random(2, 1, 4, 4, 6, seed=8))
+    assert seen.start_frame == 1 and seen.latents.shape == (2, 3, 4, 4, 6)
+    assert relative_error(seen.latents, run(random(2, 1, 4, 4, 6, seed=9)).latents) > 1e-3
+
+
+def test_at_least_one_step():
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        SamplingConfig(steps=0)

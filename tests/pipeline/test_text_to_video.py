@@ -1,0 +1,134 @@
+"""A video depends on its prompt, seed and settings alone, and comes chunk by chunk."""
+
+import itertools
+
+import pytest
+import torch
+
+from pipeline.text_to_video import TextToVideo, VideoSeed
+
+pytest_plugins = ["tests.shapes_parts"]
+
+SEEDS = [
+    VideoSeed(0, "a red circle"),
+    VideoSeed(0, "a large blue square moving up on a black background"),
+    VideoSeed(7, ""),
+]
+SIZE = {"height": 48, "width": 48, "num_frames": 6}
+
+
+@pytest.fixture(scope="module")
+def pipeline(release) -> TextToVideo:
+    return TextToVideo.from_config(release.config(), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture
+def calls(pipeline, monkeypatch) -> list[int]:
+    """Start frames of the denoiser's passes, in order."""
+    starts = []
+    forward = pipeline.denoiser.forward
+
+    def count(*args, start_frame: int, **kwargs):
+        starts.append(start_frame)
+        return forward(*args, start_frame=start_frame, **kwargs)
+
+    monkeypatch.setattr(pipeline.denoiser, "forward", count)
+    return starts
+
+
+def test_a_video_is_the_same_alone_and_in_any_batch(pipeline):
+    together = pipeline.generate(SEEDS, **SIZE)
+    assert together.shape == (3, 21, 3, 48, 48) and together.dtype == torch.float32
+    assert together.min() >= -1 and together.max() <= 1
+    reordered = pipeline.generate(SEEDS[::-1], **SIZE).flip(0)
+    assert (reordered - together).abs().max() <= 1e-4
+    for index, seed in enumerate(SEEDS):
+        assert (pipeline.generate([seed], **SIZE)[0] - together[index]).abs().max() <= 1e-4
+
+
+def test_prompt_seed_and_sample_each_change_a_video(pipeline):
+    seeds = [
+        VideoSeed(0, "a cat"),
+        VideoSeed(0, "a red circle"),
+        VideoSeed(1, "a cat"),
+        VideoSeed(0, "a cat", sample=1),
+    ]
+    clips = pipeline.generate(seeds, **SIZE)
+    for first, second in itertools.combinations(clips, 2):
+        assert (first - second).abs().mean() > 0.01
+
+
+def test_a_prompt_shows_beyond_the_noise_it_seeds(pipeline):
+    """The same noise under two prompts gives two videos: the text reaches the transformer."""
+    same_noise = [SEEDS[0].generator("noise"), SEEDS[0].generator("noise")]
+    noise = torch.cat([torch.randn(1, 3, 16, 12, 12, generator=one) for one in same_noise])
+    embeds = pipeline.text_encoder.encode(["a red circle", "a blue square"])
+    with torch.no_grad():
+        first, second = pipeline.denoiser(noise, torch.full((2, 3), 900.0), embeds).x0
+    assert (first - second).abs().mean() > 1e-3
+
+
+def test_a_longer_video_begins_with_the_shorter_one(pipeline):
+    short = pipeline.generate(SEEDS[:1], **SIZE)
+    long = pipeline.generate(SEEDS[:1], **SIZE | {"num_frames": 12})
+    assert long.shape[1] == 45
+    assert (long[:, :21] - short).abs().max() <= 1e-4
+
+
+def test_generate_joins_the_stream(pipeline):
+    chunks = list(pipeline.stream(SEEDS[:1], **SIZE))
+    assert [chunk.shape[1] for chunk in chunks] == [9, 12]
+    assert torch.equal(torch.cat(chunks, dim=1), pipeline.generate(SEEDS[:1], **SIZE))
+
+
+def test_the_first_chunk_comes_before_the_rest_is_computed(pipeline, calls):
+    stream = pipeline.stream(SEEDS[:1], **SIZE)
+    assert calls == []
+    next(stream)
+    assert calls == [0] * 4
+    assert len(list(stream)) == 1
+    assert calls == [0] * 4 + [0] + [3] * 4
+
+
+def test_an_endless_stream_goes_on_past_its_window_and_begins_like_a_finite_one(pipeline):
+    chunks = list(itertools.islice(pipeline.stream(SEEDS[:1], **SIZE | {"num_frames": None}), 6))
+    assert [chunk.shape[1] for chunk in chunks] == [9, 12, 12, 12, 12, 12]
+    assert torch.cat(chunks, dim=1).isfinite().all()
+    finite = pipeline.generate(SEEDS[:1], **SIZE)
+    assert (torch.cat(chunks[:2], dim=1) - finite).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_callers_grad_mode_is_left_alone(pipeline, enabled):
+    with torch.set_grad_enabled(enabled):
+        for chunk in pipeline.stream(SEEDS[:1], **SIZE, context_frames=None):
+            assert torch.is_grad_enabled() is enabled
+            assert not chunk.requires_grad
+        assert torch.is_grad_enabled() is enabled
+
+
+def test_given_frames_come_first_and_change_what_follows(pipeline):
+    context = torch.zeros(1, 1, 3, 48, 48)
+    context[:, :, 0] = 1
+    options = SIZE | {"num_frames": 4}
+    red, black = (pipeline.generate(SEEDS[:1], **options, context_frames=frames) for frames in (context, context * 0))
+    with torch.no_grad():
+        decoded = pipeline.codec.decode(pipeline.codec.encode(context))
+    assert red.shape[1] == 13
+    assert (red[:, :1] - decoded).abs().max() <= 1e-5
+    assert (red[:, 1:] - black[:, 1:]).abs().mean() > 0.01
+
+
+def test_sizes_and_lengths_that_do_not_divide_are_refused(pipeline):
+    with pytest.raises(ValueError, match="20x48 pixels do not divide into tokens of 8x8"):
+        pipeline.generate(SEEDS[:1], **SIZE | {"height": 20})
+    with pytest.raises(ValueError, match="num_frames=7 is not a multiple of frames_per_chunk=3"):
+        pipeline.generate(SEEDS[:1], **SIZE | {"num_frames": 7})
+
+
+def test_a_clip_of_another_size_follows_without_a_trace_of_the_last(pipeline):
+    wide = SIZE | {"width": 64, "num_frames": 3}
+    first = pipeline.generate(SEEDS[:1], **wide)
+    pipeline.generate(SEEDS, **SIZE)
+    assert first.shape == (1, 9, 3, 48, 64)
+    assert torch.equal(pipeline.generate(SEEDS[:1], **wide), first)

@@ -1,0 +1,48 @@
+"""CausVid (arXiv 2412.07772, Section 4.2): the generator denoises real videos, each chunk noised on its own.
+
+One block-causal pass stands where self-forcing has a rollout; its x0 goes to the same losses (``dmd_loss``,
+``critic_loss`` and their like). The generator sees noised real context, never its own output.
+
+Shapes: B batch, F latent frames, C channels, H W latent height and width, L E text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.attention import BlockMask
+from model.denoiser import Denoiser
+from model.flow_matching import add_noise
+
+
+def sample_step_timesteps(
+    batch: int, chunks: Sequence[tuple[int, int]], steps: Sequence[float], generator: torch.Generator
+) -> Tensor:
+    """For every chunk of every clip one of the few-step denoiser's timesteps, repeated over its frames: [B F]."""
+    drawn = torch.randint(len(steps), (batch, len(chunks)), generator=generator)
+    sizes = torch.tensor([end - start for start, end in chunks])
+    return torch.tensor(list(steps))[drawn].repeat_interleave(sizes, dim=1)
+
+
+def denoise_chunks(
+    denoiser: Denoiser,
+    clean: Tensor,
+    prompt_embeds: Tensor,
+    *,
+    timesteps: Tensor,
+    noise: Tensor,
+    block_mask: BlockMask,
+) -> Tensor:
+    """x0 [B F C H W] predicted in one step from real latents noised chunk by chunk.
+
+    Args:
+        clean: real latents [B F C H W].
+        prompt_embeds: [B L E].
+        timesteps: [B F], of :func:`sample_step_timesteps`.
+        noise: [B F C H W].
+        block_mask: block-causal over F frames.
+    """
+    return denoiser(add_noise(clean, noise, timesteps), timesteps, prompt_embeds, block_mask=block_mask).x0
