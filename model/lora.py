@@ -1,4 +1,4 @@
-"""LoRA: low-rank weight differences, read in the key styles of peft, diffusers and Kohya, merged, unmerged, saved for peft.
+"""LoRA: low-rank weight differences, read as peft, diffusers and Kohya write them, merged, unmerged, saved for peft.
 
 Letters: r rank, I inputs and O outputs of a layer.
 """

@@ -15,6 +15,7 @@ from model.weight_writers import SHARD_BYTES, convert, save_folder, save_safeten
 from model.weights import (
     COMFYUI_PREFIX,
     StateDict,
+    check_fit,
     count_layers,
     find_part,
     load_into,
@@ -62,14 +63,20 @@ def read_transformer(
         UserError: weights that are missing, damaged, not finite, or not those of a text-to-video Wan transformer, or
             that a config.json beside them contradicts.
     """
+    model, state = open_transformer(path, preset=preset, use_ema=use_ema)
+    load_into(model, state, source=str(path), dtype=dtype, device=device)
+    return model
+
+
+def open_transformer(path: str | Path, *, preset: str, use_ema: bool | None = None) -> tuple[WanTransformer, StateDict]:
+    """A transformer without values (on the meta device) and the memory-mapped weights that fit it; see above."""
     state = load_state_dict(path, use_ema=use_ema)
-    config = transformer_config(path, state, preset=preset)
+    with torch.device("meta"):
+        model = WanTransformer(transformer_config(path, state, preset=preset))
     fit = fitting_preset(state)
     hint = f"; the weights are those of the preset {fit}" if fit else f"; the weights have {_describe(state)}"
-    with torch.device("meta"):
-        model = WanTransformer(config)
-    load_into(model, state, source=str(path), dtype=dtype, device=device, hint=hint)
-    return model
+    check_fit(model, state, source=str(path), hint=hint)
+    return model, state
 
 
 def transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset: str) -> WanConfig:

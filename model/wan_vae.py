@@ -35,7 +35,7 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "WanVAE":
-        """Load the original Wan2.1_VAE.pth (or .safetensors), a diffusers folder, or a release's; nothing is downloaded.
+        """Load the original Wan2.1_VAE.pth (or .safetensors), a diffusers folder, or a release's; nothing is fetched.
 
         Raises:
             UserError: the weights are missing, unreadable, or not those of a Wan2.1 autoencoder.

@@ -19,6 +19,8 @@ from utils.errors import UserError
 
 __all__ = [
     "StateDict",
+    "check_finite",
+    "check_fit",
     "count_layers",
     "diffusers_to_wan",
     "find_part",
@@ -152,7 +154,6 @@ def load_into(
     source: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    hint: str = "",
 ) -> None:
     """Give `module` (on the meta device or not) the tensors of `state`: strictly, and without a second copy.
 
@@ -161,12 +162,22 @@ def load_into(
         source: what the tensors came from, for the error message.
         dtype: converts floating-point tensors one by one; None keeps the dtype they are stored in.
         device: where to put them; None leaves them where they are.
-        hint: ends the message about tensors that do not fit.
 
     Raises:
         UserError: names the first three tensors that are missing, unexpected or of another shape, with both shapes;
             or the first that holds NaN or infinity, in `dtype`.
     """
+    check_fit(module, state, source=source)
+    converted: StateDict = {}
+    for key in list(state):
+        tensor = state.pop(key)
+        converted[key] = tensor.to(device or tensor.device, dtype if tensor.is_floating_point() else None)
+        check_finite(converted[key], f"{source}: the tensor {key!r}")
+    module.load_state_dict(converted, strict=True, assign=True)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hint: str = "") -> None:
+    """Raise UserError, naming three tensors with both shapes, where names and shapes are not those of `module`."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     given = {key: tuple(tensor.shape) for key, tensor in state.items()}
     wrong = [
@@ -177,22 +188,16 @@ def load_into(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source}: does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}{hint}")
-    converted: StateDict = {}
-    for key in list(state):
-        tensor = state.pop(key)
-        converted[key] = tensor.to(device or tensor.device, dtype if tensor.is_floating_point() else None)
-        if not _is_finite(converted[key]):
-            what = str(converted[key].dtype).removeprefix("torch.")
-            raise UserError(f"{source}: the tensor {key!r} holds NaN or infinity (as {what}); use an undamaged file")
-    module.load_state_dict(converted, strict=True, assign=True)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN or infinity, without a temporary of the tensor's size; not looked at in 8-bit types."""
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise UserError where there is NaN or infinity; takes no memory, and does not look into 8-bit types."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.dtype.itemsize == 1:
-        return True
+        return
     low, high = tensor.detach().aminmax()
-    return bool(low.isfinite() & high.isfinite())
+    if not (low.isfinite() & high.isfinite()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds NaN or infinity (as {dtype}); use an undamaged file")
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:

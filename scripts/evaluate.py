@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from utils.files import atomic_write_text, ensure_writable_folder
 
     config = load_config(Config, args.config_path, [f"generator.weights={args.checkpoint}", *args.overrides])
+    check_counts(args)
     folder = ensure_writable_folder(args.output_folder)
     device = resolve_device(config.device)
     pipeline = TextToVideo.from_config(
@@ -65,6 +66,19 @@ def run(args: argparse.Namespace) -> None:
     }
     atomic_write_text(folder / "table.json", json.dumps(report, indent=2) + "\n")
     print(format_table(args, tables))
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Refuse counts there is nothing to measure for."""
+    from utils.errors import UserError
+    from utils.shapes import held_out_scenes
+
+    available = len(held_out_scenes())
+    if not 1 <= args.prompts <= available:
+        raise UserError(f"--prompts={args.prompts} must be from 1 to {available}, the number of held-out prompts")
+    for name, least in (("batch", args.batch), ("lengths", min(args.lengths))):
+        if least < 1:
+            raise UserError(f"--{name}={least} must be at least 1")
 
 
 def measure_length(args: argparse.Namespace, config, pipeline, length: int, folder: Path) -> dict:
@@ -111,7 +125,7 @@ def generate(sampler: str, pipeline, config, seeds: list, num_frames: int):
 
 
 def format_table(args: argparse.Namespace, tables: dict[str, dict]) -> str:
-    """The table as text: one row a length, and the last quarter of each longer one."""
+    """The table as text: one row a length."""
     lines = [f"{args.prompts} held-out prompts, seed {args.seed}, {args.sampler}, {args.checkpoint}"]
     lines.append("length  frames  " + "  ".join(f"{name:>10}" for name in COLUMNS))
     for length, table in tables.items():

@@ -37,9 +37,14 @@ def run(args: argparse.Namespace) -> None:
     from trainer.data import ODEPairs, training_prompts, write_ode_pairs
     from utils.config import load_config
     from utils.distributed import derive_seed, resolve_device
+    from utils.errors import UserError
     from utils.tracking import progress
 
     config = load_config(Config, args.config_path, args.overrides)
+    for name in ("count", "batch", "solver_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    kept = kept_states(config.rollout.denoising_steps, args.solver_steps)
     config.sampling.steps, config.sampling.solver = args.solver_steps, Solver.euler
     device = resolve_device(config.device)
     teacher = load_denoiser(config.real_score, device=device)
@@ -47,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
     codec = load_codec(config.codec)
     generator = torch.Generator().manual_seed(derive_seed(config.trainer.seed, "ode pairs"))
     deck = training_prompts(config.data, generator)
-    kept = kept_states(config.rollout.denoising_steps, args.solver_steps)
     prompts, chosen = [], []
     for start in progress(range(0, args.count, args.batch), "trajectories", unit="batch"):
         batch = deck.next(min(args.batch, args.count - start))

@@ -52,6 +52,8 @@ class DiffusionConfig:
     """bidirectional (a teacher), diffusion_forcing or teacher_forcing (causal)."""
     guidance_dropout: float = 0.1
     """Share of prompts replaced by the negative prompt."""
+    timestep_shift: float | None = None
+    """Shift of the timesteps drawn in training; null is the generator's own. A smaller one trains fine detail."""
     sigma_floor: float = 0.0
     """Noise level under which the flow error's weight stops growing; for x0 predictions."""
     bell_weights: bool = False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.attention import BlockMask, block_causal_mask, teacher_forcing_mask
+from model.flow_matching import FlowMatching
 from model.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.sampling import sample
@@ -30,6 +31,7 @@ class DiffusionTrainer(Trainer):
         self.clips = training_clips(config.data, self.generator)
         self.chunks = self._chunks()
         self.mask = self._mask()
+        self.levels = FlowMatching(config.diffusion.timestep_shift or config.generator.shift)
         modules = {"generator": self.denoiser.transformer}
         if config.diffusion.train_text_encoder:
             modules["text_encoder"] = self.text_encoder
@@ -40,7 +42,7 @@ class DiffusionTrainer(Trainer):
         config = self.config
         clips = self.clips.next(config.trainer.batch_size, self.codec.num_frames(config.video.num_frames))
         x0 = self.codec.encode(clips.frames.to(self.device))
-        timesteps = sample_timesteps(x0.shape[0], self.chunks, self.denoiser.schedule, self.generator)
+        timesteps = sample_timesteps(x0.shape[0], self.chunks, self.levels, self.generator)
         loss = forcing_loss(
             self.denoiser,
             x0,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError
@@ -160,7 +160,8 @@ def _merge(
         try:
             if kind is bool and not isinstance(value, bool | str | None):  # omegaconf would take any number
                 raise TypeError
-            config.merge_with({name: _enum_member(kind, value)})
+            with read_write(config):  # frozen dataclasses come read-only
+                config.merge_with({name: _enum_member(kind, value)})
         except (OmegaConfBaseException, TypeError):
             raise UserError(f"{origin}: {key}={_show(value)} is not {_describe(hints[name], value)}") from None
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.attention import AttentionBackend
 from model.discriminator import Discriminator, DiscriminatorConfig
 from tests.parity import random, tiny_denoiser
 from trainer.objectives.gan import AdversarialLoss, discriminator_logit_loss
@@ -62,6 +63,17 @@ def test_logits_depend_on_every_pixel_of_every_frame():
     latents = random(8, 2, 4, 4, 4).requires_grad_()
     tiny_discriminator(trained=True)(latents, TIMESTEPS, EMBEDS).sum().backward()
     assert latents.grad.abs().min() > 0
+
+
+@torch.no_grad()
+def test_a_head_reads_every_token_of_every_frame():
+    head = tiny_discriminator(trained=True).heads[0]
+    features = random(1, 2, 4, 32)
+    before = head(features, backend=AttentionBackend.sdpa)
+    for frame, token in ((0, 0), (0, 3), (1, 0), (1, 3)):
+        changed = features.clone()
+        changed[:, frame, token] += random(32, seed=1)
+        assert (head(changed, backend=AttentionBackend.sdpa) - before).abs() > 1e-4
 
 
 def test_heads_stay_in_float32_over_a_half_precision_backbone():

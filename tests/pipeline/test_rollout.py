@@ -195,6 +195,15 @@ def test_200_chunks_of_endless_noise_take_the_memory_of_one_window():
 
 
 @torch.no_grad()
+def test_a_clip_of_known_length_is_allocated_once():
+    denoiser, kv, live, sizes = tiny_denoiser(), KVCache(2), torch.zeros(1, 3, 6, 2, 16), set()
+    for block in rollout(denoiser, clip(9), EMBEDS, kv, config()):
+        keys, _ = kv.extend(1, live, live, block.start_frame)
+        sizes.add(keys.untyped_storage().nbytes())
+    assert sizes == {9 * 6 * 32 * 4}
+
+
+@torch.no_grad()
 def test_endless_noise_gives_what_the_same_noise_in_one_piece_gives():
     denoiser, noise, rules = tiny_denoiser(), clip(12), config(window=6)
     whole = latents_of(rollout(denoiser, noise, EMBEDS, KVCache(2), rules, generator=seeded()))

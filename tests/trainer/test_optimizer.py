@@ -80,6 +80,15 @@ def test_muon_updates_the_weights_inside_blocks_and_adamw_the_rest():
     assert adamw == {id(parameter) for parameter in net.parameters()} - muon
 
 
+def test_muon_treats_a_kernel_as_a_matrix_of_its_outputs():
+    kernel, matrix = nn.Parameter(torch.zeros(4, 3, 2, 2)), nn.Parameter(torch.zeros(4, 12))
+    kernel.grad = random(4, 3, 2, 2)
+    matrix.grad = kernel.grad.flatten(1)
+    for parameter in (kernel, matrix):
+        Muon([parameter], lr=1.0, weight_decay=0).step()
+    assert torch.allclose(kernel.flatten(1), matrix, atol=1e-6) and matrix.abs().max() > 0
+
+
 @pytest.mark.parametrize("kind", OptimizerKind)
 def test_either_kind_learns(kind):
     net = Net()

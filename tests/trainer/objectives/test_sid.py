@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.flow_matching import add_noise
-from tests.parity import gradients, load_case, needs_recordings, random, tiny_denoiser
+from tests.parity import gradients, needs_recordings, random, tiny_denoiser
 from tests.test_parity import TOLERANCE, assert_close, assert_same_gradients, beyond_the_leak, inject, scored  # noqa: F401
 from trainer.objectives.sid import sid_loss
 

@@ -1,0 +1,217 @@
+"""train.py from the command line: every objective trains, samples, saves and leaves a model that inference.py loads."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import inference
+import train
+from model.transformer import WanTransformer
+from model.weights import load_into, load_state_dict
+from scripts import make_ode_pairs
+from tests.shapes_parts import SIZES
+from trainer.config import Config
+from utils.config import from_dict, load_config
+from utils.video import read_video
+
+pytest_plugins = ["tests.shapes_parts"]
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DIFFUSION = "objective=diffusion"
+TEXT = ("text_encoder.weights=null", "diffusion.train_text_encoder=true", "trainer.export_dtype=float16")
+RUNS = {
+    "autoencoder": ("objective=autoencoder", "optimizer.kind=muon"),
+    "bidirectional": (DIFFUSION, "optimizer.kind=muon", *TEXT),
+    "diffusion forcing": (DIFFUSION, "diffusion.forcing=diffusion_forcing", "diffusion.bell_weights=true"),
+    "teacher forcing": (DIFFUSION, "diffusion.forcing=teacher_forcing", "diffusion.sigma_floor=0.4"),
+    "ode regression": ("objective=ode_regression",),
+    "self-forcing dmd": ("dmd.replay_rollouts=2", "dmd.real_guidance_scale=1.0"),
+}
+LOADED = {"generator": "generator.weights", "codec": "codec.weights", "text_encoder": "text_encoder.weights"}
+
+
+@pytest.fixture(scope="module")
+def run_folders(release, tmp_path_factory) -> dict[str, Path]:
+    """Every run's folder, after two runs from the same start into `first` and `second`."""
+    assert make_ode_pairs.main(["--config_path", release.config_path, "--count", "4", "--solver_steps", "4"]) == 0
+    folders = {}
+    for name, overrides in RUNS.items():
+        folders[name] = tmp_path_factory.mktemp("train")
+        for run in ("first", "second"):
+            logdir = ["--logdir", str(folders[name] / run)]
+            assert train.main(["--config_path", release.config_path, *logdir, *overrides]) == 0
+    return folders
+
+
+@pytest.fixture(params=RUNS)
+def run(request, run_folders) -> tuple[str, Path]:
+    return request.param, run_folders[request.param] / "first"
+
+
+def metrics(logdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def checkpoint(logdir: Path) -> Path:
+    (path,) = logdir.glob("checkpoint_*.pt")
+    return path
+
+
+def test_a_run_writes_finite_metrics_of_every_step(run):
+    name, logdir = run
+    lines = metrics(logdir)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    expected = {"generator_loss", "critic_loss", "dmd_gradient"} if name == "self-forcing dmd" else {"loss"}
+    assert expected <= set(lines[0])
+
+
+def test_the_same_run_twice_gives_the_same_numbers_to_the_last_bit(run):
+    _, logdir = run
+    again = logdir.with_name("second")
+    assert metrics(logdir) == metrics(again)
+    first, second = (torch.load(checkpoint(folder), weights_only=True) for folder in (logdir, again))
+    for name in first.keys() - {"step", "config"}:
+        assert all(torch.equal(tensor, second[name][key]) for key, tensor in first[name].items())
+
+
+def test_a_run_writes_samples_of_its_prompts(run, release):
+    _, logdir = run
+    folder = logdir / "samples" / "step_000003"
+    assert sorted(path.name for path in folder.iterdir()) == ["00.mp4", "01.mp4", "contact_sheet.png"]
+    assert read_video(folder / "00.mp4").shape == (21, 96, 96, 3)
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        sheet.load()
+
+
+def test_a_runs_configuration_reads_back(run, release):
+    name, logdir = run
+    expected = release.config(*RUNS[name])
+    assert load_config(Config, logdir / "config.yaml") == expected
+    assert from_dict(Config, torch.load(checkpoint(logdir), weights_only=True)["config"], "checkpoint") == expected
+
+
+def test_a_checkpoint_has_the_official_layout(run):
+    name, logdir = run
+    content = torch.load(checkpoint(logdir), weights_only=True)
+    trained = {
+        "autoencoder": {"codec", "codec_ema"},
+        "bidirectional": {"generator", "generator_ema", "text_encoder", "text_encoder_ema"},
+        "self-forcing dmd": {"generator", "generator_ema", "critic"},
+    }.get(name, {"generator", "generator_ema"})
+    assert content.keys() == trained | {"step", "config"}
+    assert content["step"] == 3
+    if name == "autoencoder":
+        return
+    states = {use_ema: load_state_dict(checkpoint(logdir), use_ema=use_ema) for use_ema in (True, False)}
+    assert any(not torch.equal(tensor, states[True][key]) for key, tensor in states[False].items())
+    for use_ema, state in states.items():
+        load_into(WanTransformer(SIZES), state, source=f"{use_ema=}")
+
+
+def test_tied_weights_are_averaged_under_both_their_names(run_folders):
+    content = torch.load(checkpoint(run_folders["bidirectional"] / "first"), weights_only=True)
+    averaged, trained = content["text_encoder_ema"], content["text_encoder"]
+    assert torch.equal(averaged["model.shared.weight"], averaged["model.encoder.embed_tokens.weight"])
+    assert not torch.equal(averaged["model.shared.weight"], trained["model.shared.weight"])
+
+
+def test_inference_makes_a_video_with_what_a_run_leaves(run, release, tmp_path):
+    _, logdir = run
+    parts = [f"{LOADED[part.name]}={part}" for part in (logdir / "model").iterdir() if part.is_dir()]
+    assert parts
+    flags = ["--config_path", release.config_path, "--output_folder", str(tmp_path), "--prompt", "a cat"]
+    assert inference.main([*flags, *parts]) == 0
+    assert len(read_video(tmp_path / "a cat-0.mp4")) == 21
+
+
+def test_the_exported_generator_is_the_average_in_the_dtype_asked_for(run_folders):
+    for name, dtype in (("bidirectional", torch.float16), ("self-forcing dmd", torch.float32)):
+        logdir = run_folders[name] / "first"
+        exported, averaged = load_state_dict(logdir / "model" / "generator"), load_state_dict(checkpoint(logdir))
+        assert all(torch.equal(tensor, averaged[key].to(dtype)) for key, tensor in exported.items())
+
+
+def test_samples_and_checkpoints_come_as_often_as_asked(release, tmp_path):
+    flags = ["--config_path", release.config_path, "objective=autoencoder", "trainer.steps=4"]
+    often = ["trainer.sample_every=2", "trainer.save_every=3"]
+    assert train.main([*flags, *often, "--logdir", str(tmp_path / "often")]) == 0
+    assert train.main([*flags, *often, "--no_save", "--no_visualize", "--logdir", str(tmp_path / "rarely")]) == 0
+
+    def written(folder: str, pattern: str) -> list[str]:
+        return sorted(path.name for path in (tmp_path / folder).glob(pattern))
+
+    assert written("often", "samples/*") == ["step_000002", "step_000004"]
+    assert written("often", "checkpoint_*") == ["checkpoint_000003.pt", "checkpoint_000004.pt"]
+    assert written("rarely", "samples/*") == ["step_000004"]
+    assert written("rarely", "checkpoint_*") == ["checkpoint_000004.pt"]
+
+
+def test_dry_run_prints_a_configuration_that_reads_back(release, tmp_path, capsys):
+    flags = ["--config_path", release.config_path, "--logdir", str(tmp_path / "run"), "--no_visualize", "--dry-run"]
+    assert train.main([*flags, "trainer.steps=7", "trainer.sample_every=3"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config(Config, tmp_path / "printed.yaml") == release.config("trainer.steps=7")
+    assert not (tmp_path / "run").exists()
+
+
+BAD_INPUT = {
+    "override typo": (["trainer.step=7"], "unknown key trainer.step=7; did you mean trainer.steps?"),
+    "wrong type": (["optimizer.lr=fast"], "optimizer.lr='fast' is not of type float"),
+    "unknown objective": (["objective=dmd"], "objective='dmd' is not one of"),
+    "no steps": (["trainer.steps=0"], "trainer: steps=0 must be at least 1"),
+    "unknown device": (["device=gpu"], "unknown device 'gpu'"),
+    "missing student": (["student.weights={tmp}/nowhere"], "{tmp}/nowhere: no such file"),
+    "missing pairs": (["objective=ode_regression", "ode.pairs={tmp}"], "ode.pairs={tmp}: holds no pairs"),
+    "missing sample prompts": (["data.sample_prompts={tmp}/nowhere.txt"], "{tmp}/nowhere.txt: no such prompt file"),
+    "sample prompts of another world": (
+        ["objective=autoencoder", "data.sample_prompts={release}/prompts.txt"],
+        "'a large red circle on a navy background' is not a Shapes prompt",
+    ),
+    "no training prompts": (["data.kind=prompts"], "data.path is null"),
+    "no training videos": ([DIFFUSION, "data.kind=prompts"], "data.kind=prompts has no videos"),
+    "length of a rollout": (["video.num_frames=7"], "num_frames=7 is not a multiple of frames_per_chunk=3"),
+    "length of a causal clip": ([*RUNS["teacher forcing"], "video.num_frames=7"], "num_frames=7 is not a multiple"),
+    "unknown codec": (["objective=autoencoder", "autoencoder.preset=shape"], "autoencoder.preset='shape' is none of"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_a_mistake_ends_before_the_first_step(release, tmp_path, capsys, overrides, message):
+    names = {"tmp": tmp_path, "release": release.folder}
+    logdir = ["--logdir", str(tmp_path / "run")]
+    overrides = [text.format(**names) for text in overrides]
+    assert train.main(["--config_path", release.config_path, *logdir, *overrides]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and message.format(**names) in last
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or metrics(tmp_path / "run") == []
+
+
+def test_a_logdir_that_is_a_file_is_refused(release, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert train.main(["--config_path", release.config_path, "--logdir", str(tmp_path / "file")]) == 2
+    assert f"cannot write to the folder {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_real_process_trains(release, tmp_path):
+    command = [sys.executable, "train.py", "--config_path", release.config_path, "--logdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "objective=autoencoder", "trainer.steps=1"],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 1/1  loss" in done.stderr and done.stdout == ""
+    assert (tmp_path / "run" / "model" / "codec" / "model.safetensors").is_file()
