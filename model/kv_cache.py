@@ -79,13 +79,16 @@ class KVCache:
             raise ValueError(
                 f"a chunk of {frames} frames does not fit the window: window={self.window} less sink={self.sink}"
             )
-        buffers = self._allocate(layer, k, start_frame, end)
         if torch.is_grad_enabled():
             if self.ring:
                 raise ValueError("a rolling KVCache cannot be used under grad; make it with append_only=True")
+            if start_frame > 0 and self._buffers[layer] is None:
+                raise ValueError(f"no context before frame {start_frame}: was reset() called before backward was done?")
+            buffers = self._allocate(layer, k, start_frame, end)
             return tuple(
                 self._join(buffer, live, start_frame, end) for buffer, live in zip(buffers, (k, v), strict=True)
             )
+        buffers = self._allocate(layer, k, start_frame, end)
         return tuple(self._write(buffer, live, start_frame, end) for buffer, live in zip(buffers, (k, v), strict=True))
 
     def text(self, prompt_embeds: Tensor, compute: Callable[[], list[KeyValue]]) -> list[KeyValue]:

@@ -34,7 +34,17 @@ RUNS = {
     "teacher forcing": (DIFFUSION, "diffusion.forcing=teacher_forcing", "diffusion.sigma_floor=0.4"),
     "ode regression": ("objective=ode_regression",),
     "self-forcing dmd": ("dmd.replay_rollouts=2", "dmd.real_guidance_scale=1.0"),
+    "self-forcing sid": ("objective=self_forcing_sid", "sid.alpha=0.5"),
+    "self-forcing gan": (
+        "objective=self_forcing_gan",
+        "gan.r1_weight=0.1",
+        "gan.r2_weight=0.1",
+        "gan.heads.depths=[1.0]",
+    ),
+    "causvid": ("objective=causvid",),
+    "consistency": ("objective=causal_consistency", "consistency.solver_steps=8"),
 }
+DISTILLED = ("self-forcing dmd", "self-forcing sid", "self-forcing gan", "causvid")
 LOADED = {"generator": "generator.weights", "codec": "codec.weights", "text_encoder": "text_encoder.weights"}
 
 
@@ -71,7 +81,7 @@ def test_a_run_writes_finite_metrics_of_every_step(run):
     lines = metrics(logdir)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    expected = {"generator_loss", "critic_loss", "dmd_gradient"} if name == "self-forcing dmd" else {"loss"}
+    expected = {"generator_loss", "critic_loss", "score_gradient"} if name in DISTILLED else {"loss"}
     assert expected <= set(lines[0])
 
 
@@ -106,7 +116,8 @@ def test_a_checkpoint_has_the_official_layout(run):
     trained = {
         "autoencoder": {"codec", "codec_ema"},
         "bidirectional": {"generator", "generator_ema", "text_encoder", "text_encoder_ema"},
-        "self-forcing dmd": {"generator", "generator_ema", "critic"},
+        "self-forcing gan": {"generator", "generator_ema", "critic", "discriminator_heads"},
+        **{each: {"generator", "generator_ema", "critic"} for each in DISTILLED if each != "self-forcing gan"},
     }.get(name, {"generator", "generator_ema"})
     assert content.keys() == trained | {"step", "config"}
     assert content["step"] == 3

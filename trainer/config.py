@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from model.discriminator import DiscriminatorConfig
 from pipeline.loading import DenoiserConfig, PartsConfig
 from pipeline.sampling import SamplingConfig
 from trainer.data import DataConfig
+from trainer.objectives.gan import AdversarialLoss
 from trainer.optimizer import OptimizerConfig
 
 
@@ -18,6 +20,10 @@ class Objective(Enum):
     diffusion = "diffusion"
     ode_regression = "ode_regression"
     self_forcing_dmd = "self_forcing_dmd"
+    self_forcing_sid = "self_forcing_sid"
+    self_forcing_gan = "self_forcing_gan"
+    causvid = "causvid"
+    causal_consistency = "causal_consistency"
 
 
 class Forcing(Enum):
@@ -93,6 +99,45 @@ class DMDConfig:
 
 
 @dataclass
+class SiDConfig:
+    """Score identity distillation in place of DMD; guidance and critic are those of the dmd section."""
+
+    alpha: float = 1.0
+    """Weight of the squared score difference that is taken off."""
+
+
+@dataclass
+class GANConfig:
+    """An adversarial term beside DMD, its discriminator on the critic's features."""
+
+    kind: AdversarialLoss = AdversarialLoss.relativistic
+    """relativistic or non_saturating."""
+    generator_weight: float = 0.01
+    """Of the generator's adversarial loss, added to DMD's."""
+    discriminator_weight: float = 0.01
+    """Of the discriminator's loss, penalties included, added to the critic's."""
+    r1_weight: float = 0.0
+    """Of the squared slope at real videos."""
+    r2_weight: float = 0.0
+    """Of the squared slope at generated videos."""
+    perturbation_sigma: float = 0.01
+    """Size of the finite difference behind the penalties."""
+    heads: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+
+@dataclass
+class ConsistencyConfig:
+    """Causal consistency distillation of a causal many-step teacher (real_score) into student."""
+
+    solver_steps: int = 48
+    """Steps of the teacher's grid."""
+    guidance_scale: float = 3.0
+    """Of the teacher, ``u + g (c - u)``; 1 is none."""
+    per_chunk: bool = False
+    """One timestep a chunk instead of one a video."""
+
+
+@dataclass
 class LoopConfig:
     """The loop every trainer shares."""
 
@@ -144,3 +189,6 @@ class Config(PartsConfig):
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     ode: ODEConfig = field(default_factory=ODEConfig)
     dmd: DMDConfig = field(default_factory=DMDConfig)
+    sid: SiDConfig = field(default_factory=SiDConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.kv_cache import KVCache
 from model.text_encoder import PromptCache
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.rollout import rollout
-from trainer.config import Config
+from trainer.config import Config, Objective
 from trainer.data import training_prompts
-from trainer.objectives.dmd import critic_loss, dmd_loss, sample_score_timesteps
+from trainer.objectives.dmd import GeneratorLoss, critic_loss, dmd_loss, sample_score_timesteps
+from trainer.objectives.sid import sid_loss
 from trainer.optimizer import Optimizer
 from trainer.trainer import RunContext, Trainer
 
 
+class Batch(NamedTuple):
+    """What one update is about."""
+
+    embeds: Tensor
+    """Prompt embeddings [B L E]."""
+    real: Tensor | None
+    """Latents of real videos of these prompts [B F C H W], for objectives that look at any."""
+
+
 class SelfForcingTrainer(Trainer):
-    """One generator update and several critic updates a step (Self Forcing, Algorithm 1, with DMD)."""
+    """One generator update and several critic updates a step (Self Forcing, Algorithm 1), with DMD or SiD."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
@@ -32,11 +44,19 @@ class SelfForcingTrainer(Trainer):
         self.prompts = training_prompts(config.data, self.generator)
         self.noise = self.stream("noise")
         self.chunks = self.chunks_of(config.video.num_frames)
-        self.replay: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, config.dmd.replay_rollouts))
+        self.replay: deque[tuple[Tensor, Batch]] = deque(maxlen=max(1, config.dmd.replay_rollouts))
         self.track(generator=self.denoiser.transformer)
         steps = config.trainer.steps
         self.updater = Optimizer(self.denoiser, config.optimizer, steps)
-        self.critic_updater = Optimizer(self.fake_score, config.critic_optimizer, steps * config.dmd.critic_updates)
+        self.critic_updater = Optimizer(self.critic(), config.critic_optimizer, steps * config.dmd.critic_updates)
+
+    def next_batch(self) -> Batch:
+        """The next prompts."""
+        return Batch(self.text_encoder.encode(self.prompts.next(self.config.trainer.batch_size)), None)
+
+    def critic(self) -> nn.Module:
+        """What the critic's optimizer trains."""
+        return self.fake_score
 
     def train_step(self) -> dict[str, float]:
         metrics = self.update_generator()
@@ -44,57 +64,69 @@ class SelfForcingTrainer(Trainer):
         return metrics | {"critic_loss": sum(losses) / len(losses)}
 
     def update_generator(self) -> dict[str, float]:
-        """One self-forcing rollout with gradient and one step along the distribution-matching gradient."""
-        embeds = self.embed_prompts()
-        video = self.generate(embeds, grad_start_frame=self.config.dmd.grad_start_frame)
-        negative = self.text_encoder.encode([self.config.sampling.negative_prompt] * len(embeds))
-        loss, gradient_norm = dmd_loss(
-            video,
-            self.real_score,
-            self.fake_score,
-            embeds,
-            negative,
-            **self.score_noise(video),
-            real_guidance_scale=self.config.dmd.real_guidance_scale,
-        )
+        """One rollout with gradient, scored as a whole, and one step."""
+        batch = self.next_batch()
+        video = self.generate(batch, grad_start_frame=self.config.dmd.grad_start_frame)
+        loss, score_gradient = self.generator_loss(video, batch)
         loss.backward()
-        self.replay.append((video.detach(), embeds))
+        self.replay.append((video.detach(), batch))
         return {
             "generator_loss": loss.item(),
-            "dmd_gradient": gradient_norm.item(),
+            "score_gradient": score_gradient.item(),
             "gradient_norm": self.updater.step(),
         }
 
+    def generator_loss(self, video: Tensor, batch: Batch) -> GeneratorLoss:
+        """Distribution matching of generated videos [B F C H W]."""
+        config = self.config
+        match = dmd_loss
+        if config.objective is Objective.self_forcing_sid:
+            match = partial(sid_loss, alpha=config.sid.alpha)
+        negative = self.text_encoder.encode([config.sampling.negative_prompt] * len(batch.embeds))
+        return match(
+            video,
+            self.real_score,
+            self.fake_score,
+            batch.embeds,
+            negative,
+            **self.score_noise(video),
+            real_guidance_scale=config.dmd.real_guidance_scale,
+        )
+
     def update_critic(self, *, fresh: bool) -> float:
-        """One flow-matching step of the fake score on generated videos; ``fresh`` takes the newest replayed ones."""
+        """One critic step on generated videos; ``fresh`` takes the newest replayed ones."""
         if self.config.dmd.replay_rollouts == 0:
-            embeds = self.embed_prompts()
-            video = self.generate(embeds, grad_start_frame=None)
+            batch = self.next_batch()
+            video = self.generate(batch, grad_start_frame=None)
         else:
             index = -1 if fresh else int(torch.randint(len(self.replay), (), generator=self.generator))
-            video, embeds = self.replay[index]
-        loss = critic_loss(
-            video,
-            self.fake_score,
-            embeds,
-            **self.score_noise(video),
-            sigma_floor=self.config.dmd.sigma_floor,
-        )
+            video, batch = self.replay[index]
+        loss = self.critic_loss(video, batch)
         loss.backward()
         self.critic_updater.step()
         return loss.item()
 
-    def generate(self, embeds: Tensor, *, grad_start_frame: int | None) -> Tensor:
+    def critic_loss(self, video: Tensor, batch: Batch) -> Tensor:
+        """Flow matching of the fake score on generated videos [B F C H W]."""
+        return critic_loss(
+            video,
+            self.fake_score,
+            batch.embeds,
+            **self.score_noise(video),
+            sigma_floor=self.config.dmd.sigma_floor,
+        )
+
+    def generate(self, batch: Batch, *, grad_start_frame: int | None) -> Tensor:
         """Roll out whole videos [B F C H W]; every chunk stops at one random step."""
         config = self.config.rollout
-        shape = (len(embeds), *self.config.video.latent_shape(self.codec))
+        shape = (len(batch.embeds), *self.config.video.latent_shape(self.codec))
         noise = torch.randn(shape, generator=self.noise).to(self.device)
         exit_step = int(torch.randint(len(config.denoising_steps), (), generator=self.generator))
         cache = KVCache(self.denoiser.transformer.config.num_layers, append_only=True)
         blocks = rollout(
             self.denoiser,
             noise,
-            embeds,
+            batch.embeds,
             cache,
             config,
             exit_steps=[exit_step] * len(self.chunks),
@@ -102,10 +134,6 @@ class SelfForcingTrainer(Trainer):
             generator=self.noise,
         )
         return torch.cat([block.latents for block in blocks], dim=1)
-
-    def embed_prompts(self) -> Tensor:
-        """Embeddings [B L E] of the next training prompts."""
-        return self.text_encoder.encode(self.prompts.next(self.config.trainer.batch_size))
 
     def score_noise(self, video: Tensor) -> dict[str, Tensor]:
         """A noise level a video and the noise, for either loss."""

@@ -7,9 +7,11 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.transformer_files import infer_transformer_sizes
+from model.weight_writers import save_safetensors
 from model.weights import (
     WAN_T5_TO_TRANSFORMERS,
     diffusers_to_wan,
@@ -59,8 +61,6 @@ def wrapped(state, prefix, infix=""):
 
 
 def write_shards(folder, state, weight_map=None):
-    from safetensors.torch import save_file
-
     folder.mkdir(exist_ok=True)
     names = {key: f"part-{number}.safetensors" for number, key in enumerate(state)}
     for key, name in names.items():
@@ -111,10 +111,164 @@ def test_use_ema_chooses_the_generator(tmp_path, state):
     raw = load_state_dict(tmp_path / "both.pt", use_ema=False)
     assert torch.equal(raw["head.modulation"], state["head.modulation"] + 1)
 
+    assert_same(load_state_dict(tmp_path / "both.pt", use_ema=True), state)
+    assert_same(load_state_dict(tmp_path / "both.pt"), state)
+
     torch.save({"generator": state}, tmp_path / "ode_init.pt")
     assert_same(load_state_dict(tmp_path / "ode_init.pt", use_ema=False), state)
+    assert_same(load_state_dict(tmp_path / "ode_init.pt"), state)
     with pytest.raises(UserError, match=r"ode_init.pt: has no generator_ema .*drop --use_ema"):
-        load_state_dict(tmp_path / "ode_init.pt")
+        load_state_dict(tmp_path / "ode_init.pt", use_ema=True)
+    torch.save({"generator_ema": state}, tmp_path / "dmd.pt")
+    with pytest.raises(UserError, match=r"dmd.pt: has no generator .*pass --use_ema"):
+        load_state_dict(tmp_path / "dmd.pt", use_ema=False)
+
+
+def swapped_checkpoints(state):
+    """What a checkpoint with generator and critic exchanged may look like."""
+    other = {key: tensor + 2 for key, tensor in state.items()}
+    average = {key: tensor + 0.01 for key, tensor in state.items()}
+    yield {"generator": other, "critic": state, "generator_ema": average}
+    yield {"generator": wrapped(other, "model."), "critic": state, "generator_ema": wrapped(average, "model.")}
+    yield {"generator": {**state, "model._register_tokens": torch.zeros(2)}, "critic": other}
+    yield {"generator": {**state, "_cls_pred_branch.0.weight": torch.zeros(2)}, "critic": other}
+
+
+def test_swapped_generator_and_critic_are_noticed_and_the_right_way_round_is_not(tmp_path, state):
+    for checkpoint in swapped_checkpoints(state):
+        torch.save(checkpoint, tmp_path / "swapped.pt")
+        with pytest.raises(UserError, match=r"swapped.pt: its generator.* swapped"):
+            load_state_dict(tmp_path / "swapped.pt")
+    right = next(swapped_checkpoints(state))
+    right["generator"], right["critic"] = right["critic"], right["generator"]
+    torch.save(right, tmp_path / "right.pt")
+    assert_same(load_state_dict(tmp_path / "right.pt", use_ema=False), state)
+    torch.save({"generator": state, "critic": state, "generator_ema": state}, tmp_path / "start.pt")
+    assert_same(load_state_dict(tmp_path / "start.pt"), state)
+    torch.save({"critic": state, "step": 3}, tmp_path / "critic.pt")
+    with pytest.raises(UserError, match=r"critic.pt: holds a critic but no generator"):
+        load_state_dict(tmp_path / "critic.pt")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_windows_of_any_size_give_the_same_tensors(tmp_path, monkeypatch, suffix):
+    """Large files are mapped piece by piece: a piece may hold many tensors, one, or less than one."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+    sizes = ((), (0, 3), (1,), (700,), (40, 31), (5, 3, 2))
+    state = {
+        f"{number}.{size}": (torch.rand(size, generator=generator) * 100).to(dtype)
+        for number, dtype in enumerate(dtypes)
+        for size in sizes
+    }
+    path = tmp_path / f"w{suffix}"
+    if suffix == ".pt":
+        torch.save({"critic": {"a": torch.zeros(3000)}, "generator": state}, path)
+    else:
+        save_safetensors(path, state)
+        assert_same(load_file(path), state)
+    for size in (1, 4096, 10_000, 2**27):
+        monkeypatch.setattr("model.weight_files.WINDOW_BYTES", size)
+        assert_same(load_state_dict(path), state)
+
+
+def test_a_pytorch_file_is_mapped_in_windows_although_torch_maps_it_whole(tmp_path, monkeypatch):
+    """Otherwise every page that conversion has read stays in memory until the last tensor is gone."""
+    from model import weight_files
+
+    mapped = []
+    map_tensors = weight_files._map_tensors
+    monkeypatch.setattr(
+        weight_files, "_map_tensors", lambda path, entries: mapped.append(path) or map_tensors(path, entries)
+    )
+    path = tmp_path / "w.pt"
+    torch.save(
+        {"critic": {"a": torch.zeros(9)}, "generator": {"b": torch.ones(3)}, "step": 3, "none": torch.zeros(0)}, path
+    )
+    assert_same(load_state_dict(path), {"b": torch.ones(3)})
+    assert mapped == [path]
+
+
+def test_tensors_of_a_pytorch_file_that_share_memory_or_are_views_are_read_as_they_are(tmp_path):
+    base = torch.arange(24.0).view(4, 6)
+    state = {"whole": base, "tied": base, "part": base[1:3], "turned": base.T}
+    torch.save(state, tmp_path / "views.pt")
+    assert_same(load_state_dict(tmp_path / "views.pt"), state)
+    del state["turned"]
+    torch.save(state, tmp_path / "tied.pt")
+    assert_same(load_state_dict(tmp_path / "tied.pt"), state)
+
+
+def test_a_comfyui_checkpoint_gives_its_diffusion_model_alone(tmp_path, state):
+    whole = wrapped(state, "model.diffusion_model.") | {"text_encoders.a": torch.zeros(1), "vae.b": torch.zeros(1)}
+    save_file(whole, tmp_path / "comfyui.safetensors")
+    assert_same(load_state_dict(tmp_path / "comfyui.safetensors"), state)
+    save_file(wrapped(state, "diffusion_model."), tmp_path / "short.safetensors")
+    assert_same(load_state_dict(tmp_path / "short.safetensors"), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, None])
+def test_weights_that_are_not_finite_are_refused(value, dtype):
+    state = Tiny().state_dict()
+    state["inner.weight"][2, 3] = value
+    with pytest.raises(UserError, match=r"w.pt: the tensor 'inner.weight' holds NaN or infinity"):
+        load_into(Tiny(), state, source="w.pt", dtype=dtype)
+
+
+def test_values_too_large_for_half_precision_are_noticed():
+    state = Tiny().state_dict()
+    state["inner.bias"][0] = 1e5
+    with pytest.raises(UserError, match=r"'inner.bias' holds NaN or infinity \(as float16\)"):
+        load_into(Tiny(), dict(state), source="w.pt", dtype=torch.float16)
+    load_into(Tiny(), dict(state), source="w.pt", dtype=torch.bfloat16)
+
+
+def test_loading_empties_the_given_state_and_copies_only_what_is_converted(tmp_path):
+    state = Tiny().state_dict()
+    weight = state["inner.weight"]
+    module = Tiny()
+    load_into(module, state, source="w.pt", dtype=torch.float32)
+    assert not state
+    assert module.inner.weight.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("wan_models/Wan2.1-T2V-1.3B", "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir wan_models/Wan2.1-T2V-1.3B"),
+        ("/a/Wan2.1-T2V-14B/Wan2.1_VAE.pth", "hf download Wan-AI/Wan2.1-T2V-14B --local-dir /a/Wan2.1-T2V-14B"),
+        (
+            "checkpoints/self_forcing_dmd.pt",
+            "hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt --local-dir .",
+        ),
+        ("b/checkpoints/ode_init.pt", "hf download gdhe17/Self-Forcing checkpoints/ode_init.pt --local-dir b"),
+        (
+            "checkpoints/taew2_1.pth",
+            "curl -L --create-dirs -o checkpoints/taew2_1.pth "
+            "https://github.com/madebyollin/taehv/raw/main/taew2_1.pth",
+        ),
+        (
+            "checkpoints/chunkwise/causal_forcing.pt",
+            "hf download zhuhz22/Causal-Forcing chunkwise/causal_forcing.pt --local-dir checkpoints",
+        ),
+        (
+            "longlive_models/models/longlive_base.pt",
+            "hf download Efficient-Large-Model/LongLive-1.3B --local-dir longlive_models",
+        ),
+        (
+            "checkpoints/krea-realtime-video-14b.safetensors",
+            "hf download krea/krea-realtime-video krea-realtime-video-14b.safetensors --local-dir checkpoints",
+        ),
+    ],
+)
+def test_a_missing_published_file_is_answered_with_the_command_that_downloads_it(tmp_path, monkeypatch, path, command):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_state_dict(path)
+    looked = tmp_path / path
+    expected = f"{path}: no such file or folder (looked for {looked}); download it: {command}"
+    assert str(error.value) == expected
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path, state):
@@ -208,7 +362,7 @@ def test_a_mismatch_names_the_first_three_tensors_with_both_shapes():
     state = Tiny(width=5).state_dict()
     state["stray"] = state.pop("count")
     with pytest.raises(UserError) as error:
-        load_into(Tiny(), state, source="w.pt")
+        load_into(Tiny(), dict(state), source="w.pt")
     assert str(error.value) == (
         "w.pt: does not fit Tiny: count (file: missing, model: (2,)); inner.weight (file: (5, 4), model: (3, 4)); "
         "inner.bias (file: (5,), model: (3,)) and 1 more"
@@ -227,6 +381,25 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path, state):
 def test_save_folder_converts_floats_only(tmp_path):
     save_folder(tmp_path, Tiny(), {}, dtype=torch.bfloat16)
     assert {t.dtype for t in load_state_dict(tmp_path).values()} == {torch.bfloat16, torch.int64}
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 60, 10**9])
+def test_shards_of_any_size_give_the_same_tensors_and_leave_no_earlier_ones(tmp_path, state, shard_bytes):
+    state = {**state, "c": torch.arange(5), "d": torch.randn(3, 2).T}
+    for size in (40, shard_bytes, shard_bytes):
+        save_folder(tmp_path, state, {"a": 1}, shard_bytes=size)
+        assert_same(load_state_dict(tmp_path), state)
+    files = sorted(file.name for file in tmp_path.iterdir())
+    index = tmp_path / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) | {index.name} if index.exists() else set()
+    assert set(files) == {"config.json"} | (named or {"model.safetensors"})
+    assert len(named) == {1: 5, 60: 4, 10**9: 0}[shard_bytes]
+
+
+def test_other_libraries_read_what_is_written(tmp_path, state):
+    state = {**state, "odd": torch.ones(3, dtype=torch.uint8), "none": torch.zeros(0, 2), "scalar": torch.tensor(2.5)}
+    save_folder(tmp_path, state, {})
+    assert_same(load_file(tmp_path / "model.safetensors"), state)
 
 
 def test_weights_hash_depends_on_contents_alone(tmp_path, state):

@@ -105,9 +105,9 @@ def test_without_replay_every_critic_update_rolls_out_anew(build, monkeypatch):
     trainer, rollouts = build("dmd.critic_updates=3"), []
     generate = trainer.generate
 
-    def count(embeds, *, grad_start_frame):
+    def count(batch, *, grad_start_frame):
         rollouts.append(grad_start_frame)
-        return generate(embeds, grad_start_frame=grad_start_frame)
+        return generate(batch, grad_start_frame=grad_start_frame)
 
     monkeypatch.setattr(trainer, "generate", count)
     trainer.train_step()
@@ -116,9 +116,9 @@ def test_without_replay_every_critic_update_rolls_out_anew(build, monkeypatch):
 
 def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
     trainer = build()
-    embeds = trainer.embed_prompts()
+    batch = trainer.next_batch()
     for start, expected in ((0, [True, True]), (3, [False, True])):
-        video = trainer.generate(embeds, grad_start_frame=start)
+        video = trainer.generate(batch, grad_start_frame=start)
         reached = []
         for chunk in (video[:, :3], video[:, 3:]):
             gradients = torch.autograd.grad(
@@ -126,7 +126,7 @@ def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
             ) if chunk.requires_grad else []  # fmt: skip
             reached.append(any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients))
         assert reached == expected
-    assert not trainer.generate(embeds, grad_start_frame=None).requires_grad
+    assert not trainer.generate(batch, grad_start_frame=None).requires_grad
 
 
 def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build):

@@ -17,28 +17,10 @@ import torch
 from torch import Tensor
 
 from model.attention import BlockMask
-from model.denoiser import Denoiser, Prediction
+from model.denoiser import Denoiser
 from model.flow_matching import expand_sigma
 from pipeline.sampling import SamplingConfig, integrate
-
-
-def predict_in_context(
-    denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, clean: Tensor, prompt_embeds: Tensor, block_mask: BlockMask
-) -> Prediction:
-    """Denoise every chunk after the clean chunks before it, in one pass over ``[clean | noisy]``.
-
-    Args:
-        noisy, clean: [B F C H W].
-        timesteps: of the noisy frames [B F]; clean frames carry 0.
-        prompt_embeds: [B L E].
-    """
-    prediction = denoiser(
-        torch.cat([clean, noisy], dim=1),
-        torch.cat([torch.zeros_like(timesteps), timesteps], dim=1),
-        prompt_embeds,
-        block_mask=block_mask,
-    )
-    return Prediction(*(part[:, clean.shape[1] :] for part in prediction))
+from trainer.objectives.diffusion import predict_in_context
 
 
 def sample_step_pairs(

@@ -56,6 +56,25 @@ def flow_matching_loss(
     return error.mean()
 
 
+def predict_in_context(
+    denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, clean: Tensor, prompt_embeds: Tensor, block_mask: BlockMask
+) -> Prediction:
+    """Denoise every chunk after the clean chunks before it, in one pass over ``[clean | noisy]``.
+
+    Args:
+        noisy, clean: [B F C H W].
+        timesteps: of the noisy frames [B F]; clean frames carry 0.
+        prompt_embeds: [B L E].
+    """
+    prediction = denoiser(
+        torch.cat([clean, noisy], dim=1),
+        torch.cat([torch.zeros_like(timesteps), timesteps], dim=1),
+        prompt_embeds,
+        block_mask=block_mask,
+    )
+    return Prediction(*(part[:, clean.shape[1] :] for part in prediction))
+
+
 def forcing_loss(
     denoiser: Denoiser,
     x0: Tensor,
@@ -82,13 +101,7 @@ def forcing_loss(
     """
     noisy = add_noise(x0, noise, timesteps)
     if teacher_forcing:
-        prediction = denoiser(
-            torch.cat([x0, noisy], dim=1),
-            torch.cat([torch.zeros_like(timesteps), timesteps], dim=1),
-            prompt_embeds,
-            block_mask=block_mask,
-        )
-        prediction = Prediction(*(part[:, x0.shape[1] :] for part in prediction))
+        prediction = predict_in_context(denoiser, noisy, timesteps, x0, prompt_embeds, block_mask)
     else:
         prediction = denoiser(noisy, timesteps, prompt_embeds, block_mask=block_mask)
     weights = denoiser.schedule.training_weight(timesteps) if bell_weights else None

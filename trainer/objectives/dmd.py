@@ -30,7 +30,6 @@ def sample_score_timesteps(batch: int, schedule: FlowMatching, generator: torch.
     return schedule.timestep(drawn / 1000).clamp(MIN_TIMESTEP, MAX_TIMESTEP)
 
 
-@torch.no_grad()
 def guided_x0(
     score: Denoiser,
     latents: Tensor,

@@ -5,16 +5,12 @@ Shapes: B batch, F latent frames, C channels, H W latent height and width, L E t
 
 from __future__ import annotations
 
-import inspect
-
 from torch import Tensor
 
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
 from trainer.objectives.dmd import GeneratorLoss, guided_x0
 from trainer.objectives.frozen import through_frozen
-
-guided_x0_with_grad = inspect.unwrap(guided_x0)  # without its torch.no_grad()
 
 
 def sid_loss(
@@ -50,9 +46,7 @@ def sid_loss(
     def loss(x: Tensor) -> Tensor:
         noisy = add_noise(x, noise, timesteps)
         fake = fake_score(noisy, timesteps, prompt_embeds).x0.float()
-        real = guided_x0_with_grad(
-            real_score, noisy, timesteps, prompt_embeds, negative_embeds, real_guidance_scale
-        ).float()
+        real = guided_x0(real_score, noisy, timesteps, prompt_embeds, negative_embeds, real_guidance_scale).float()
         scale = (x.float() - real).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         difference = real - fake
         return (difference * ((real - x.float()) - alpha * difference) / scale).mean()
