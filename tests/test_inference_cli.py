@@ -292,7 +292,7 @@ def test_a_checkpoint_of_another_architecture_names_the_first_tensors(refuse, re
 
 
 def run_process(*command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # rounding follows the threads
     return subprocess.run(
         [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
     )

@@ -84,6 +84,8 @@ class DMDConfig:
     """g of ``c + g (c - u)``; 3 is CFG 4 in the usual convention."""
     critic_updates: int = 5
     """Critic updates for each generator update."""
+    critic_head_start: int = 0
+    """First steps in which only the critic learns, from rollouts of the untrained student."""
     replay_rollouts: int = 0
     """Latest generator rollouts critic updates draw from; 0 makes a new rollout for each update."""
     sigma_floor: float = 0.0
@@ -94,8 +96,9 @@ class DMDConfig:
     def __post_init__(self) -> None:
         if self.critic_updates < 1:
             raise ValueError(f"critic_updates={self.critic_updates} must be at least 1")
-        if self.replay_rollouts < 0:
-            raise ValueError(f"replay_rollouts={self.replay_rollouts} must not be negative")
+        for name in ("critic_head_start", "replay_rollouts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass

@@ -59,7 +59,8 @@ class SelfForcingTrainer(Trainer):
         return self.fake_score
 
     def train_step(self) -> dict[str, float]:
-        metrics = self.update_generator()
+        leads = self.step < self.config.dmd.critic_head_start
+        metrics = self.keep_rollout() if leads else self.update_generator()
         losses = [self.update_critic(fresh=index == 0) for index in range(self.config.dmd.critic_updates)]
         return metrics | {"critic_loss": sum(losses) / len(losses)}
 
@@ -75,6 +76,12 @@ class SelfForcingTrainer(Trainer):
             "score_gradient": score_gradient.item(),
             "gradient_norm": self.updater.step(),
         }
+
+    def keep_rollout(self) -> dict[str, float]:
+        """A rollout for the critic alone."""
+        batch = self.next_batch()
+        self.replay.append((self.generate(batch, grad_start_frame=None), batch))
+        return {}
 
     def generator_loss(self, video: Tensor, batch: Batch) -> GeneratorLoss:
         """Distribution matching of generated videos [B F C H W]."""

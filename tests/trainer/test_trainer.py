@@ -101,6 +101,17 @@ def test_a_fresh_critic_update_takes_the_newest_rollout(build, monkeypatch):
         assert seen[-1] is trainer.replay[-1][0]
 
 
+def test_in_its_head_start_only_the_critic_learns(build):
+    trainer = build("dmd.critic_head_start=1", "dmd.replay_rollouts=2")
+    generator, critic = copy(trainer.denoiser), copy(trainer.fake_score)
+    metrics = trainer.train_step()
+    assert metrics.keys() == {"critic_loss"}
+    assert changed(trainer.fake_score, critic) and not changed(trainer.denoiser, generator)
+    trainer.step += 1
+    assert {"generator_loss", "critic_loss"} <= trainer.train_step().keys()
+    assert changed(trainer.denoiser, generator)
+
+
 def test_without_replay_every_critic_update_rolls_out_anew(build, monkeypatch):
     trainer, rollouts = build("dmd.critic_updates=3"), []
     generate = trainer.generate

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching, add_noise
-from trainer.objectives.diffusion import flow_matching_loss
+from trainer.objectives.diffusion import flow_matching_loss, sample_levels
 
 MIN_TIMESTEP, MAX_TIMESTEP = 20, 980
 
@@ -25,8 +25,8 @@ class GeneratorLoss(NamedTuple):
 
 
 def sample_score_timesteps(batch: int, schedule: FlowMatching, generator: torch.Generator) -> Tensor:
-    """One timestep a video, [B 1]: integer uniform in [0, 1000), shifted, clamped to [20, 980]."""
-    drawn = torch.randint(0, 1000, (batch, 1), generator=generator)
+    """One timestep a video, [B 1]: integer uniform in [0, 1000), stratified over the batch, shifted, in [20, 980]."""
+    drawn = (1000 * sample_levels((batch, 1), generator)).floor()
     return schedule.timestep(drawn / 1000).clamp(MIN_TIMESTEP, MAX_TIMESTEP)
 
 
