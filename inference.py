@@ -168,6 +168,7 @@ def plan(args: argparse.Namespace, config: PartsConfig) -> list[Job]:
 
 def check_weights(config: PartsConfig) -> None:
     """Refuse missing weights, and sizes they cannot make, before anything heavy loads."""
+    from model.weights import not_found
     from pipeline.loading import token_size
     from utils.errors import UserError
 
@@ -176,8 +177,10 @@ def check_weights(config: PartsConfig) -> None:
         ("text_encoder", config.text_encoder),
         ("codec", config.codec),
     ):
-        if section.weights is None or not Path(section.weights).exists():
-            raise UserError(f"{key}.weights={section.weights} not found; give the path of a file or folder of weights")
+        if section.weights is None:
+            raise UserError(f"{key}.weights is null; give the path of a file or folder of weights")
+        if not Path(section.weights).exists():
+            raise not_found(section.weights)
     rows, columns = token_size(config)
     height, width = config.video.height, config.video.width
     if height % rows or width % columns:

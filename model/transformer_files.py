@@ -106,17 +106,20 @@ def read_declared_config(path: str | Path) -> dict[str, object] | None:
     if not (folder / CONFIG_FILE).is_file():
         return None
     file, values = folder / CONFIG_FILE, read_config(folder)
-    if "num_attention_heads" in values:
-        head_dim = values.get("attention_head_dim", WAN_HEAD_DIM)
-        values = {ours: values[theirs] for theirs, ours in DIFFUSERS_TO_WAN.items() if values.get(theirs) is not None}
-        values["dim"] = values["num_heads"] * head_dim if _is_size(values["num_heads"]) else None
-    elif "dim" not in values:
+    values = {key: value for key, value in values.items() if value is not None}
+    is_diffusers = "num_attention_heads" in values
+    if not is_diffusers and "dim" not in values:
         return None
+    sizes = {field.name for field in fields(WanConfig) if field.type == "int"}
+    names = {theirs: ours for theirs, ours in DIFFUSERS_TO_WAN.items() if theirs in values}
+    for key in values.keys() & {*sizes, "attention_head_dim", *(theirs for theirs in names if names[theirs] in sizes)}:
+        if type(values[key]) is not int or values[key] < 1:
+            raise UserError(f"{file}: {key}={values[key]!r} is not a positive whole number")
     if values.get("model_type", "t2v") != "t2v":
         raise UserError(f"{file}: model_type={values['model_type']!r}; only t2v models are supported")
-    for field in fields(WanConfig):
-        if field.type == "int" and field.name in values and not _is_size(values[field.name]):
-            raise UserError(f"{file}: {field.name}={values[field.name]!r} is not a positive whole number")
+    if is_diffusers:
+        dim = values["num_attention_heads"] * values.get("attention_head_dim", WAN_HEAD_DIM)
+        return {"dim": dim, **{ours: values[theirs] for theirs, ours in names.items()}}
     known = {field.name for field in fields(WanConfig)}
     return {key: value for key, value in values.items() if key in known}
 
@@ -165,10 +168,6 @@ def _checked_sizes(state: Mapping[str, Tensor], path: str | Path) -> dict:
         return infer_transformer_sizes(state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:

@@ -82,7 +82,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-WINDOW_BYTES = 128 * 2**20
+WINDOW_BYTES = 128 * 2**20  # smallest piece of a file that is mapped; large files are mapped in MAX_WINDOWS pieces
+MAX_WINDOWS = 32
 
 
 @dataclass(frozen=True)
@@ -224,13 +225,14 @@ def _map_tensors(path: Path, entries: Mapping[str, Entry]) -> StateDict:
     window, start, end = None, 0, 0
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
+        window_bytes = max(WINDOW_BYTES, size // MAX_WINDOWS)
         for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
             if entry.end == entry.offset:
                 state[name] = torch.empty(entry.shape, dtype=entry.dtype)
                 continue
             if window is None or entry.end > end:
                 start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
-                end = max(entry.end, min(size, start + WINDOW_BYTES))
+                end = max(entry.end, min(size, start + window_bytes))
                 window = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_COPY, offset=start)
             flat = torch.frombuffer(
                 window, dtype=entry.dtype, count=torch.Size(entry.shape).numel(), offset=entry.offset - start
@@ -263,7 +265,10 @@ def _remap(content: object, state: StateDict, path: Path) -> StateDict:
     Storages lie in memory as their records lie in the file; where the two do not match one to one, torch's map is kept.
     """
     addresses = {t.untyped_storage().data_ptr() for t in _tensors(content) if t.untyped_storage().nbytes()}
-    records = set(_record_offsets(path))
+    try:
+        records = set(_record_offsets(path))
+    except (zipfile.BadZipFile, struct.error):  # torch is less strict
+        return state
     base = min(addresses, default=0) - min(records, default=0)
     if {address - base for address in addresses} != records or not all(t.is_contiguous() for t in state.values()):
         return state

@@ -73,6 +73,7 @@ def export_transformer(args: argparse.Namespace) -> str:
     from model.lora import load_lora, merge_lora
     from model.transformer import PRESETS
     from model.transformer_files import open_transformer, write_transformer
+    from model.weight_writers import convert
     from model.weights import check_finite, weights_hash
     from utils.errors import UserError
 
@@ -83,7 +84,7 @@ def export_transformer(args: argparse.Namespace) -> str:
         merge_lora(state, load_lora(args.lora), args.lora_scale, source=args.lora)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     for name, tensor in state.items():
-        check_finite(tensor, f"{args.input}: the tensor {name!r}")
+        check_finite(convert(tensor, dtype), f"{args.input}: the tensor {name!r}")
     write_transformer(
         args.output, state, model.config, format=args.format, dtype=dtype, shard_bytes=int(args.shard_gb * 1e9)
     )
@@ -98,7 +99,7 @@ def check_reload(path: str, state: Mapping[str, Tensor], dtype: torch.dtype | No
     import torch
 
     from model.weight_writers import convert
-    from model.weights import check_finite, load_state_dict
+    from model.weights import load_state_dict
     from utils.errors import UserError
 
     written = load_state_dict(path)
@@ -107,7 +108,6 @@ def check_reload(path: str, state: Mapping[str, Tensor], dtype: torch.dtype | No
             raise UserError(f"{path}: {name!r} was {'not written' if name in state else 'added'}; the disk may be full")
         expected = convert(state[name], dtype)
         if expected.dtype != written[name].dtype or not torch.equal(expected, written[name]):
-            check_finite(expected, f"{path}: the tensor {name!r}")  # values too large for float16
             raise UserError(f"{path}: {name!r} reads back differently; the disk may be full or damaged")
 
 

@@ -217,9 +217,9 @@ def write_mistakes(folder: Path) -> None:
 
 
 BAD_INPUT = {
-    "missing checkpoint": (["--checkpoint_path", "{tmp}/nowhere.pt"], "{tmp}/nowhere.pt not found"),
-    "missing codec": (["codec.weights={tmp}/nowhere"], "codec.weights={tmp}/nowhere not found"),
-    "missing text encoder": (["text_encoder.weights=null"], "text_encoder.weights=None not found"),
+    "missing checkpoint": (["--checkpoint_path", "{tmp}/nowhere.pt"], "{tmp}/nowhere.pt: no such file"),
+    "missing codec": (["codec.weights={tmp}/nowhere"], "{tmp}/nowhere: no such file"),
+    "missing text encoder": (["text_encoder.weights=null"], "text_encoder.weights is null"),
     "empty prompt file": (["--data_path", "{tmp}/empty.txt"], "{tmp}/empty.txt: holds no prompt"),
     "missing prompt file": (["--data_path", "{tmp}/nowhere.txt"], "{tmp}/nowhere.txt: no such prompt file"),
     "a folder of prompts": (["--data_path", "{tmp}"], "{tmp}: no such prompt file"),

@@ -98,6 +98,12 @@ def test_folders_keep_what_shapes_do_not_show(tmp_path, format):
     assert read(tmp_path / "out").config == config
 
 
+def test_a_format_that_cannot_say_what_the_model_predicts_is_warned_about(tmp_path, caplog):
+    config = replace(SMALL, prediction_type="x0")
+    write_transformer(tmp_path / "out.safetensors", transformer_state(config, 1), config, format="comfyui")
+    assert caplog.messages == ["the format comfyui does not say that this model predicts x0"]
+
+
 def test_published_config_json_is_what_the_wan_format_writes(tmp_path, state):
     write_transformer(tmp_path / "out", state, LARGE, format="wan")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -164,7 +170,10 @@ def broken_folders(folder, state):
     yield write("text", state, sizes | {"dim": "256"}), r"config.json: dim='256' is not a positive whole number"
     yield write("eps", state, sizes | {"patch_size": 2}), "its sizes do not make a transformer"
     yield write("i2v", state, sizes | {"model_type": "i2v"}), "model_type='i2v'; only t2v"
-    yield write("diffusers", state, {"num_attention_heads": "2"}), "num_heads='2' is not a positive whole number"
+    yield (
+        write("diffusers", state, {"num_attention_heads": "2"}),
+        "num_attention_heads='2' is not a positive whole number",
+    )
     image = {**state, "img_emb.proj.0.weight": torch.zeros(3)}
     yield write("extra", image, sizes), r"img_emb.proj.0.weight \(file: \(3,\), model: not in it\)"
     yield write("vae", {"encoder.conv1.weight": torch.zeros(3)}, {}), "not a Wan transformer: it has no tensor"
