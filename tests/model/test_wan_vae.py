@@ -1,6 +1,5 @@
 """WanVAE on a tiny AutoencoderKLWan with random weights: streaming, normalisation, both file formats."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from model.wan_vae import WanVAE
+from tests.fake_release import original_vae_name
 from utils.errors import UserError
 
 
@@ -82,23 +82,10 @@ def test_frame_counts_and_shapes(codec: WanVAE) -> None:
         codec.decode(latents(1)[:, :, :8])
 
 
-def original_name(name: str) -> str:
-    """A parameter's name in Wan2.1_VAE.pth, from its name in diffusers."""
-    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
-    name = re.sub(r"(?<=\.)(norm1|conv1|norm2|conv2)(?=\.)", lambda part: parts[part[0]], name)
-    name = name.replace("conv_shortcut", "shortcut").replace("conv_in.", "conv1.")
-    name = name.replace("norm_out", "head.0").replace("conv_out", "head.2")
-    name = name.replace("mid_block.attentions.0", "middle.1").replace("down_blocks", "downsamples")
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"middle.{2 * int(match[1])}", name)
-    name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", name)
-    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", name)
-    return re.sub(r"^post_quant_conv", "conv2", re.sub(r"^quant_conv", "conv1", name))
-
-
 def test_both_file_formats_load_without_the_network(codec: WanVAE, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("contacted the network"))
     codec.vae.save_pretrained(tmp_path / "vae")
-    original = {original_name(name): tensor for name, tensor in codec.vae.state_dict().items()}
+    original = {original_vae_name(name): tensor for name, tensor in codec.vae.state_dict().items()}
     assert convert_wan_vae_to_diffusers(original).keys() == codec.vae.state_dict().keys()
     torch.save(original, tmp_path / "Wan2.1_VAE.pth")
     z = latents(2)
@@ -120,7 +107,7 @@ def test_wrong_files_are_named(codec: WanVAE, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth"):
         WanVAE.from_file(tmp_path / "other.pth")
-    original = {original_name(name): tensor for name, tensor in codec.vae.state_dict().items()}
+    original = {original_vae_name(name): tensor for name, tensor in codec.vae.state_dict().items()}
     del original["conv2.bias"]
     torch.save(original, tmp_path / "cut.pth")
     with pytest.raises(UserError, match=r"post_quant_conv\.bias"):
