@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from model.attention import chunk_ranges
+from model.attention import BlockMask, block_causal_mask, chunk_ranges
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
@@ -60,6 +60,16 @@ class RolloutConfig:
         alone = self.independent_first_frame and context_frames == 0
         ranges = chunk_ranges(num_frames, self.frames_per_chunk, alone)
         return [(start + context_frames, end + context_frames) for start, end in ranges]
+
+    def mask(self, num_frames: int, build: Callable[..., BlockMask] = block_causal_mask) -> BlockMask:
+        """What training on whole clips sees of them, as the cache would; ``build`` is a mask of model.attention."""
+        return build(
+            num_frames,
+            self.frames_per_chunk,
+            window=self.window,
+            sink=self.sink,
+            independent_first_frame=self.independent_first_frame,
+        )
 
     def timesteps(self, denoiser: Denoiser) -> list[float]:
         """The step list as the denoiser's schedule warps it."""
@@ -164,9 +174,11 @@ def _denoise(
     for step, timestep in enumerate(timesteps):
         last = step == len(timesteps) - 1
         with nullcontext() if last and with_grad else torch.no_grad():
-            x0 = denoiser(latents, _full(timestep, latents), prompt_embeds, cache=cache, start_frame=start_frame).x0
+            x0 = denoiser(
+                latents, full_timesteps(timestep, latents), prompt_embeds, cache=cache, start_frame=start_frame
+            ).x0
         if not last:
-            latents = add_noise(x0, randn(x0.shape, generator, x0), _full(timesteps[step + 1], x0))
+            latents = add_noise(x0, randn(x0.shape, generator, x0), full_timesteps(timesteps[step + 1], x0))
     return x0
 
 
@@ -177,8 +189,8 @@ def _commit(
     """The context pass: overwrite the chunk's keys and values with those of the finished frames."""
     latents = block.latents.detach()
     if timestep > 0:
-        latents = add_noise(latents, randn(latents.shape, generator, latents), _full(timestep, latents))
-    denoiser(latents, _full(timestep, latents), prompt_embeds, cache=cache, start_frame=block.start_frame)
+        latents = add_noise(latents, randn(latents.shape, generator, latents), full_timesteps(timestep, latents))
+    denoiser(latents, full_timesteps(timestep, latents), prompt_embeds, cache=cache, start_frame=block.start_frame)
 
 
 @torch.no_grad()
@@ -191,10 +203,10 @@ def _commit_context(
     sizes = [first] * (first > 0) + [config.frames_per_chunk] * ((latents.shape[1] - first) // config.frames_per_chunk)
     start = 0
     for part in latents.split(sizes, dim=1):
-        denoiser(part, _full(0.0, part), prompt_embeds, cache=cache, start_frame=start)
+        denoiser(part, full_timesteps(0.0, part), prompt_embeds, cache=cache, start_frame=start)
         start += part.shape[1]
 
 
-def _full(timestep: float, latents: Tensor) -> Tensor:
+def full_timesteps(timestep: float, latents: Tensor) -> Tensor:
     """One timestep for every frame of latents [B F ...]: [B F] float32, filled on the device without a copy."""
     return torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)

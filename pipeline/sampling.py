@@ -15,7 +15,7 @@ from torch import Tensor
 from model.denoiser import Denoiser
 from model.flow_matching import MAX_TIMESTEP, FlowMatching
 from model.kv_cache import KVCache
-from pipeline.rollout import Block, RolloutConfig, rollout
+from pipeline.rollout import Block, RolloutConfig, full_timesteps, rollout
 
 FlowFunction = Callable[[Tensor, float], Tensor]
 
@@ -112,7 +112,7 @@ def trajectory(
 
     def flow(latents: Tensor, timestep: float) -> Tensor:
         doubled, embeds = _double(latents, prompt_embeds, negative_embeds, config)
-        return _guide(denoiser(doubled, _timesteps(doubled, timestep), embeds).flow, config)
+        return _guide(denoiser(doubled, full_timesteps(timestep, doubled), embeds).flow, config)
 
     return [noise, *integrate(flow, noise, config.timesteps(denoiser.schedule), config.solver)]
 
@@ -139,7 +139,7 @@ def sample_causal(
     def denoise_chunk(latents: Tensor, start_frame: int) -> Tensor:
         def flow(half: Tensor, timestep: float) -> Tensor:
             state = half.repeat(latents.shape[0] // batch, 1, 1, 1, 1)
-            prediction = denoiser(state, _timesteps(state, timestep), embeds, cache=cache, start_frame=start_frame)
+            prediction = denoiser(state, full_timesteps(timestep, state), embeds, cache=cache, start_frame=start_frame)
             return _guide(prediction.flow, config)
 
         *_, x0 = integrate(flow, latents[:batch], config.timesteps(denoiser.schedule), config.solver)
@@ -172,7 +172,3 @@ def _guide(flow: Tensor, config: SamplingConfig) -> Tensor:
         return flow
     conditional, unconditional = flow.chunk(2)
     return torch.lerp(unconditional, conditional, config.guidance_scale)
-
-
-def _timesteps(latents: Tensor, timestep: float) -> Tensor:
-    return torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)

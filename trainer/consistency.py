@@ -28,16 +28,10 @@ class ConsistencyTrainer(Trainer):
         self.text_encoder = PromptCache(load_text_encoder(config.text_encoder, device=self.device), 4096)
         self.codec = load_codec(config.codec, device=self.device)
         self.clips = training_clips(config.data, self.generator)
-        frames, rollout = config.video.num_frames, config.rollout
+        frames = config.video.num_frames
         chunks = self.chunks_of(frames)
         self.chunks = chunks if config.consistency.per_chunk else [(0, frames)]
-        self.mask = teacher_forcing_mask(
-            frames,
-            rollout.frames_per_chunk,
-            window=rollout.window,
-            sink=rollout.sink,
-            independent_first_frame=rollout.independent_first_frame,
-        )
+        self.mask = config.rollout.mask(frames, teacher_forcing_mask)
         self.track(generator=self.denoiser.transformer)
         self.updater = Optimizer(self.denoiser, config.optimizer, config.trainer.steps)
 

@@ -93,17 +93,11 @@ class DiffusionTrainer(Trainer):
         return self.chunks_of(frames)
 
     def _mask(self) -> BlockMask | None:
-        forcing, rollout_config = self.config.diffusion.forcing, self.config.rollout
+        forcing = self.config.diffusion.forcing
         if forcing is Forcing.bidirectional:
             return None
         build = teacher_forcing_mask if forcing is Forcing.teacher_forcing else block_causal_mask
-        return build(
-            self.config.video.num_frames,
-            rollout_config.frames_per_chunk,
-            window=rollout_config.window,
-            sink=rollout_config.sink,
-            independent_first_frame=rollout_config.independent_first_frame,
-        )
+        return self.config.rollout.mask(self.config.video.num_frames, build)
 
     def _drop(self, prompts: list[str]) -> list[str]:
         dropped = torch.rand(len(prompts), generator=self.generator) < self.config.diffusion.guidance_dropout

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.attention import block_causal_mask
 from model.text_encoder import PromptCache
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from trainer.config import Config
@@ -28,13 +27,7 @@ class RegressionTrainer(Trainer):
         self.deck = Deck(list(range(len(self.pairs.prompts))), self.generator)
         frames = self.pairs.trajectories.shape[2]
         self.chunks = self.chunks_of(frames)
-        self.mask = block_causal_mask(
-            frames,
-            config.rollout.frames_per_chunk,
-            window=config.rollout.window,
-            sink=config.rollout.sink,
-            independent_first_frame=config.rollout.independent_first_frame,
-        )
+        self.mask = config.rollout.mask(frames)
         self.track(generator=self.denoiser.transformer)
         self.updater = Optimizer(self.denoiser, config.optimizer, config.trainer.steps)
 

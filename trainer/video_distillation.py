@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention import block_causal_mask
 from model.discriminator import Discriminator
 from trainer.config import Config
 from trainer.data import ShapesClips, training_clips
@@ -36,13 +35,6 @@ class CausVidTrainer(VideoTrainer):
         config = self.config.rollout
         real, steps = batch.real, config.timesteps(self.denoiser)
         timesteps = sample_step_timesteps(len(real), self.chunks, steps, self.generator)
-        mask = block_causal_mask(
-            real.shape[1],
-            config.frames_per_chunk,
-            window=config.window,
-            sink=config.sink,
-            independent_first_frame=config.independent_first_frame,
-        )
         with torch.set_grad_enabled(grad_start_frame is not None):
             return denoise_chunks(
                 self.denoiser,
@@ -50,7 +42,7 @@ class CausVidTrainer(VideoTrainer):
                 batch.embeds,
                 timesteps=timesteps.to(self.device),
                 noise=torch.randn(real.shape, generator=self.noise).to(real),
-                block_mask=mask,
+                block_mask=config.mask(real.shape[1]),
             )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from model.attention import BlockMask
 from model.denoiser import Denoiser
 from model.flow_matching import expand_sigma
+from pipeline.rollout import full_timesteps
 from pipeline.sampling import SamplingConfig, integrate
 from trainer.objectives.diffusion import predict_in_context
 
@@ -111,7 +112,7 @@ def causal_trajectory(
     """
 
     def flow(latents: Tensor, timestep: float) -> Tensor:
-        timesteps = torch.full(latents.shape[:2], timestep, device=latents.device)
+        timesteps = full_timesteps(timestep, latents)
         return _guided_flow(
             teacher, latents, timesteps, clean, prompt_embeds, negative_embeds, config.guidance_scale, block_mask
         )
