@@ -20,6 +20,18 @@ class StreamingDecoder(Protocol):
         ...
 
 
+class StreamingEncoder(Protocol):
+    """Encodes one endless stream of frames chunk after chunk; the chunks joined equal one full encode."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encode the next chunk: frames [B F 3 H W] in [-1, 1], whole latents of them -> latents [B f C h w]."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the stream: the next chunk begins a new one."""
+        ...
+
+
 class VideoCodec(Protocol):
     """Pixels to normalised latents and back. Latent 0 stands for one frame, each later one for `temporal_scale`."""
 
@@ -35,8 +47,16 @@ class VideoCodec(Protocol):
         """Latents [B f C h w] -> frames [B F 3 H W] in [-1, 1] with F = num_frames(f)."""
         ...
 
+    def streaming_encoder(self) -> StreamingEncoder:
+        """An encoder with its own state, for one stream."""
+        ...
+
     def streaming_decoder(self) -> StreamingDecoder:
         """A decoder with its own state, for one stream."""
+        ...
+
+    def decode_bytes(self, height: int, width: int, latents: int) -> int:
+        """Estimate of what decoding chunks of so many latents to frames of H x W takes beside the weights."""
         ...
 
     def num_frames(self, latent_frames: int) -> int:

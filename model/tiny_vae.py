@@ -1,7 +1,8 @@
 """TinyVAE: the TAEHV architecture (github.com/madebyollin/taehv) at any width.
 
 A video autoencoder of plain 2-D convolutions in which only `MemBlock` looks back, by exactly one frame. All frames of a
-chunk therefore run as one batch, and a stream needs no state but the last frame each `MemBlock` has seen.
+chunk therefore run as one batch, and a stream needs no state but the last frame each `MemBlock` has seen. Frames and
+weights lie in memory with channels last, which convolutions are fastest with.
 
 Legend: B clips, F pixel frames, H W pixel size, f latent frames, C latent channels, h w latent size, t time.
 """
@@ -19,7 +20,7 @@ from model.weights import StateDict, count_layers, load_into, load_state_dict, r
 from utils.errors import UserError
 
 Memory = dict[int, Tensor]
-"""Layer index -> the last frame [B 1 c h w] that layer has seen; empty before a stream begins."""
+"""Layer index -> the last frame [B 1 h w c] that layer has seen; empty before a stream begins."""
 
 
 @dataclass
@@ -65,6 +66,21 @@ class TinyVAEConfig:
         if min(self.encoder_blocks, self.decoder_blocks) < 0:
             raise ValueError(f"{self.encoder_blocks=} and {self.decoder_blocks=} must not be negative")
 
+    def decode_bytes(self, height: int, width: int, latents: int, dtype: torch.dtype) -> int:
+        """Estimate of what decoding chunks of so many latents to frames of H x W takes beside the weights."""
+        area = height * width // (self.patch_size * math.prod(self.spatial_strides)) ** 2
+        kept = peak = 0
+        strides = zip(reversed(self.spatial_strides), reversed(self.temporal_strides), strict=True)
+        for index, (scale, stride) in enumerate(strides):
+            inner, outer = self.decoder_widths[index : index + 2]
+            if self.decoder_blocks:
+                kept += self.decoder_blocks * inner * area
+                peak = max(peak, 6 * inner * area * latents)  # a MemBlock's input, past, both joined, and two results
+            grown = stride * inner * area * latents
+            area, latents = area * scale**2, latents * stride
+            peak = max(peak, grown + (inner + outer) * area * latents)
+        return (kept + peak) * dtype.itemsize
+
 
 TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {
     "taew2.1": TinyVAEConfig(),
@@ -80,6 +96,11 @@ TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {
         first_frame_alone=True,
     ),
 }
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[n h w c] -> a view [n c h w]."""
+    return x.permute(0, 3, 1, 2)
 
 
 def _conv(n_in: int, n_out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -120,7 +141,7 @@ class TPool(nn.Module):
         self.conv = nn.Conv2d(stride * width, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(rearrange(x, "(n s) c h w -> n (s c) h w", s=self.stride))
+        return self.conv(channels_last(rearrange(x, "(n s) c h w -> n h w (s c)", s=self.stride)))
 
 
 class TGrow(nn.Module):
@@ -136,7 +157,7 @@ class TGrow(nn.Module):
         self.conv = nn.Conv2d(width, stride * width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.stride)
+        x = channels_last(rearrange(self.conv(x), "n (s c) h w -> (n s) h w c", s=self.stride))
         return F.interpolate(x, scale_factor=self.scale) if self.scale > 1 else x
 
 
@@ -168,7 +189,13 @@ def _infer_config(state: StateDict, source: str) -> TinyVAEConfig:
         return [state[name].shape for name in names if name in state]
 
     encoder, decoder, pools = shapes("encoder", "weight"), shapes("decoder", "weight"), shapes("encoder", "conv.weight")
-    if len(encoder) < 2 or len(decoder) < 2 or not pools or encoder[0][1] % 3:
+    if (
+        len(encoder) < 2
+        or len(decoder) < 2
+        or not pools
+        or encoder[0][1] % 3
+        or any(len(shape) != 4 for shape in (*encoder, *decoder, *pools))
+    ):
         raise UserError(f"{source}: is not a TAEHV: its tensors are not those of such an encoder and decoder")
     stages = len(pools)
     return TinyVAEConfig(
@@ -186,13 +213,13 @@ def _infer_config(state: StateDict, source: str) -> TinyVAEConfig:
 def _run(layers: nn.Sequential, x: Tensor, memory: Memory) -> Tensor:
     """Run all frames of a chunk [B t c h w] as one batch; reads and updates the memory of the stream."""
     batch = x.shape[0]
-    x = x.flatten(0, 1)
+    x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     for index, layer in enumerate(layers):
         if isinstance(layer, MemBlock):
-            frames = x.unflatten(0, (batch, -1))
+            frames = rearrange(x, "(b t) c h w -> b t h w c", b=batch)
             before = memory[index] if index in memory else torch.zeros_like(frames[:, :1])
             memory[index] = frames[:, -1:].clone()
-            x = layer(x, torch.cat([before, frames[:, :-1]], dim=1).flatten(0, 1))
+            x = layer(x, channels_last(torch.cat([before, frames[:, :-1]], dim=1).flatten(0, 1)))
         else:
             x = layer(x)
     return x.unflatten(0, (batch, -1))
@@ -209,6 +236,7 @@ class TinyVAE(nn.Module):
         self.temporal_scale = math.prod(config.temporal_strides)
         self.encoder = _build_encoder(config)
         self.decoder = _build_decoder(config)
+        self.to(memory_format=torch.channels_last)
 
     def num_frames(self, latent_frames: int) -> int:
         """Pixel frames that `latent_frames` decode to: the first latent gives 1, each later one `temporal_scale`."""
@@ -246,6 +274,10 @@ class TinyVAE(nn.Module):
         """
         frames = self._decode_whole(latents, {})[:, self.temporal_scale - 1 :]
         return frames.clamp(-1, 1) if clamp else frames
+
+    def decode_bytes(self, height: int, width: int, latents: int) -> int:
+        """See `TinyVAEConfig.decode_bytes`."""
+        return self.config.decode_bytes(height, width, latents, self.encoder[0].weight.dtype)
 
     def streaming_encoder(self) -> "StreamingTinyEncoder":
         """An encoder with its own state, for one stream of frames."""
@@ -311,7 +343,7 @@ class TinyVAE(nn.Module):
             if isinstance(layer, TGrow) and name in weights:
                 weights[name] = weights[name][-len(layer.conv.weight) :]
         load_into(model, weights, source=str(path), dtype=torch.float32)
-        return model.eval()
+        return model.to(memory_format=torch.channels_last).eval()
 
 
 class StreamingTinyDecoder:
