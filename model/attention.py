@@ -1,4 +1,4 @@
-"""One ``attention`` over flash-attn, SDPA and flex, and the frame-level masks of block-causal training.
+"""One ``attention`` over several kernels, and the frame-level masks of block-causal training.
 
 Shapes: B batch, L query tokens, S key tokens, N heads, D head dim, F frames, T tokens a frame.
 """
@@ -10,20 +10,47 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FrameRange = tuple[int, int]
 
 
 class AttentionBackend(Enum):
-    """Which kernel computes attention; ``auto`` takes flash-attn where installed and usable, else SDPA."""
+    """Which kernel computes attention."""
 
     auto = "auto"
+    """The fastest of those below that can run and compute in full: flash3, cudnn (Hopper on), flash, sdpa."""
     flash = "flash"
+    """flash-attn, Ampere and later."""
+    flash3 = "flash3"
+    """FlashAttention-3 (package flash_attn_interface), Hopper."""
+    cudnn = "cudnn"
+    """SDPA by cuDNN, Hopper and later."""
+    sage = "sage"
+    """SageAttention: 8-bit products, faster and less exact; never chosen by itself."""
     sdpa = "sdpa"
+    """torch's own choice; any device."""
+
+
+class _Need(NamedTuple):
+    """What a backend cannot do without."""
+
+    capability: tuple[int, int]
+    package: str | None
+
+
+_NEEDS = {
+    AttentionBackend.flash3: _Need((9, 0), "flash_attn_interface"),
+    AttentionBackend.cudnn: _Need((9, 0), None),
+    AttentionBackend.flash: _Need((8, 0), "flash_attn"),
+    AttentionBackend.sage: _Need((8, 0), "sageattention"),
+}
+_ORDER = (AttentionBackend.flash3, AttentionBackend.cudnn, AttentionBackend.flash)
 
 
 @dataclass(frozen=True)
@@ -119,6 +146,7 @@ def attention(
     v: Tensor,
     *,
     mask: BlockMask | None = None,
+    bias: Tensor | None = None,
     backend: AttentionBackend = AttentionBackend.auto,
 ) -> Tensor:
     """Scaled dot-product attention without dropout.
@@ -127,11 +155,14 @@ def attention(
         q: [B L N D].
         k, v: [B S N D].
         mask: frame-level mask over a square problem; tokens a frame are derived from L. None sees everything.
-        backend: kernel to use for the unmasked products.
+        bias: [B 1 1 S], added to the logits of every query; always computed by SDPA.
+        backend: kernel to use for the unmasked products, one that can run here (see :func:`resolve_backend`).
 
     Returns:
         [B L N D].
     """
+    if bias is not None:
+        return _sdpa(q, k, v, bias)
     if mask is None:
         return _dense(q, k, v, backend)
     tokens = q.shape[1] // len(mask.positions)
@@ -146,30 +177,60 @@ def attention(
     )
 
 
+@lru_cache
 def resolve_backend(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """The kernel ``attention`` will use for tensors of this device and dtype.
 
     Raises:
-        ValueError: flash-attn is asked for and cannot run here.
+        ValueError: a kernel is asked for that cannot run here.
     """
-    usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and find_spec("flash_attn") is not None
-    if backend is AttentionBackend.flash and not usable:
-        raise ValueError(
-            f"attention backend 'flash' needs flash-attn, a CUDA device and half precision, not {device} and {dtype}; "
-            "use 'auto' or 'sdpa'"
-        )
     if backend is AttentionBackend.auto:
-        return AttentionBackend.flash if usable else AttentionBackend.sdpa
+        return next((one for one in _ORDER if _missing(one, device, dtype) is None), AttentionBackend.sdpa)
+    missing = _missing(backend, device, dtype)
+    if missing:
+        raise ValueError(f"attention backend {backend.value!r} needs {missing}; use 'auto' or 'sdpa'")
     return backend
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
-    if resolve_backend(backend, q.device, q.dtype) is AttentionBackend.flash:
-        from flash_attn import flash_attn_func
+def _missing(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What a backend needs and does not find, in words; None if it can run."""
+    if backend is AttentionBackend.sdpa:
+        return None
+    need = _NEEDS[backend]
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return f"a CUDA device and half precision, not {device} and {dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < need.capability:
+        return f"an NVIDIA GPU of capability {need.capability} or more, not {capability}"
+    if need.package is not None and find_spec(need.package) is None:
+        return f"the package {need.package}, which is not installed"
+    return None
 
-        return flash_attn_func(q, k, v)
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
+    match resolve_backend(backend, q.device, q.dtype) if backend is AttentionBackend.auto else backend:
+        case AttentionBackend.flash:
+            from flash_attn import flash_attn_func
+
+            return flash_attn_func(q, k, v)
+        case AttentionBackend.flash3:
+            from flash_attn_interface import flash_attn_func
+
+            out = flash_attn_func(q, k, v)
+            return out[0] if isinstance(out, tuple) else out  # earlier releases return the logsumexp too
+        case AttentionBackend.sage:
+            from sageattention import sageattn
+
+            return sageattn(q, k, v, tensor_layout="NHD")
+        case AttentionBackend.cudnn:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return _sdpa(q, k, v)
+    return _sdpa(q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 def _gather(x: Tensor, ranges: tuple[FrameRange, ...], tokens: int) -> Tensor:

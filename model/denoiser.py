@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from model.attention import BlockMask
 from model.flow_matching import FlowMatching, flow_to_x0, x0_to_flow
-from model.kv_cache import KVCache
 from model.transformer import WanTransformer
 
 
@@ -30,20 +28,12 @@ class Denoiser(nn.Module):
         self.transformer = transformer
         self.schedule = schedule
 
-    def forward(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        prompt_embeds: Tensor,
-        *,
-        cache: KVCache | None = None,
-        start_frame: int = 0,
-        block_mask: BlockMask | None = None,
-    ) -> Prediction:
+    def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, **options) -> Prediction:
         """Arguments as :meth:`WanTransformer.forward`; x0 and flow are converted in float32."""
-        output = self.transformer(
-            latents, timesteps, prompt_embeds, cache=cache, start_frame=start_frame, block_mask=block_mask
-        )
+        output = self.transformer(latents, timesteps, prompt_embeds, **options)
+        latents = latents[:, latents.shape[1] - output.shape[1] :]
+        if timesteps.shape[1] > 1:
+            timesteps = timesteps[:, timesteps.shape[1] - output.shape[1] :]
         if self.transformer.config.prediction_type == "x0":
             return Prediction(x0_to_flow(output, latents, timesteps), output)
         return Prediction(output, flow_to_x0(output, latents, timesteps))

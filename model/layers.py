@@ -1,18 +1,34 @@
 """Layers of the Wan2.1 diffusion transformer, with the original parameter names.
 
-Shapes: B batch, F frames, T tokens a frame, C model dim, N heads, D head dim, L text tokens.
-Hidden states stay [B F T C], so that the modulation of a frame, [B F 1 C], broadcasts over its tokens.
+Shapes: B batch, F frames, T tokens a frame, C model dim, N heads, D head dim, L text tokens; f is F, or 1 where all
+frames share one timestep. Hidden states stay [B F T C], so that the modulation of a frame, [B f 1 C], broadcasts over
+its tokens.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import AttentionBackend, BlockMask, attention
-from model.kv_cache import KeyValue, KVCache
+from model.kv_cache import CachedText, CachePass
 from model.rope import apply_rotary
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Latents to tokens. The patches do not overlap, so the convolution is a matrix product of rearranged latents."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents [B F c H W] -> [B F T C]."""
+        _, rows, columns = self.kernel_size
+        patches = rearrange(latents, "b f c (h p) (w q) -> b f (h w) (c p q)", p=rows, q=columns)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -34,6 +50,29 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """``norm(x) (1 + scale) + shift``: x [B F T C], shift and scale [B f 1 C]; without weights of its own."""
+        if shift.numel() == x.shape[-1]:  # the same for every token, so it can be the weights: one operation
+            weight, bias = (1 + scale).float().flatten(), shift.float().flatten()
+            return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        return torch.addcmul(shift, self(x), 1 + scale)
+
+
+class GELU(nn.Module):
+    """The tanh approximation of GELU.
+
+    As ``x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))``, the same function, it is three times faster on a CPU.
+    """
+
+    LINEAR = 2 * (2 / math.pi) ** 0.5
+    CUBIC = 0.044715 * LINEAR
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        slope = torch.addcmul(x.new_full((), self.LINEAR), x, x, value=self.CUBIC)
+        return slope.mul_(x).sigmoid_().mul_(x)
+
 
 class Attention(nn.Module):
     """Projections shared by self- and cross-attention; q and k are RMS-normed over the whole model dim."""
@@ -53,44 +92,122 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
 
-class SelfAttention(Attention):
-    """Attention over the video: bidirectional, masked, or against a KV cache."""
+class FusedProjection(nn.Module):
+    """q, k and v of a :class:`SelfAttention` in one product, norms and rotation of q and k in one operation each.
+
+    For inference: it takes the place of q, k, v, norm_q and norm_k, whose names and shapes its ``state_dict`` keeps.
+    """
+
+    NAMES = ("q", "k", "v")
+
+    def __init__(self, layer: SelfAttention) -> None:
+        super().__init__()
+        linears = [getattr(layer, name) for name in self.NAMES]
+        self.num_heads, self.eps = layer.num_heads, layer.norm_q.eps
+        with torch.device("meta"):
+            self.qkv = nn.Linear(linears[0].in_features, 3 * linears[0].out_features)
+        self.qkv.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        self.qkv.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+        self.norm = nn.Parameter(torch.stack([layer.norm_q.weight, layer.norm_k.weight]), requires_grad=False)
+        self.register_state_dict_post_hook(_split_names)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B F T C] -> q, k, v [B F T N D], q and k normed and rotated."""
+        qkv = self.qkv(x).unflatten(-1, (3, -1))
+        qk = qkv[..., :2, :].float()
+        mean_square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square() / qk.shape[-1]
+        qk = (qk * (mean_square + self.eps).rsqrt()).to(x.dtype) * self.norm
+        q, k = apply_rotary(qk.flatten(-2).unflatten(-1, (2 * self.num_heads, -1)), rotary).chunk(2, dim=-2)
+        return q, k, qkv[..., 2, :].unflatten(-1, (self.num_heads, -1))
+
+
+def _split_names(module: FusedProjection, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    """Give a fused projection's part of a state dict the names of the layers it was made from."""
+    outer = prefix.removesuffix("fused.")
+    for part in ("weight", "bias"):
+        for name, tensor in zip(module.NAMES, state.pop(f"{prefix}qkv.{part}").chunk(3), strict=True):
+            state[f"{outer}{name}.{part}"] = tensor
+    for name, tensor in zip(module.NAMES, state.pop(f"{prefix}norm"), strict=False):
+        state[f"{outer}norm_{name}.weight"] = tensor
+
+
+class VideoAttention(nn.Module):
+    """The products of self-attention: over the whole clip, under a mask, or against a KV cache.
+
+    A module without parameters, so that hooks from outside can exchange what goes in and comes out.
+    """
 
     def forward(
         self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         *,
         mask: BlockMask | None,
-        cache: KVCache | None,
+        passes: Sequence[CachePass],
         layer: int,
-        start_frame: int,
+        output_frames: int,
         backend: AttentionBackend,
     ) -> Tensor:
-        """x [B F T C] -> [B F T C]; ``rotary`` as made by :func:`model.rope.rotary_table`."""
+        """q, k, v [B F T N D] -> [B output_frames T N D], of the last frames."""
+        if not passes:
+            out = attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask=mask, backend=backend)
+            return out.unflatten(1, q.shape[1:3])[:, q.shape[1] - output_frames :]
+        outputs, start = [q[:, :0]], 0
+        for chunk in passes:
+            part = slice(start, start + chunk.frames)
+            keys, values = chunk.extend(layer, k[:, part], v[:, part])
+            if start >= q.shape[1] - output_frames:
+                out = attention(q[:, part].flatten(1, 2), keys, values, backend=backend)
+                outputs.append(out.unflatten(1, (chunk.frames, -1)))
+            start += chunk.frames
+        return outputs[-1] if len(outputs) <= 2 else torch.cat(outputs, dim=1)
+
+
+class SelfAttention(Attention):
+    """Attention over the video."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__(dim, num_heads, eps)
+        self.core = VideoAttention()
+        self.fused: FusedProjection | None = None
+
+    def fuse(self) -> None:
+        """Project q, k and v in one product from now on; for inference."""
+        if self.fused is None:
+            self.fused = FusedProjection(self)
+            del self.q, self.k, self.v, self.norm_q, self.norm_k
+
+    def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B F T C] -> q, k, v [B F T N D], q and k normed and rotated."""
+        if self.fused is not None:
+            return self.fused(x, rotary)
         q = apply_rotary(self.heads(self.norm_q(self.q(x))), rotary)
         k = apply_rotary(self.heads(self.norm_k(self.k(x))), rotary)
-        v = self.heads(self.v(x))
-        if cache is None:
-            k, v = k.flatten(1, 2), v.flatten(1, 2)
-        else:
-            k, v = cache.extend(layer, k, v, start_frame)
-        out = attention(q.flatten(1, 2), k, v, mask=mask, backend=backend)
-        return self.o(out.flatten(-2).view_as(x))
+        return q, k, self.heads(self.v(x))
+
+    def forward(self, x: Tensor, rotary: Tensor, **options) -> Tensor:
+        """x [B F T C] -> [B output_frames T C].
+
+        ``rotary`` as made by :func:`model.rope.rotary_table`, options as :class:`VideoAttention` takes them.
+        """
+        out = self.core(*self.project(x, rotary), **options)
+        return self.o(out.flatten(-2)) if out.shape[1] else out.flatten(-2)
 
 
 class CrossAttention(Attention):
     """Attention to the prompt; padded text tokens are attended to, as Wan was trained."""
 
-    def key_value(self, text: Tensor) -> KeyValue:
+    def key_value(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B L N D] of embedded text [B L C]."""
         return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
 
-    def forward(self, x: Tensor, text: Tensor | KeyValue, *, backend: AttentionBackend) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | CachedText, *, backend: AttentionBackend) -> Tensor:
         """x [B F T C]; ``text`` is embedded text [B L C], or its keys and values."""
-        k, v = text if isinstance(text, tuple) else self.key_value(text)
+        cached = text if isinstance(text, CachedText) else CachedText(*self.key_value(text), None)
         q = self.heads(self.norm_q(self.q(x)))
-        return self.o(attention(q.flatten(1, 2), k, v, backend=backend).flatten(-2).view_as(x))
+        out = attention(q.flatten(1, 2), cached.k, cached.v, bias=cached.bias, backend=backend)
+        return self.o(out.flatten(-2).view_as(x))
 
 
 class Block(nn.Module):
@@ -103,36 +220,80 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps)
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), GELU(), nn.Linear(ffn_dim, dim))
+        self.modulation = random_modulation(6, dim)
 
     def forward(
         self,
         x: Tensor,
         modulation: Tensor,
-        text: Tensor | KeyValue,
-        rotary: tuple[Tensor, Tensor],
+        text: Tensor | CachedText,
+        rotary: Tensor,
         *,
         mask: BlockMask | None = None,
-        cache: KVCache | None = None,
+        passes: Sequence[CachePass] = (),
         layer: int = 0,
-        start_frame: int = 0,
+        output_frames: int | None = None,
         backend: AttentionBackend = AttentionBackend.auto,
     ) -> Tensor:
-        """x [B F T C], modulation [B F 6 C] -> [B F T C]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unsqueeze(3).unbind(2)
+        """x [B F T C], modulation [B f 6 C] -> [B F T C], or only the last ``output_frames`` frames of it."""
+        frames = x.shape[1]
+        wanted = frames if output_frames is None else output_frames
+        signals = self.modulation + modulation
+        shift, scale, gate = signals[:, :, :3, None].unbind(2)
         attended = self.self_attn(
-            modulate(self.norm1(x), shift1, scale1),
+            self.norm1.modulated(x, shift, scale),
             rotary,
             mask=mask,
-            cache=cache,
+            passes=passes,
             layer=layer,
-            start_frame=start_frame,
+            output_frames=wanted,
             backend=backend,
         )
-        x = torch.addcmul(x, attended, gate1)
+        if wanted < frames:
+            x = x[:, frames - wanted :]
+            if wanted == 0:
+                return x
+            if signals.shape[1] > 1:
+                signals, gate = signals[:, frames - wanted :], gate[:, frames - wanted :]
+        x = torch.addcmul(x, attended, gate)
         x = x + self.cross_attn(self.norm3(x), text, backend=backend)
-        return torch.addcmul(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        shift, scale, gate = signals[:, :, 3:, None].unbind(2)
+        return torch.addcmul(x, self.ffn(self.norm2.modulated(x, shift, scale)), gate)
+
+
+class BlockStack(nn.ModuleList):
+    """All blocks in a row: what can be compiled, or wrapped by hooks from outside, as one."""
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        texts: Sequence[Tensor | CachedText],
+        rotary: Tensor,
+        *,
+        kept: Sequence[int],
+        output_frames: int,
+        checkpointing: bool,
+        **options,
+    ) -> list[Tensor]:
+        """Hidden states after each of the blocks ``kept``, ascending; the last block gives ``output_frames`` frames.
+
+        Args:
+            x, modulation, rotary, options: as :meth:`Block.forward`.
+            texts: of every block.
+            checkpointing: recompute blocks in backward.
+        """
+        outputs, last = [], len(self) - 1
+        for layer, (block, text) in enumerate(zip(self, texts, strict=True)):
+            options |= {"layer": layer, "output_frames": output_frames if layer == last else None}
+            if checkpointing:
+                x = checkpoint(block, x, modulation, text, rotary, use_reentrant=False, **options)
+            else:
+                x = block(x, modulation, text, rotary, **options)
+            if layer in kept:
+                outputs.append(x)
+        return outputs
 
 
 class Head(nn.Module):
@@ -142,17 +303,18 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(dim, eps, elementwise_affine=False)
         self.head = nn.Linear(dim, patch_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = random_modulation(2, dim)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [B F T C], time embedding [B F C] -> [B F T patch_dim]."""
+        """x [B F T C], time embedding [B f C] -> [B F T patch_dim]."""
         shift, scale = (self.modulation + embedding.unsqueeze(2)).unsqueeze(3).unbind(2)
-        return self.head(modulate(self.norm(x), shift, scale))
+        return self.head(self.norm.modulated(x, shift, scale))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x (1 + scale) + shift``."""
-    return torch.addcmul(shift, x, 1 + scale)
+def random_modulation(rows: int, dim: int) -> nn.Parameter:
+    """[1 rows C] of variance ``1 / dim``; uniform, as normal numbers on the meta device cost seconds of imports."""
+    bound = (3 / dim) ** 0.5
+    return nn.Parameter(torch.empty(1, rows, dim).uniform_(-bound, bound))
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:

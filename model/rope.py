@@ -1,4 +1,7 @@
-"""Rotary position embedding over three axes (time, height, width), made on the CPU for any frame index."""
+"""Rotary position embedding over three axes (time, height, width), made on the CPU for any frame index.
+
+Shapes: B batch, F frames, T tokens a frame, N heads, D head dim. A table holds cosine and sine in its last dimension.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,26 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-def _angles(positions: Tensor, pairs: int) -> Tensor:
+def _table(positions: Tensor, pairs: int) -> Tensor:
+    """Cosines and sines [... pairs 2] of positions [...], computed in float64."""
     frequencies = BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-    return positions.double()[:, None] * frequencies
+    angles = positions.double()[..., None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a table kept from generation must also serve training
+def _spatial_table(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """Height and width of every token of a frame: [T P 2]."""
+    _, height_pairs, width_pairs = axis_pairs(head_dim)
+    rows = _table(torch.arange(height), height_pairs)[:, None].expand(-1, width, -1, -1)
+    columns = _table(torch.arange(width), width_pairs)[None].expand(height, -1, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1).to(device)
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a table kept from generation must also serve training
-def rotary_table(
-    frames: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+@torch.inference_mode(False)
+def rotary_table(frames: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """Cosines and sines for every token of the given frames.
 
     Args:
@@ -33,19 +46,28 @@ def rotary_table(
         height, width: tokens per frame on each axis.
 
     Returns:
-        cos, sin: [F T 1 D/2] float32 on ``device`` with T = height * width, computed in float64 on the CPU.
+        [F T 1 D/2 2] float32 on ``device`` with T = height * width, computed in float64 on the CPU.
     """
+    spatial = _spatial_table(height, width, head_dim, device).expand(len(frames), -1, -1, -1)
+    time = _table(torch.tensor(frames), axis_pairs(head_dim)[0]).to(device, non_blocking=True)
+    return torch.cat([time[:, None].expand(-1, height * width, -1, -1), spatial], dim=2).unsqueeze(2)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def shift_table(frames: int, head_dim: int, device: torch.device) -> Tensor:
+    """Moves keys that are already rotated on by ``frames`` latent frames: [1 1 1 D/2 2]."""
     time_pairs, height_pairs, width_pairs = axis_pairs(head_dim)
-    time = _angles(torch.tensor(frames), time_pairs)[:, None, None].expand(-1, height, width, -1)
-    rows = _angles(torch.arange(height), height_pairs)[None, :, None].expand(len(frames), -1, width, -1)
-    columns = _angles(torch.arange(width), width_pairs)[None, None, :].expand(len(frames), height, -1, -1)
-    angles = torch.cat([time, rows, columns], dim=-1).flatten(1, 2).unsqueeze(2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    moved, still = _table(torch.tensor(frames), time_pairs), _table(torch.tensor(0), height_pairs + width_pairs)
+    return torch.cat([moved, still])[None, None, None].to(device, non_blocking=True)
 
 
-def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Rotate interleaved pairs of x [B F T N D] by ``table`` (see :func:`rotary_table`), in float32."""
-    cos, sin = table
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # complex numbers do not fuse
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return rotated.flatten(-2).to(x.dtype)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionBackend, BlockMask
-from model.kv_cache import KeyValue, KVCache
-from model.layers import Block, Head, sinusoidal_embedding
+from model.attention import AttentionBackend, BlockMask, resolve_backend
+from model.kv_cache import CachedText, CachePass, KeyLayout, KVCache
+from model.layers import GELU, Block, BlockStack, Head, PatchEmbedding, sinusoidal_embedding
 from model.rope import rotary_table
 
 
@@ -68,6 +68,10 @@ PRESETS: dict[str, WanConfig] = {
 }
 
 
+FOLDED_MULTIPLE = 16
+"""Text keys are kept in multiples of this, so that prompts of similar length have keys of one shape."""
+
+
 class WanTransformer(nn.Module):
     """Predicts from noisy latents, a timestep for every frame, and a prompt.
 
@@ -81,18 +85,20 @@ class WanTransformer(nn.Module):
         self.config = config
         dim, patch = config.dim, tuple(config.patch_size)
         patch_area = patch[0] * patch[1] * patch[2]
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), GELU(), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(
+        self.blocks = BlockStack(
             Block(dim, config.ffn_dim, config.num_heads, config.eps) for _ in range(config.num_layers)
         )
         self.head = Head(dim, patch_area * config.out_dim, config.eps)
         self.gradient_checkpointing = False
         self.attention_backend = AttentionBackend.auto
+        self.cached_heads = config.num_heads
+        """Heads whose keys the cache of this process holds."""
+        self.static_cache = False
+        """Whether caches are made for compiled passes."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise for training from nothing: Xavier matrices, zero biases, a head that starts at zero."""
@@ -115,32 +121,48 @@ class WanTransformer(nn.Module):
         prompt_embeds: Tensor,
         *,
         cache: KVCache | None = None,
-        start_frame: int = 0,
+        start_frame: int | Sequence[int] = 0,
+        chunk_frames: Sequence[int] | None = None,
+        output_frames: int | None = None,
         block_mask: BlockMask | None = None,
     ) -> Tensor:
         """Run the network.
 
         Args:
             latents: noisy latents [B F C H W]; H and W are multiples of the patch.
-            timesteps: [B F] in [0, 1000].
+            timesteps: [B F] in [0, 1000], or [B 1] for all frames.
             prompt_embeds: [B L E], L at most ``text_len``.
             cache: keys and values of earlier frames; this pass adds its own.
-            start_frame: absolute index of the first frame, for rotary positions and the cache.
+            start_frame: absolute index of the first frame, for rotary positions and the cache; or one for each sample,
+                which only a cache made of several takes.
+            chunk_frames: sizes of several chunks in one pass over a cache, each seeing itself and those before it;
+                None is one chunk.
+            output_frames: how many of the last frames' outputs are wanted, whole chunks; None is all. The last layer
+                spares the others everything but their keys and values; 0 only fills the cache.
             block_mask: which frames see which; its positions replace ``start_frame``.
 
         Returns:
-            flow (or x0, as ``config.prediction_type`` says) [B F C H W].
+            flow (or x0, as ``config.prediction_type`` says) [B output_frames C H W].
 
         Raises:
             ValueError: a cache and a mask together, or sizes that do not fit.
         """
-        last = len(self.blocks) - 1
         embedding, (x,) = self._backbone(
-            latents, timesteps, prompt_embeds, [last], cache=cache, start_frame=start_frame, block_mask=block_mask
+            latents,
+            timesteps,
+            prompt_embeds,
+            [len(self.blocks) - 1],
+            cache=cache,
+            start_frame=start_frame,
+            chunk_frames=chunk_frames,
+            output_frames=output_frames,
+            block_mask=block_mask,
         )
+        if x.shape[1] == 0:
+            return latents[:, :0]
         _, rows, columns = self.config.patch_size
         return rearrange(
-            self.head(x, embedding),
+            self.head(x, embedding if embedding.shape[1] == 1 else embedding[:, -x.shape[1] :]),
             "b f (h w) (p q c) -> b f c (h p) (w q)",
             h=latents.shape[3] // rows,
             p=rows,
@@ -164,56 +186,91 @@ class WanTransformer(nn.Module):
         layers: Sequence[int],
         *,
         cache: KVCache | None = None,
-        start_frame: int = 0,
+        start_frame: int | Sequence[int] = 0,
+        chunk_frames: Sequence[int] | None = None,
+        output_frames: int | None = None,
         block_mask: BlockMask | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Time embedding [B F C], and hidden states after each of the blocks ``layers``."""
-        self._check(latents, prompt_embeds, cache, block_mask)
-        frames, height, width = (
-            size // patch
-            for size, patch in zip((latents.shape[1], *latents.shape[3:]), self.config.patch_size, strict=True)
-        )
-        x = self.patch_embedding(rearrange(latents, "b f c h w -> b c f h w"))
-        x = rearrange(x, "b c f h w -> b f (h w) c")
+        """Time embedding [B f C], and hidden states after each of the blocks ``layers``."""
+        self._check(latents, timesteps, prompt_embeds, cache, block_mask)
+        x = self.patch_embedding(latents)
         embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim).to(x))
-        modulation = self.time_projection(embedding).unflatten(-1, (6, -1))
-        positions = block_mask.positions if block_mask else tuple(range(start_frame, start_frame + frames))
-        head_dim = self.config.dim // self.config.num_heads
-        rotary = rotary_table(positions, height, width, head_dim, x.device)
-
-        kept = []
-        for layer, (block, text) in enumerate(zip(self.blocks, self._text(prompt_embeds, cache), strict=True)):
-            x = self._run(
-                block,
-                x,
-                modulation,
-                text,
-                rotary,
-                mask=block_mask,
-                cache=cache,
-                layer=layer,
-                start_frame=start_frame,
-                backend=self.attention_backend,
-            )
-            if layer in layers:
-                kept.append(x)
+        kept = self.blocks(
+            x,
+            self.time_projection(embedding).unflatten(-1, (6, -1)),
+            self._text(prompt_embeds, cache),
+            self._rotary(latents, start_frame, block_mask),
+            mask=block_mask,
+            passes=() if cache is None else self._open(cache, x, start_frame, chunk_frames),
+            kept=layers,
+            output_frames=latents.shape[1] if output_frames is None else output_frames,
+            checkpointing=self.gradient_checkpointing and torch.is_grad_enabled(),
+            backend=resolve_backend(self.attention_backend, x.device, x.dtype),
+        )
         return embedding, kept
 
-    def _run(self, block: nn.Module, *args, **kwargs) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, **kwargs)
-        return block(*args, **kwargs)
+    def _rotary(self, latents: Tensor, start_frame: int | Sequence[int], block_mask: BlockMask | None) -> Tensor:
+        """Cosines and sines of every token (see :func:`model.rope.rotary_table`), or of those of each sample."""
+        _, rows, columns = self.config.patch_size
+        height, width = latents.shape[3] // rows, latents.shape[4] // columns
+        head_dim = self.config.dim // self.config.num_heads
+        starts = [start_frame] if isinstance(start_frame, int) else start_frame
+        tables = [
+            rotary_table(
+                block_mask.positions if block_mask else tuple(range(start, start + latents.shape[1])),
+                height,
+                width,
+                head_dim,
+                latents.device,
+            )
+            for start in starts
+        ]
+        return tables[0] if len(tables) == 1 else torch.stack(tables)
 
-    def _text(self, prompt_embeds: Tensor, cache: KVCache | None) -> list[Tensor | KeyValue]:
+    def _open(
+        self, cache: KVCache, x: Tensor, start_frame: int | Sequence[int], chunk_frames: Sequence[int] | None
+    ) -> tuple[CachePass, ...]:
+        """Where each chunk of hidden states x [B F T C] reads and writes in the cache."""
+        head_dim = self.config.dim // self.config.num_heads
+        layout = KeyLayout(x.shape[0], x.shape[2], self.cached_heads, head_dim, x.dtype, x.device, self.static_cache)
+        ends = list(accumulate(chunk_frames or (x.shape[1],)))
+        if ends[-1] != x.shape[1]:
+            raise ValueError(f"chunk_frames={list(chunk_frames)} do not add up to the {x.shape[1]} frames of the pass")
+        passes = [
+            cache.open(layout, _later(start_frame, start), end - start)
+            for start, end in reversed(list(pairwise([0, *ends])))  # the last first, so that the buffers hold all
+        ]
+        return tuple(reversed(passes))
+
+    def _text(self, prompt_embeds: Tensor, cache: KVCache | None) -> list[Tensor | CachedText]:
         """What each block's cross-attention reads: embedded text under grad, else keys and values kept in the cache."""
         if cache is None or torch.is_grad_enabled():
             return [self._embed_text(prompt_embeds)] * len(self.blocks)
 
-        def compute() -> list[KeyValue]:
-            text = self._embed_text(prompt_embeds)
-            return [block.cross_attn.key_value(text) for block in self.blocks]
+        def compute() -> list[CachedText]:
+            text, bias = self._fold_padding(prompt_embeds, self._embed_text(prompt_embeds))
+            return [CachedText(*block.cross_attn.key_value(text), bias) for block in self.blocks]
 
         return cache.text(prompt_embeds, compute)
+
+    def _fold_padding(self, prompt_embeds: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embedded text [B L C] with few of its padded tokens, and what to add to the logits, [B 1 1 L] or nothing.
+
+        Padded tokens are all the same, so m of them with ``log(n / m)`` added to their logits stand for n: exact, but
+        for the rounding of that number in half precision, where nothing is folded.
+        """
+        if text.dtype != torch.float32:
+            return text, None
+        lengths = (
+            (prompt_embeds != 0).any(2).mul(torch.arange(1, prompt_embeds.shape[1] + 1, device=text.device)).amax(1)
+        )
+        kept = FOLDED_MULTIPLE * (int(lengths.max()) // FOLDED_MULTIPLE + 1)
+        if kept >= text.shape[1]:
+            return text, None
+        padded = torch.arange(kept, device=text.device) >= lengths[:, None]
+        stands_for = (text.shape[1] - lengths) / (kept - lengths)
+        bias = torch.where(padded, stands_for.log()[:, None], 0.0).to(text.dtype)
+        return text[:, :kept].contiguous(), bias[:, None, None]
 
     def _embed_text(self, prompt_embeds: Tensor) -> Tensor:
         padding = self.config.text_len - prompt_embeds.shape[1]
@@ -221,12 +278,21 @@ class WanTransformer(nn.Module):
         return self.text_embedding(padded.to(self.text_embedding[0].weight.dtype))
 
     def _check(
-        self, latents: Tensor, prompt_embeds: Tensor, cache: KVCache | None, block_mask: BlockMask | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        cache: KVCache | None,
+        block_mask: BlockMask | None,
     ) -> None:
         config = self.config
         _, rows, columns = config.patch_size
         if cache is not None and block_mask is not None:
             raise ValueError("give a cache (generation) or a block_mask (training), not both")
+        if timesteps.shape[1] not in (1, latents.shape[1]):
+            raise ValueError(
+                f"timesteps {tuple(timesteps.shape)} are for other frames than latents {tuple(latents.shape)}"
+            )
         if latents.shape[2] != config.in_dim:
             raise ValueError(f"latents {tuple(latents.shape)} have {latents.shape[2]} channels, not {config.in_dim}")
         if latents.shape[3] % rows or latents.shape[4] % columns:
@@ -238,3 +304,7 @@ class WanTransformer(nn.Module):
             )
         if block_mask is not None and len(block_mask.positions) != latents.shape[1]:
             raise ValueError(f"block_mask is for {len(block_mask.positions)} frames, latents have {latents.shape[1]}")
+
+
+def _later(start_frame: int | Sequence[int], frames: int) -> int | tuple[int, ...]:
+    return start_frame + frames if isinstance(start_frame, int) else tuple(start + frames for start in start_frame)

@@ -37,7 +37,8 @@ class OfficialDenoiser(Denoiser):
         tabled = table[(table - timesteps[..., None]).abs().argmin(dim=-1)]
         told = timesteps.where(timesteps > last_level(self.schedule), 0.0)
         flow = self.transformer(latents, told, prompt_embeds, **options)
-        return Prediction(flow, flow_to_x0(flow, latents, tabled))
+        wanted = slice(latents.shape[1] - flow.shape[1], None)  # none of them in a context pass
+        return Prediction(flow, flow_to_x0(flow, latents[:, wanted], tabled))
 
 
 class OfficialScore(OfficialDenoiser):

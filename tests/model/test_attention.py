@@ -86,10 +86,53 @@ def test_frames_that_do_not_divide_are_refused_with_the_nearest_that_do(argument
         chunk_ranges(*arguments)
 
 
-def test_flash_is_refused_where_it_cannot_run():
+@pytest.mark.parametrize("name", ["flash", "flash3", "cudnn", "sage"])
+def test_kernels_of_gpus_are_refused_where_they_cannot_run(name):
     assert resolve_backend(AttentionBackend.auto, torch.device("cpu"), torch.float32) is AttentionBackend.sdpa
-    with pytest.raises(ValueError, match=r"'flash' needs .* not cpu and torch.bfloat16"):
-        resolve_backend(AttentionBackend.flash, torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(ValueError, match=f"'{name}' needs .* not cpu and torch.bfloat16; use 'auto' or 'sdpa'"):
+        resolve_backend(AttentionBackend(name), torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "chosen"),
+    [
+        ((9, 0), {"flash_attn_interface", "flash_attn"}, "flash3"),
+        ((9, 0), {"flash_attn"}, "cudnn"),
+        ((8, 9), {"flash_attn", "flash_attn_interface", "sageattention"}, "flash"),
+        ((8, 6), set(), "sdpa"),
+        ((7, 5), {"flash_attn"}, "sdpa"),
+    ],
+)
+def test_the_kernel_follows_from_what_the_gpu_can_do_and_what_is_installed(capability, installed, chosen, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("model.attention.find_spec", lambda name: name if name in installed else None)
+    choose = resolve_backend.__wrapped__  # without what it remembers
+    assert choose(AttentionBackend.auto, torch.device("cuda"), torch.bfloat16).value == chosen
+    assert choose(AttentionBackend.auto, torch.device("cuda"), torch.float32) is AttentionBackend.sdpa
+    if "sageattention" not in installed:
+        with pytest.raises(ValueError, match="'sage' needs"):
+            choose(AttentionBackend.sage, torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", list(AttentionBackend))
+def test_every_kernel_that_runs_here_equals_sdpa(backend):
+    q, k, v = (random(2, length, 4, 64, seed=length).cuda().bfloat16() for length in (96, 160, 160))
+    try:
+        resolve_backend(backend, q.device, q.dtype)
+    except ValueError as error:
+        pytest.skip(str(error))
+    tolerance = 0.1 if backend is AttentionBackend.sage else 0.02
+    expected = attention(q, k, v, backend=AttentionBackend.sdpa).float()
+    assert relative_error(attention(q, k, v, backend=backend).float(), expected) <= tolerance
+
+
+def test_a_bias_is_added_to_the_logits_of_every_query():
+    q, k, v = (random(2, length, 2, 8, seed=length) for length in (6, 5, 5))
+    bias = random(2, 1, 1, 5, seed=9)
+    logits = torch.einsum("blnd,bsnd->bnls", q, k) / 8**0.5 + bias
+    expected = torch.einsum("bnls,bsnd->blnd", logits.softmax(-1), v)
+    assert relative_error(attention(q, k, v, bias=bias), expected) <= 1e-5
 
 
 @pytest.mark.gpu

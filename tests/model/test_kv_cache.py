@@ -1,12 +1,14 @@
 """The cache returns exactly the visible frames, without copies where nothing is learned, in constant memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from model.attention import visible_frames
-from model.kv_cache import KVCache
-from tests.parity import random, relative_error, tiny_denoiser
+from model.attention import AttentionBackend, visible_frames
+from model.kv_cache import CachedText, KeyLayout, KVCache
+from tests.parity import TINY, random, relative_error, tiny_denoiser
 
 TOKENS, HEADS, DIM = 2, 2, 4
 
@@ -78,6 +80,21 @@ def test_under_grad_it_joins_detached_context_and_live_keys_and_writes_nothing(s
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(("sizes", "window", "sink"), CASES)
+def test_slots_told_as_data_are_the_same_slots(sizes, window, sink, relative):
+    caches = [KVCache(1, window=window, sink=sink, relative=relative) for _ in range(2)]
+    start = 0
+    for size in sizes:
+        k = random(1, size, TOKENS, HEADS, 8, seed=start)
+        layout = KeyLayout.of(k)
+        passes = [cache.open(layout._replace(static=index > 0), start, size) for index, cache in enumerate(caches)]
+        assert (passes[0].index, passes[1].index.shape) == (None, (size,))
+        assert all(torch.equal(*pair) for pair in zip(*(one.extend(0, k, -k) for one in passes), strict=True))
+        start += size
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("window", "sink"), [(6, 0), (7, 1), (4, 1)])
 def test_without_grad_nothing_is_copied_and_memory_stays_flat(window, sink):
     """The keys are a view of one buffer of window frames, for 200 chunks and for frame a million."""
@@ -137,6 +154,129 @@ def test_text_keys_are_computed_once_a_prompt():
     cache.reset()
     denoiser(latents, timesteps, second, cache=cache)
     assert len(calls) == 3 * layers
+
+
+def in_window(finished: Tensor, end: int, window: int, sink: int) -> Tensor:
+    """The frames that a chunk ending at ``end`` sees, in order."""
+    return torch.cat([finished[:, low:high] for low, high in visible_frames(end, window, sink)], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("append_only", [False, True])
+@pytest.mark.parametrize(("window", "sink"), [(6, 0), (7, 1), (6, 3), (9, 4)])
+def test_relative_positions_count_from_the_first_frame_in_the_window(window, sink, append_only):
+    """One layer, so that keys are those of the frames: equal to attention over just the window, at 0 ... window - 1."""
+    denoiser, clip = tiny_denoiser(replace(TINY, num_layers=1)), random(1, 36, 4, 4, 6)
+    cache, embeds = (
+        KVCache(1, window=window, sink=sink, relative=True, append_only=append_only),
+        random(1, 5, 8, seed=1),
+    )
+    fixed = KVCache(1, window=window, sink=sink, append_only=append_only)
+    for start in range(0, 36, 3):
+        options = {"timesteps": torch.zeros(1, 3), "prompt_embeds": embeds, "start_frame": start}
+        for _ in range(2):
+            flow = denoiser(clip[:, start : start + 3], cache=cache, **options).flow
+            absolute = denoiser(clip[:, start : start + 3], cache=fixed, **options).flow
+        seen = in_window(clip, start + 3, window, sink)
+        expected = denoiser(seen, torch.zeros(seen.shape[:2]), embeds).flow[:, -3:]
+        assert relative_error(flow, expected) <= 1e-5
+        travels = sink > 0 and start + 3 > window
+        assert (relative_error(flow, absolute) > 1e-4) == travels
+
+
+@torch.no_grad()
+def test_relative_positions_look_the_same_a_million_frames_later_in_the_same_memory():
+    denoiser, chunk, embeds, live = (
+        tiny_denoiser(),
+        random(1, 3, 4, 4, 6),
+        random(1, 5, 8, seed=1),
+        torch.zeros(1, 3, 6, 2, 16),
+    )
+    cache, flows = KVCache(2, window=7, sink=1, relative=True), []
+    for start in [*range(0, 30, 3), *range(10**6, 10**6 + 12, 3)]:
+        flows.append(denoiser(chunk, torch.zeros(1, 3), embeds, cache=cache, start_frame=start).flow)
+    assert relative_error(flows[-1], flows[9]) <= 1e-5
+    keys, _ = cache.extend(0, live, live, start)
+    assert keys.untyped_storage().nbytes() == 7 * 6 * 32 * 4
+
+
+def test_relative_positions_survive_recomputation_in_backward():
+    """An early pass recomputed after the sink has moved on finds it where it was."""
+    cache = KVCache(1, window=5, sink=2, relative=True, append_only=True)
+    with torch.no_grad():
+        for start in range(0, 15, 3):
+            live = random(1, 3, TOKENS, HEADS, 8, seed=start)
+            cache.extend(0, live, live, start)
+    live, again = random(1, 3, TOKENS, HEADS, 8, seed=1), []
+    for start in (3, 9, 3):
+        again.append(cache.extend(0, live, live, start)[0])
+    assert torch.equal(again[0], again[2])
+    assert relative_error(again[1][:, : 2 * TOKENS], again[0][:, : 2 * TOKENS]) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("append_only", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_restarted_cache_holds_the_sink_as_first_made_and_leaves_the_old_one_alone(relative, append_only):
+    old = KVCache(1, window=6, sink=2, relative=relative, append_only=append_only)
+    live = [random(1, 3, TOKENS, HEADS, 8, seed=index) for index in range(6)]
+    for index in range(5):
+        before, _ = old.extend(0, live[index], live[index], 3 * index)
+    before = before.clone()
+    kept, empty = old.restarted(keep_sink=True), old.restarted()
+    keys, values = kept.extend(0, live[5], live[5], 2)
+    expected = torch.cat([live[0][:, :2], live[5]], dim=1).flatten(1, 2)
+    assert torch.equal(keys, expected) and torch.equal(values, expected)
+    assert torch.equal(empty.extend(0, live[5], live[5], 0)[0], live[5].flatten(1, 2))
+    assert torch.equal(old.extend(0, live[4], live[4], 12)[0], before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 7, "sink": 1, "relative": True}])
+def test_several_chunks_in_one_pass_equal_one_pass_each(options, known):
+    """Their outputs and what they leave behind; the last layer may be spared the outputs that nobody wants."""
+    denoiser, clip, embeds = tiny_denoiser(), random(2, 15, 4, 4, 6), random(2, 5, 8, seed=1)
+    timesteps = torch.linspace(0, 900, 30).view(2, 15)
+    caches = [KVCache(2, **options) for _ in range(3)]
+    for cache in caches:
+        cache.reset(15 if known else None)
+
+    def run(cache, low, high, **rest):
+        return denoiser(clip[:, low:high], timesteps[:, low:high], embeds, cache=cache, start_frame=low, **rest)
+
+    alone = torch.cat([run(caches[0], low, low + 3).x0 for low in range(0, 15, 3)], dim=1)
+    for low, high, sizes in ((0, 9, (3, 3, 3)), (9, 15, (3, 3))):
+        assert relative_error(run(caches[1], low, high, chunk_frames=sizes).x0, alone[:, low:high]) <= 1e-5
+        last = run(caches[2], low, high, chunk_frames=sizes, output_frames=3).x0
+        assert relative_error(last, alone[:, high - 3 : high]) <= 1e-5
+    nothing = run(caches[2], 12, 15, output_frames=0)
+    assert nothing.x0.shape == nothing.flow.shape == (2, 0, 4, 4, 6)
+    for cache in caches[1:]:
+        live = torch.zeros(2, 3, 6, 2, 16)
+        for layer in range(2):
+            kept, expected = (c.extend(layer, live, live, 12)[0] for c in (cache, caches[0]))
+            assert relative_error(kept, expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_prompts_of_any_length_make_one_batch():
+    denoiser = tiny_denoiser(replace(TINY, text_len=64))
+    prompts = [
+        random(1, 64, 8, seed=seed) * (torch.arange(64) < used)[:, None] for seed, used in enumerate((5, 20, 64))
+    ]
+    latents, timesteps = random(3, 3, 4, 4, 6), torch.full((3, 1), 500.0)
+    texts = []
+    for prompt in prompts:
+        cache = KVCache(2)
+        denoiser(latents[:1], timesteps[:1], prompt, cache=cache)
+        texts.append(cache.text(prompt, list)[0])
+    assert [text.k.shape[1] for text in texts] == [16, 32, 64]
+    joined, x, attend = CachedText.batch(texts), random(3, 1, 4, 32), denoiser.transformer.blocks[0].cross_attn
+    together = attend(x, joined, backend=AttentionBackend.sdpa)
+    for index, text in enumerate(texts):
+        alone = attend(x[index : index + 1], text, backend=AttentionBackend.sdpa)
+        assert relative_error(together[index : index + 1], alone) <= 1e-5
 
 
 def extend(cache, shape, start):

@@ -81,6 +81,30 @@ def test_short_prompts_are_padded_with_zeros_and_the_padding_is_attended_to():
 
 
 @torch.no_grad()
+def test_folding_padded_text_changes_nothing():
+    """Over a cache few padded keys stand for all of them; without one, all are there."""
+    transformer = tiny_denoiser(replace(TINY, text_len=200)).transformer
+    latents, timesteps, _ = inputs(batch=3)
+    embeds = torch.zeros(3, 150, 8)
+    for sample, used in enumerate((0, 7, 40)):
+        embeds[sample, :used] = random(used, 8, seed=sample)
+    cache = KVCache(2)
+    folded = transformer(latents, timesteps, embeds, cache=cache)
+    assert cache.text(embeds, list)[0].k.shape[1] == 48
+    assert relative_error(folded, transformer(latents, timesteps, embeds)) <= 1e-5
+
+
+@torch.no_grad()
+def test_one_timestep_serves_all_frames():
+    transformer = tiny_denoiser().transformer
+    latents, _, embeds = inputs()
+    for batch in (1, 2):
+        one = torch.full((batch, 1), 300.0)
+        shared = transformer(latents[:batch], one, embeds[:batch])
+        assert relative_error(shared, transformer(latents[:batch], one.expand(-1, 6), embeds[:batch])) <= 1e-5
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("start", [21, 10**6])
 def test_whole_clips_look_the_same_at_any_start_frame(start):
     transformer = tiny_denoiser().transformer
@@ -135,6 +159,8 @@ def test_any_head_dim_runs(head_dim):
         ({"prompt_embeds": random(2, 6, 8)}, "do not fit text_len=5, text_dim=8"),
         ({"prompt_embeds": random(2, 5, 9)}, "do not fit text_len=5, text_dim=8"),
         ({"block_mask": block_causal_mask(3, 3)}, "block_mask is for 3 frames, latents have 6"),
+        ({"timesteps": torch.zeros(2, 3)}, "are for other frames"),
+        ({"cache": KVCache(2), "chunk_frames": (3, 2)}, r"chunk_frames=\[3, 2\] do not add up to the 6 frames"),
         ({"block_mask": block_causal_mask(6, 3), "cache": KVCache(2)}, "not both"),
     ],
 )

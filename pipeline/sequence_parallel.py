@@ -1,0 +1,72 @@
+"""Several processes denoise one stream, each with part of every frame's tokens (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+A process computes everything but attention for its tokens. Before the products of self-attention it trades the tokens
+of all heads for all tokens of its heads, and back after: two exchanges a layer, and a cache of its heads only. Applied
+from outside, by hooks. Every process must be given the same inputs; every one has the whole output.
+
+Shapes: P processes, B batch, F frames, T tokens a frame, N heads, D head dim, C model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.transformer import WanTransformer
+
+
+def shard_sequence(transformer: WanTransformer) -> None:
+    """Share the work of a transformer's passes among all processes, in place; for inference.
+
+    Raises:
+        ValueError: heads that do not divide among the processes.
+    """
+    processes, heads = dist.get_world_size(), transformer.config.num_heads
+    if heads % processes:
+        raise ValueError(f"num_heads={heads} do not divide among {processes} processes")
+    transformer.cached_heads = heads // processes
+    transformer.blocks.register_forward_pre_hook(_take_tokens)
+    transformer.blocks.register_forward_hook(_gather_tokens)
+    for block in transformer.blocks:
+        block.self_attn.core.register_forward_pre_hook(_to_heads)
+        block.self_attn.core.register_forward_hook(_to_tokens)
+
+
+def _take_tokens(blocks: nn.Module, args: tuple) -> tuple:
+    """Of hidden states [B F T C] and the rotary table [... F T 1 D/2 2] this process's tokens."""
+    x, modulation, texts, rotary = args
+    processes, rank = dist.get_world_size(), dist.get_rank()
+    if x.shape[2] % processes:
+        raise ValueError(f"{x.shape[2]} tokens a frame do not divide among {processes} processes")
+    return x.chunk(processes, dim=2)[rank], modulation, texts, rotary.chunk(processes, dim=-4)[rank]
+
+
+def _gather_tokens(blocks: nn.Module, args: tuple, outputs: list[Tensor]) -> list[Tensor]:
+    """Hidden states [B F T/P C] of all processes, joined to [B F T C]."""
+    return [_gather(x) if x.shape[1] else x for x in outputs]
+
+
+def _gather(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=2)
+
+
+def _to_heads(core: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """q, k, v [B F T/P N D] -> [B F T N/P D], in one exchange."""
+    parts = torch.stack(args).unflatten(4, (dist.get_world_size(), -1)).movedim(4, 0)
+    return _exchange(parts).movedim(0, 3).flatten(3, 4).unbind(0)
+
+
+def _to_tokens(core: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    """[B f T N/P D] -> [B f T/P N D]."""
+    parts = out.unflatten(2, (dist.get_world_size(), -1)).movedim(2, 0)
+    return _exchange(parts).movedim(0, 3).flatten(3, 4) if out.shape[1] else out
+
+
+def _exchange(parts: Tensor) -> Tensor:
+    """Send row p of [P ...] to process p; row p of the result came from it."""
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received

@@ -1,0 +1,64 @@
+"""Two processes that share the tokens of one stream give what one gives. Run by torchrun, it is a worker itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.denoiser import Denoiser
+from model.kv_cache import KVCache
+from pipeline.optimize import OptimizeConfig, optimize
+from pipeline.rollout import RolloutConfig, rollout
+from tests.parity import random, relative_error, tiny_denoiser
+from utils.distributed import init_distributed, shutdown_distributed
+
+CASES = [{}, {"window": 6}, {"window": 7, "sink": 1, "relative_positions": True}]
+
+
+def latents_of(denoiser: Denoiser, options: dict) -> Tensor:
+    noise, generator = random(2, 12, 4, 4, 8), torch.Generator().manual_seed(0)
+    blocks = rollout(
+        denoiser, noise, random(2, 3, 8, seed=1), KVCache(2), RolloutConfig(**options), generator=generator
+    )
+    return torch.cat([block.latents for block in blocks], dim=1)
+
+
+def work(folder: Path) -> None:
+    """In each process: share a denoiser, note how far it is from a whole one and what of the cache it holds."""
+    ranks = init_distributed("cpu")
+    whole, shared = tiny_denoiser(), tiny_denoiser()
+    optimize(shared.transformer, OptimizeConfig(sequence_parallel=True))
+    errors = [relative_error(latents_of(shared, options), latents_of(whole, options)) for options in CASES]
+    noise, timesteps = random(1, 3, 4, 4, 8), torch.full((1, 3), 500.0)
+    arguments = noise, timesteps, random(1, 3, 8, seed=1)
+    errors.append(relative_error(shared(*arguments).x0, whole(*arguments).x0))
+    cache, live = KVCache(2), torch.zeros(1, 3, 8, 1, 16)
+    with torch.no_grad():
+        shared(*arguments, cache=cache)
+        cached = cache.extend(0, live, live, 0)[0].shape
+        with pytest.raises(ValueError, match="3 tokens a frame do not divide among 2 processes"):
+            shared(random(1, 3, 4, 2, 6), *arguments[1:])
+    (folder / f"{ranks.rank}.json").write_text(json.dumps({"errors": errors, "cached": list(cached)}))
+    shutdown_distributed()
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        noted = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(noted["errors"]) == len(CASES) + 1 and max(noted["errors"]) <= 1e-5
+        assert noted["cached"] == [1, 24, 1, 16]  # all tokens, half the heads
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

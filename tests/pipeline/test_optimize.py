@@ -1,0 +1,91 @@
+"""Every fast path gives what the plain one gives."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.denoiser import Denoiser
+from model.kv_cache import KVCache
+from pipeline.optimize import CompileMode, OptimizeConfig, Quantization, optimize
+from pipeline.rollout import RolloutConfig, rollout
+from tests.parity import TINY, random, relative_error, tiny_denoiser
+from utils.errors import UserError
+
+EMBEDS = random(2, 3, 8, seed=1)
+
+
+def latents_of(denoiser: Denoiser, frames: int = 12, **options) -> Tensor:
+    """A rollout's latents."""
+    noise, generator = random(2, frames, 4, 4, 6), torch.Generator().manual_seed(0)
+    cache = KVCache(denoiser.transformer.config.num_layers)
+    blocks = rollout(denoiser, noise, EMBEDS, cache, RolloutConfig(**options), generator=generator)
+    return torch.cat([block.latents for block in blocks], dim=1)
+
+
+def optimized(sizes=TINY, **options) -> Denoiser:
+    denoiser = tiny_denoiser(sizes)
+    optimize(denoiser.transformer, OptimizeConfig(**options))
+    return denoiser
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 7, "sink": 1}])
+def test_one_product_for_q_k_and_v_changes_nothing(options):
+    assert relative_error(latents_of(optimized(), **options), latents_of(tiny_denoiser(), **options)) <= 1e-5
+
+
+def test_a_fused_model_saves_the_names_and_values_it_was_loaded_with():
+    plain, fused = tiny_denoiser().state_dict(), optimized().state_dict()
+    assert fused.keys() == plain.keys()
+    assert all(torch.equal(fused[name], plain[name]) for name in plain)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_it_gives_the_same_and_is_not_compiled_again_after_the_first_clip():
+    from torch._dynamo.utils import counters
+
+    sizes = replace(TINY, num_layers=1)
+    compiled, options = optimized(sizes, compile=CompileMode.default), {"window": 6}
+    expected = latents_of(tiny_denoiser(sizes), frames=12, **options)
+    torch._dynamo.reset()
+    counters.clear()
+    assert relative_error(latents_of(compiled, frames=12, **options), expected) <= 1e-5
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 6 and not counters["graph_break"]
+    latents_of(compiled, frames=12, **options)
+    latents_of(compiled, frames=36, **options)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(Quantization.int8, 0.02), (Quantization.int8_dynamic, 0.05)])
+def test_8_bit_products_are_close_layer_by_layer(kind, tolerance):
+    pytest.importorskip("torchao")
+    sizes = replace(TINY, dim=128, ffn_dim=256)
+    plain, quantized = optimized(sizes), optimized(sizes, quantize=kind)
+    x = random(1, 64, 128)
+    for name, layer in plain.transformer.blocks.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer.in_features == 128:
+            expected = layer(x)
+            error = (quantized.transformer.blocks.get_submodule(name)(x) - expected).norm() / expected.norm()
+            assert 0 < error <= tolerance, (name, error)
+
+
+def test_8_bit_floats_are_refused_without_a_gpu_that_has_them():
+    with pytest.raises(UserError, match=r"quantize=fp8 needs an NVIDIA GPU .*, not cpu"):
+        optimized(quantize=Quantization.fp8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [CompileMode.default, CompileMode.cudagraphs])
+def test_cuda_graphs_give_the_same(mode):
+    denoiser = optimized(compile=mode)
+    denoiser.to("cuda")
+    noise, embeds, cpu = random(2, 12, 4, 4, 6), EMBEDS, tiny_denoiser()
+    expected = torch.cat(
+        [b.latents for b in rollout(cpu, noise, embeds, KVCache(2), RolloutConfig(denoising_steps=[1000.0]))], 1
+    )
+    for _ in range(3):
+        blocks = rollout(denoiser, noise.cuda(), embeds.cuda(), KVCache(2), RolloutConfig(denoising_steps=[1000.0]))
+        assert relative_error(torch.cat([block.latents for block in blocks], 1).cpu(), expected) <= 1e-3
