@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.weight_files import not_found, read_file, read_json, read_metadata
 from model.weight_writers import save_folder
-from model.weights import WAN_TO_DIFFUSERS, StateDict, strip_wrappers
+from model.weights import WAN_TO_DIFFUSERS, StateDict, check_finite, strip_wrappers
 from utils.errors import UserError
 
 # What a folder may hold: peft's name, then diffusers'.
@@ -94,6 +94,9 @@ def load_lora(path: str | Path) -> LoRA:
     lora = LoRA()
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: the tensor {key!r} is stored as {tensor.dtype}; use a LoRA in float or bfloat16")
+        check_finite(tensor, f"{path}: the tensor {key!r}")
         match = TENSOR.fullmatch(PREFIX.sub("", key, count=1))
         if match is None:
             raise UserError(f"{path}: the tensor {key!r} {tuple(tensor.shape)} is none of a LoRA this reader knows")

@@ -3,12 +3,14 @@
 Letters: B prompts, L tokens (= text_len), D embedding channels.
 """
 
+import hashlib
 import html
+import logging
 import os
 import re
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.prompt_files import PromptFiles, StoredPrompt
+from model.weight_files import CONFIG_FILE
 from model.weights import (
     StateDict,
     count_layers,
@@ -26,11 +30,15 @@ from model.weights import (
     not_found,
     read_config,
     save_folder,
+    weights_hash,
 )
 from utils.errors import UserError
+from utils.files import atomic_write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+log = logging.getLogger(__name__)
 
 WAN_TEXT_LEN = 512
 
@@ -59,13 +67,24 @@ class TextEncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """A UMT5 encoder with its tokenizer. Device and dtype are the model's."""
+    """A UMT5 encoder with its tokenizer. Device and dtype are the model's.
 
-    def __init__(self, model: "UMT5EncoderModel", tokenizer: "PreTrainedTokenizerBase", text_len: int) -> None:
+    `input_device` is for a model whose weights wait elsewhere until they compute; None is where the model is.
+    """
+
+    def __init__(
+        self,
+        model: "UMT5EncoderModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        text_len: int,
+        *,
+        input_device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
+        self.input_device = input_device
 
     @property
     def dim(self) -> int:
@@ -92,7 +111,7 @@ class TextEncoder(nn.Module):
             truncation=True,
             max_length=self.text_len,
             return_tensors="pt",
-        ).to(self.model.device)
+        ).to(self.input_device or self.model.device)
         return self.encode_tokens(tokens["input_ids"], tokens["attention_mask"])
 
     def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -121,6 +140,7 @@ class TextEncoder(nn.Module):
         tokenizer_folder: str | Path | None = None,
         text_len: int | None = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> "TextEncoder":
         """Load a folder written by `save_pretrained`, transformers or diffusers; the hub is never contacted.
 
@@ -129,6 +149,7 @@ class TextEncoder(nn.Module):
             tokenizer_folder: where the tokenizer is; None looks in `folder` and, as diffusers keeps it, beside.
             text_len: tokens per prompt; None takes what config.json says, or Wan's 512.
             dtype: None keeps the stored one.
+            device: None leaves the weights on the CPU, memory-mapped unless `dtype` converts them.
         """
         from transformers import UMT5Config
 
@@ -137,64 +158,142 @@ class TextEncoder(nn.Module):
         if config.get("model_type") != "umt5":
             raise UserError(f"{folder}: config.json says model_type={config.get('model_type')!r}; 'umt5' is needed")
         stored_text_len = config.pop("text_len", WAN_TEXT_LEN)
-        model = _build_umt5(UMT5Config.from_dict(config), load_state_dict(folder), source=str(folder), dtype=dtype)
-        beside = find_part(folder.parent, "tokenizer")
-        if tokenizer_folder is None:
-            tokenizer_folder = folder if beside == folder.parent or _tokenizer_file(folder) else beside
-        return cls(model, load_tokenizer(tokenizer_folder), text_len or stored_text_len)
+        tokenizer = load_tokenizer(find_tokenizer(folder, tokenizer_folder))
+        model = _build_umt5(
+            UMT5Config.from_dict(config), load_state_dict(folder), source=str(folder), dtype=dtype, device=device
+        )
+        _check_vocabulary(model, tokenizer, str(folder))
+        return cls(model, tokenizer, text_len or stored_text_len)
 
     @classmethod
     def from_wan(
         cls,
         weights_path: str | Path,
-        tokenizer_folder: str | Path,
+        tokenizer_folder: str | Path | None = None,
         *,
         text_len: int = WAN_TEXT_LEN,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> "TextEncoder":
         """Load Wan2.1's models_t5_umt5-xxl-enc-bf16.pth (or one of any size in that format), with google/umt5-xxl.
 
-        `tokenizer_folder` may also be the release folder that holds google/umt5-xxl.
+        `tokenizer_folder` may also be the release folder that holds google/umt5-xxl; None is that of the weights.
+        `dtype` and `device` as above.
         """
-        state = load_state_dict(weights_path)
-        model = _build_umt5(_infer_config(state, str(weights_path)), state, source=str(weights_path), dtype=dtype)
-        return cls(model, load_tokenizer(find_part(tokenizer_folder, "tokenizer")), text_len)
+        state, source = load_state_dict(weights_path), str(weights_path)
+        config = _infer_config(state, source)
+        tokenizer = load_tokenizer(find_tokenizer(Path(weights_path), tokenizer_folder))
+        model = _build_umt5(config, state, source=source, dtype=dtype, device=device)
+        _check_vocabulary(model, tokenizer, source)
+        return cls(model, tokenizer, text_len)
 
 
 class PromptCache:
     """The embeddings of the prompts used last, for a frozen encoder: a repeated prompt is encoded once.
 
-    Stands in for the encoder (`encode`, `dim`, `text_len`), without gradients.
+    Stands in for the encoder's `encode`, without gradients. What it keeps lies on the CPU without padding.
+
+    Args:
+        encoder: or what loads it, called when a prompt first needs it.
+        max_prompts: how many embeddings are kept; the least used go first.
+        files: embeddings of earlier runs; None keeps none.
+        keep_encoder: False frees the encoder, which must be one that is loaded here, as soon as it has encoded.
+        device: where embeddings go; None is where the encoder puts them.
     """
 
-    def __init__(self, encoder: TextEncoder, max_prompts: int = 64) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder | Callable[[], TextEncoder],
+        max_prompts: int = 64,
+        *,
+        files: PromptFiles | None = None,
+        keep_encoder: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
         if max_prompts < 1:
             raise ValueError(f"max_prompts={max_prompts} must be at least 1")
-        self.encoder = encoder
+        loaded = isinstance(encoder, TextEncoder)
+        self._encoder = encoder if loaded else None
+        self._load = None if loaded else encoder
         self.max_prompts = max_prompts
-        self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # oldest use first
-
-    @property
-    def dim(self) -> int:
-        """Embedding channels D."""
-        return self.encoder.dim
-
-    @property
-    def text_len(self) -> int:
-        """Tokens L per prompt."""
-        return self.encoder.text_len
+        self.files = files
+        self.keep_encoder = keep_encoder
+        self.device = device
+        self._prompts: OrderedDict[str, StoredPrompt] = OrderedDict()  # oldest use first
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B L D] of B prompts."""
-        return torch.stack([self._encode_one(prompt) for prompt in prompts])
+        return torch.stack(
+            [
+                F.pad(stored.embeds.to(self.device), (0, 0, 0, stored.text_len - len(stored.embeds)))
+                for stored in self._recall(prompts)
+            ]
+        )
+
+    def load(self) -> None:
+        """Load the encoder now, so that the first prompt need not wait for it."""
+        if self._encoder is None:
+            self._encoder = self._load()
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that are needed later, however many, while the encoder may take all the memory."""
+        self.max_prompts = max(self.max_prompts, len(prompts))
+        for _ in self._recall(prompts):
+            pass
 
     @torch.no_grad()
-    def _encode_one(self, prompt: str) -> Tensor:
-        embeds = self._embeds.pop(prompt, None)
-        self._embeds[prompt] = self.encoder.encode([prompt])[0] if embeds is None else embeds
-        if len(self._embeds) > self.max_prompts:
-            self._embeds.popitem(last=False)
-        return self._embeds[prompt]
+    def _recall(self, prompts: Sequence[str]) -> list[StoredPrompt]:
+        stored = [self._recall_one(clean_prompt(prompt)) for prompt in prompts]
+        if not self.keep_encoder:
+            self._encoder = None
+        return stored
+
+    def _recall_one(self, prompt: str) -> StoredPrompt:
+        stored = self._prompts.pop(prompt, None)
+        if stored is None and self.files is not None:
+            stored = self.files.read(prompt)
+        if stored is None:
+            stored = self._encode(prompt)
+            if self.files is not None:
+                self.files.write(prompt, stored)
+        self._prompts[prompt] = stored
+        if len(self._prompts) > self.max_prompts:
+            self._prompts.popitem(last=False)
+        return stored
+
+    def _encode(self, prompt: str) -> StoredPrompt:
+        self.load()
+        embeds = self._encoder.encode([prompt])[0]
+        if self.device is None:
+            self.device = embeds.device
+        tokens = int(embeds.any(dim=-1).nonzero().max()) + 1
+        return StoredPrompt(embeds[:tokens].cpu().clone(), len(embeds))
+
+
+def open_prompt_files(
+    folder: str | Path, weights: str | Path, tokenizer_folder: str | Path | None, dtype: torch.dtype
+) -> PromptFiles | None:
+    """The prompts that an encoder has stored in `folder`; None for one that is not there and never was.
+
+    Embeddings belong to all that decides them: weights, tokenizer, config.json and dtype, by a hash. It is remembered
+    under the encoder's path, so that an encoder may be deleted once its prompts are stored.
+    """
+    folder = Path(folder).expanduser()
+    place = f"{Path(weights).absolute()}\n{tokenizer_folder}\n{dtype}"
+    memory = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:40]}.encoder"
+    if not Path(weights).exists():
+        return PromptFiles(folder, memory.read_text()) if memory.is_file() else None
+    source = find_part(weights, "text_encoder")
+    digest = hashlib.sha256(f"{weights_hash(source)}\n{dtype}".encode())
+    for file in (_tokenizer_file(find_tokenizer(source, tokenizer_folder)), source / CONFIG_FILE):
+        if file is not None and file.is_file():
+            digest.update(file.read_bytes())
+    try:
+        atomic_write_text(memory, digest.hexdigest())
+    except OSError as error:
+        log.warning("%s: %s; prompt embeddings are not kept", folder, error.strerror or error)
+        return None
+    return PromptFiles(folder, digest.hexdigest())
 
 
 def build_text_encoder(vocabulary: Iterable[str], config: TextEncoderConfig, *, seed: int = 0) -> TextEncoder:
@@ -230,6 +329,14 @@ def clean_prompt(prompt: str) -> str:
 
 # tokenizer.json says everything, whichever class and transformers version wrote it; the rest is looked up by name.
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+def find_tokenizer(weights: Path, folder: str | Path | None = None) -> Path:
+    """Where an encoder's tokenizer is: in `folder`, or in its part of a release; else with the weights or beside."""
+    if folder is not None:
+        return find_part(folder, "tokenizer")
+    beside = find_part(weights.parent, "tokenizer")
+    return weights if weights.is_dir() and (beside == weights.parent or _tokenizer_file(weights)) else beside
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
@@ -268,16 +375,30 @@ def _build_word_tokenizer(vocabulary: Iterable[str]) -> "PreTrainedTokenizerBase
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk)
 
 
+def _check_vocabulary(model: "UMT5EncoderModel", tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
+    """Raise UserError where the tokenizer has ids that the model has no embedding of."""
+    rows, ids = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if ids > rows:
+        raise UserError(
+            f"{source}: has embeddings of {rows} tokens, the tokenizer has {ids}; use its own tokenizer"
+        )
+
+
 def _build_umt5(
-    config: "UMT5Config", state: StateDict, *, source: str, dtype: torch.dtype | None
+    config: "UMT5Config",
+    state: StateDict,
+    *,
+    source: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None = None,
 ) -> "UMT5EncoderModel":
     from transformers import UMT5EncoderModel
 
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     if "shared.weight" in state:  # files hold the tied embedding once
-        state["shared.weight"] = state["encoder.embed_tokens.weight"] = state["shared.weight"].to(dtype)
-    load_into(model, state, source=source, dtype=dtype)
+        state["shared.weight"] = state["encoder.embed_tokens.weight"] = state["shared.weight"].to(device, dtype)
+    load_into(model, state, source=source, dtype=dtype, device=device)
     model.set_input_embeddings(model.shared)  # assigning has untied the two
     return model.eval()
 
@@ -295,6 +416,8 @@ def _infer_config(state: Mapping[str, Tensor], source: str) -> "UMT5Config":
     )
     if absent := [name for name in names if name not in state]:
         raise UserError(f"{source}: not a UMT5 encoder: it has no tensor for {absent[0]!r}")
+    if wrong := [name for name in names if state[name].ndim != 2]:
+        raise UserError(f"{source}: not a UMT5 encoder: {wrong[0]!r} is {tuple(state[wrong[0]].shape)}")
     (vocab_size, dim), (inner, _), (buckets, heads), (ffn, _) = (state[name].shape for name in names)
     return UMT5Config(
         vocab_size=vocab_size,

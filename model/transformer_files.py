@@ -71,8 +71,16 @@ def read_transformer(
 def open_transformer(path: str | Path, *, preset: str, use_ema: bool | None = None) -> tuple[WanTransformer, StateDict]:
     """A transformer without values (on the meta device) and the memory-mapped weights that fit it; see above."""
     state = load_state_dict(path, use_ema=use_ema)
-    with torch.device("meta"):
-        model = WanTransformer(transformer_config(path, state, preset=preset))
+    config = transformer_config(path, state, preset=preset)
+    if config.num_layers > 2 * len(state):  # building such a model would take for ever
+        raise UserError(
+            f"{path}: its config.json says num_layers={config.num_layers}; the weights have {_describe(state)}"
+        )
+    try:
+        with torch.device("meta"):
+            model = WanTransformer(config)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the sizes in its config.json are beyond any model: {error}") from error
     fit = fitting_preset(state)
     hint = f"; the weights are those of the preset {fit}" if fit else f"; the weights have {_describe(state)}"
     check_fit(model, state, source=str(path), hint=hint)
@@ -115,6 +123,11 @@ def read_declared_config(path: str | Path) -> dict[str, object] | None:
     for key in values.keys() & {*sizes, "attention_head_dim", *(theirs for theirs in names if names[theirs] in sizes)}:
         if type(values[key]) is not int or values[key] < 1:
             raise UserError(f"{file}: {key}={values[key]!r} is not a positive whole number")
+    eps, patch = values.get("eps", 1e-6), values.get("patch_size", [1, 2, 2])
+    if type(eps) is not float or not 0 < eps < 1:
+        raise UserError(f"{file}: eps={eps!r} is not a number between 0 and 1")
+    if not isinstance(patch, list) or len(patch) != 3 or any(type(size) is not int or size < 1 for size in patch):
+        raise UserError(f"{file}: patch_size={patch!r} is not three positive whole numbers")
     if values.get("model_type", "t2v") != "t2v":
         raise UserError(f"{file}: model_type={values['model_type']!r}; only t2v models are supported")
     if is_diffusers:

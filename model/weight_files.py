@@ -55,6 +55,10 @@ DOWNLOADS = (
         "hf download zhuhz22/Causal-Forcing {file} --local-dir {into}",
     ),
     (
+        r"(?P<into>.*?)/?(?P<file>(autoregressive_checkpoint|wan_causal_ode_checkpoint_model_003000)/model\.pt)",
+        "hf download tianweiy/CausVid {file} --local-dir {into}",
+    ),
+    (
         r"(?P<into>.*?)/?models/(longlive_base|lora)\.pt",
         "hf download Efficient-Large-Model/LongLive-1.3B --local-dir {into}",
     ),
@@ -245,7 +249,9 @@ def _read_torch(path: Path, *, use_ema: bool | None, key: str | None) -> StateDi
     with path.open("rb") as file:
         magic = file.read(4)
     is_zip = magic == b"PK\x03\x04"  # files from before torch 1.6 are plain pickles and cannot be memory-mapped
-    if not is_zip and magic[:1] != b"\x80":
+    if not is_zip and magic[:2] != b"\x80\x02":
+        if magic[:1] == b"\x80":  # torch.save writes protocol 2
+            raise UserError(f"{path}: is some Python pickle, which may hold code; refused, nothing was run")
         raise UserError(f"{path}: is not a PyTorch file (it starts with {magic!r}); download it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -305,8 +311,13 @@ def _select_weights(content: object, path: Path, *, use_ema: bool | None, key: s
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__} where a state dict was expected")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise UserError(f"{path}: its entry {name!r} is called by no text; not a state dict")
+        if not isinstance(value, Tensor):
             raise UserError(f"{path}: its entry {name!r} is a {type(value).__name__}, not a tensor; not a state dict")
+        if value.is_meta or value.layout is not torch.strided or value.dtype not in SAFETENSORS_DTYPES.values():
+            kind = "tensor without values" if value.is_meta else f"{value.dtype} tensor ({value.layout})"
+            raise UserError(f"{path}: its entry {name!r} is a {kind}; use plain weights of real numbers")
     return dict(content)
 
 

@@ -177,7 +177,8 @@ def load_into(
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hint: str = "") -> None:
-    """Raise UserError, naming three tensors with both shapes, where names and shapes are not those of `module`."""
+    """Raise UserError, naming three tensors with both shapes, where names and shapes are not those of `module`; or
+    the first tensor that holds whole numbers in place of floating-point ones, as quantised weights do."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     given = {key: tuple(tensor.shape) for key, tensor in state.items()}
     wrong = [
@@ -188,6 +189,11 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hi
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source}: does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}{hint}")
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not state[key].is_floating_point():
+            raise UserError(
+                f"{source}: the tensor {key!r} is stored as {state[key].dtype}; use weights in float or bfloat16"
+            )
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from model.attention import AttentionBackend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
 from model.lora import load_lora, merge_lora
-from model.text_encoder import TextEncoder
+from model.prompt_files import PromptFiles
+from model.text_encoder import PromptCache, TextEncoder, clean_prompt, open_prompt_files
 from model.transformer import PRESETS, WanConfig, WanTransformer
 from model.transformer_files import read_declared_config, read_transformer
-from model.weights import not_found, read_config
+from model.weights import load_state_dict, not_found, read_config, weights_hash
+from pipeline.optimize import OptimizeConfig
 from pipeline.rollout import RolloutConfig
+from pipeline.sampling import SamplingConfig
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from model.tiny_vae import TinyVAEConfig
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +83,8 @@ class TextConfig:
     """A saved text-encoder folder, or Wan's .pth; null starts one from nothing (training a teacher with its own)."""
     tokenizer: str | None = "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl"
     """Tokenizer folder; null takes the one beside the weights."""
+    cache: str | None = "~/.cache/self-forcing/prompts"
+    """Folder where a run finds the embeddings of prompts that were seen before; null keeps none."""
 
 
 @dataclass
@@ -120,20 +131,40 @@ class InferenceConfig:
             raise ValueError(f"num_samples={self.num_samples} must be at least 1")
 
 
+class Sampler(Enum):
+    """How the generator turns noise into videos."""
+
+    rollout = "rollout"
+    many_step = "many_step"
+    causal_many_step = "causal_many_step"
+
+
 @dataclass
 class PartsConfig:
     """Everything needed to turn prompts into videos."""
 
+    sampler: Sampler = Sampler.rollout
+    """rollout: few steps, chunk by chunk; many_step: a bidirectional teacher, the whole clip at once, with guidance;
+    causal_many_step: a causal many-step denoiser, chunk by chunk, with guidance."""
     generator: DenoiserConfig = field(default_factory=DenoiserConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Of the many-step samplers, also where training samples a teacher."""
+    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu."""
     dtype: str = "auto"
     """auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16."""
+    vram: float | None = None
+    """Gigabytes of the device's memory (of RAM on a CPU) that generation may take; null is what is free."""
+
+    def __post_init__(self) -> None:
+        if self.vram is not None and self.vram <= 0:
+            raise ValueError(f"vram={self.vram} gigabytes must be above 0")
 
 
 def transformer_config(path: Path | None, preset: str) -> WanConfig:
@@ -147,18 +178,31 @@ def transformer_config(path: Path | None, preset: str) -> WanConfig:
         raise UserError(f"{path}: config.json: {error}") from error
 
 
-def token_size(config: PartsConfig) -> tuple[int, int]:
-    """Pixel rows and columns of a token, from the configurations beside the weights: known before weights load."""
+def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
+    """Sizes of a TinyVAE, known before weights load; of the Wan VAE those it shares with the published TAEHV."""
     from model.tiny_vae import TinyVAEConfig
 
-    path = Path(config.codec.weights)
-    sizes = asdict(TinyVAEConfig())  # whose reduction the Wan VAE shares
-    if config.codec.kind is CodecKind.tiny and path.is_dir():
-        sizes |= read_config(path)
-    scale = sizes["patch_size"] * math.prod(sizes["spatial_strides"])
+    path = Path(config.weights)
+    if config.kind is CodecKind.tiny and path.is_dir():
+        try:
+            return TinyVAEConfig(**read_config(path))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: config.json is not a TinyVAE's: {error}") from error
+    return TinyVAEConfig()
+
+
+def token_size(config: PartsConfig) -> tuple[int, int]:
+    """Pixel rows and columns of a token, from the configurations beside the weights: known before weights load."""
+    sizes = codec_sizes(config.codec)
+    scale = sizes.patch_size * math.prod(sizes.spatial_strides)
     generator = Path(config.generator.weights) if config.generator.weights else None
     _, rows, columns = transformer_config(generator, config.generator.preset).patch_size
     return scale * rows, scale * columns
+
+
+def all_prompts(config: PartsConfig, prompts: Sequence[str]) -> list[str]:
+    """The prompts that making videos of ``prompts`` embeds: with a many-step sampler, the negative one too."""
+    return [*prompts, *([] if config.sampler is Sampler.rollout else [config.sampling.negative_prompt])]
 
 
 def load_transformer(
@@ -168,15 +212,21 @@ def load_transformer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
+    streamed: bool = False,
 ) -> WanTransformer:
     """Build a transformer from its weights and LoRA, or from random weights drawn from ``generator``.
 
-    ``use_ema`` chooses between a checkpoint's averaged and raw weights; None takes averaged ones where there are any.
+    Args:
+        use_ema: a checkpoint's averaged weights or its raw ones; None takes averaged ones where there are any.
+        streamed: the blocks' weights wait in RAM (see :func:`stream_weights`); for inference only.
 
     Raises:
         UserError: weights that are missing, damaged or of other sizes.
     """
-    if config.weights is None:
+    if streamed:
+        waiting = waiting_dtype(torch.device(device), dtype)
+        model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, dtype=waiting)
+    elif config.weights is None:
         with torch.device("meta"):
             model = WanTransformer(PRESETS[config.preset])
         model.to_empty(device="cpu")
@@ -186,9 +236,42 @@ def load_transformer(
         model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, device=device, dtype=dtype)
     if config.lora is not None:
         merge_lora(dict(model.named_parameters()), load_lora(config.lora), config.lora_scale, source=config.lora)
+    if streamed:
+        for name, part in model.named_children():
+            if name != "blocks":
+                part.to(device, dtype)
+        for block in model.blocks:
+            stream_weights(block, device, dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.attention_backend = config.attention
     return model
+
+
+def waiting_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """In which dtype streamed weights wait: on a CPU as they are stored, so that they stay in their file."""
+    return None if device.type == "cpu" else dtype
+
+
+def stream_weights(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Leave a module's weights where they are; each layer's are on ``device``, in ``dtype``, only while it computes."""
+    from accelerate import cpu_offload
+
+    cpu_offload(module.requires_grad_(False), execution_device=torch.device(device), state_dict=module.state_dict())
+    module.to(dtype)  # the parameters hold no values now: it only says what the weights are turned into
+
+
+def generator_hash(config: DenoiserConfig, *, use_ema: bool | None = None) -> str:
+    """What identifies a generator: the hash of its stored weights, then that of a LoRA after its scale."""
+    digest = weights_hash(load_state_dict(config.weights, use_ema=use_ema))
+    if config.lora is None:
+        return digest
+    lora = load_lora(config.lora)
+    parts = {
+        f"{name}.{part}": torch.as_tensor(value)
+        for name, low in lora.layers.items()
+        for part, value in vars(low).items()
+    }
+    return f"{digest}+{config.lora_scale:g}*{weights_hash(parts | lora.full)}"
 
 
 def load_denoiser(config: DenoiserConfig, **options) -> Denoiser:
@@ -197,16 +280,22 @@ def load_denoiser(config: DenoiserConfig, **options) -> Denoiser:
 
 
 def load_codec(
-    config: CodecConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: CodecConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tiled: bool = False,
 ) -> VideoCodec:
-    """The video codec, frozen."""
+    """The video codec, frozen; ``tiled`` lets the Wan VAE decode in tiles (a TinyVAE is small enough)."""
     path = Path(config.weights)
     if not path.exists():
         raise not_found(path)
     if config.kind is CodecKind.wan:
+        from model.tiling import TileConfig
         from model.wan_vae import WanVAE
 
         codec = WanVAE.from_file(path)
+        codec.tiling = TileConfig() if tiled else None
     else:
         from model.tiny_vae import TinyVAE
 
@@ -215,16 +304,55 @@ def load_codec(
 
 
 def load_text_encoder(
-    config: TextConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: TextConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    streamed: bool = False,
 ) -> TextEncoder:
-    """The text encoder with its tokenizer, frozen."""
+    """The text encoder with its tokenizer, frozen; ``streamed`` leaves its weights in RAM (:func:`stream_weights`)."""
     if config.weights is None:
         raise UserError("text_encoder.weights is null; name a text-encoder folder or Wan's .pth file")
     path = Path(config.weights)
     if not path.exists():
         raise not_found(path)
+    device = torch.device(device)
+    where = {"dtype": waiting_dtype(device, dtype)} if streamed else {"dtype": dtype, "device": device}
     if path.is_dir():
-        encoder = TextEncoder.from_pretrained(path, tokenizer_folder=config.tokenizer, dtype=dtype)
+        encoder = TextEncoder.from_pretrained(path, tokenizer_folder=config.tokenizer, **where)
     else:
-        encoder = TextEncoder.from_wan(path, config.tokenizer or path.parent, dtype=dtype)
-    return encoder.to(device).eval().requires_grad_(False)
+        encoder = TextEncoder.from_wan(path, config.tokenizer, **where)
+    if streamed:
+        encoder.input_device = device
+        stream_weights(encoder.model.encoder, device, dtype)  # the rest is the embedding, which it shares
+    return encoder.eval().requires_grad_(False)
+
+
+def stored_prompts(config: TextConfig, dtype: torch.dtype) -> PromptFiles | None:
+    """The embeddings that earlier runs with this text encoder have left on disk; None where none are kept."""
+    if config.cache is None or config.weights is None:
+        return None
+    return open_prompt_files(config.cache, config.weights, config.tokenizer, dtype)
+
+
+def needs_text_encoder(config: PartsConfig, prompts: Sequence[str], dtype: torch.dtype) -> bool:
+    """Whether a prompt that making these videos embeds is not on disk."""
+    files = stored_prompts(config.text_encoder, dtype)
+    return files is None or not all(files.holds(clean_prompt(prompt)) for prompt in all_prompts(config, prompts))
+
+
+def load_prompt_cache(
+    config: TextConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    streamed: bool = False,
+    keep_encoder: bool = True,
+) -> PromptCache:
+    """The text encoder behind its cache, loaded when a prompt first needs it."""
+    return PromptCache(
+        lambda: load_text_encoder(config, device=device, dtype=dtype, streamed=streamed),
+        files=stored_prompts(config, dtype),
+        keep_encoder=keep_encoder,
+        device=device,
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.tiny_vae import TinyVAE, TinyVAEConfig
 from model.transformer import WanConfig, WanTransformer
+from model.transformer_files import write_transformer
 from model.weights import WAN_T5_TO_TRANSFORMERS, rename_keys
 
 State = dict[str, Tensor]
@@ -23,6 +24,7 @@ SMALL = WanConfig(dim=128, ffn_dim=192, num_heads=1, num_layers=2, text_dim=32, 
 LARGE = WanConfig(dim=256, ffn_dim=320, num_heads=2, num_layers=3, text_dim=32, freq_dim=64)
 TAEHV = TinyVAEConfig(encoder_widths=(8, 8, 8, 8), decoder_widths=(16, 12, 8, 8))
 VAE_BASE_DIM = 8
+T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 WAN_FILE = "diffusion_pytorch_model.safetensors"
 SENTENCES = [
     "A stylish woman walks down a street in Tokyo filled with warm glowing neon.",
@@ -71,6 +73,19 @@ def write_fake_release(root: Path) -> FakeRelease:
     torch.save({"generator": prefixed(transformer_state(SMALL, 6))}, release.checkpoints / "ode_init.pt")
     torch.save(taehv_state(), release.checkpoints / "taew2_1.pth")
     return release
+
+
+def write_diffusers_release(folder: Path) -> None:
+    """A diffusers pipeline: transformer, vae, text_encoder and tokenizer."""
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    write_transformer(folder, transformer_state(SMALL, 1), SMALL, format="diffusers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        AutoencoderKLWan(base_dim=VAE_BASE_DIM).save_pretrained(folder / "vae")
+        vocab_size = write_tokenizer(folder / "tokenizer")
+        UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **T5_SIZES)).save_pretrained(folder / "text_encoder")
 
 
 def wan_config_json(config: WanConfig) -> dict:
@@ -136,8 +151,7 @@ def t5_state(vocab_size: int) -> State:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        config = UMT5Config(vocab_size=vocab_size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-        state = UMT5EncoderModel(config).state_dict()
+        state = UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **T5_SIZES)).state_dict()
     del state["encoder.embed_tokens.weight"]  # tied to shared.weight
     backwards = tuple((theirs, ours) for ours, theirs in WAN_T5_TO_TRANSFORMERS)
     return {name: tensor.bfloat16() for name, tensor in rename_keys(state, backwards).items()}

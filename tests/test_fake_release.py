@@ -1,8 +1,14 @@
 """The official commands on a whole fake release: inference reads every file by its published name and makes videos."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import inference
 from pipeline.loading import (
@@ -14,42 +20,167 @@ from pipeline.loading import (
     load_text_encoder,
     load_transformer,
 )
-from tests.fake_release import LARGE, SMALL, TAEHV, FakeRelease, write_fake_release
+from pipeline.memory import PROFILES, Profile
+from pipeline.text_to_video import TextToVideo, VideoSeed
+from tests.fake_release import LARGE, SMALL, TAEHV, FakeRelease, write_diffusers_release, write_fake_release
+from trainer.config import Config
+from utils.config import load_config
 from utils.errors import UserError
 from utils.video import read_video
 
-# The published settings, at a size that a tiny model makes in a second.
-CONFIG = """\
-generator: {weights: checkpoints/self_forcing_dmd.pt}
-rollout: {frames_per_chunk: 3}
-video: {height: 32, width: 48, num_frames: 6}
-dtype: float32
-device: cpu
-"""
+pytest_plugins = ["tests.shapes_parts"]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMAND = """\
+python inference.py --config_path configs/self_forcing_dmd.yaml --output_folder videos/self_forcing_dmd \
+  --checkpoint_path checkpoints/self_forcing_dmd.pt --data_path prompts/example_extended.txt --use_ema"""
+# Appended to the users' commands: the published 81 frames of 480x832 take minutes on a CPU even with tiny weights.
+TINY = ["video.height=32", "video.width=48", "video.num_frames=6"]
+TAEHV_CODEC = ["codec.kind=tiny", "codec.weights=checkpoints/taew2_1.pth"]
+DIFFUSERS = [
+    "codec.weights=wan_models/Wan2.1-T2V-1.3B-Diffusers",
+    "text_encoder.weights=wan_models/Wan2.1-T2V-1.3B-Diffusers",
+    "text_encoder.tokenizer=null",
+]
+PROMPTS = ["A stylish woman walks down a street in Tokyo.", "An octopus rests on the ocean floor."]
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> FakeRelease:
+    """What a user has: this repository's code, configurations and prompts, and the downloaded files; fewer prompts."""
     release = write_fake_release(tmp_path_factory.mktemp("fake"))
+    write_diffusers_release(release.root / "wan_models" / "Wan2.1-T2V-1.3B-Diffusers")
+    for name in ("inference.py", "configs"):
+        (release.root / name).symlink_to(REPOSITORY / name)
     (release.root / "prompts").mkdir()
-    (release.root / "prompts" / "example.txt").write_text("A stylish woman walks.\nAn octopus rests.\n")
-    (release.root / "config.yaml").write_text(CONFIG)
+    (release.root / "prompts" / "example_extended.txt").write_text("\n".join(PROMPTS) + "\n")
+    Image.new("RGB", (60, 40), "teal").save(release.root / "prompts" / "first.png")
+    line = json.dumps({"image": "first.png", "prompt": PROMPTS[0]})
+    (release.root / "prompts" / "images.jsonl").write_text(line + "\n")
     return release
 
 
-@pytest.mark.parametrize("options", [[], ["codec.kind=tiny", "codec.weights=checkpoints/taew2_1.pth"]])
-@pytest.mark.parametrize("weights", ["checkpoints/self_forcing_dmd.pt", "wan_models/Wan2.1-T2V-14B"])
-def test_the_official_command_makes_videos(release, tmp_path, monkeypatch, options, weights):
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A home folder of its own, for the cache of prompt embeddings."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def make(release, tmp_path, monkeypatch, home, restore_logging):
+    """Runs inference.py in the release folder, with a few prompts and frames; returns the videos and the records."""
     monkeypatch.chdir(release.root)
-    command = f"--config_path config.yaml --output_folder {tmp_path} --checkpoint_path {weights}"
-    command += " --data_path prompts/example.txt --use_ema"
-    assert inference.main([*command.split(), *options]) == 0
-    videos = sorted(tmp_path.glob("*.mp4"))
-    assert len(videos) == 2
+
+    def make(*arguments: str, config: str = "self_forcing_dmd") -> tuple[list[Path], list[dict]]:
+        common = ["--config_path", f"configs/{config}.yaml", "--output_folder", str(tmp_path / "videos")]
+        assert inference.main([*common, *TINY, *arguments]) == 0
+        records = (tmp_path / "videos" / "videos.jsonl").read_text().splitlines()
+        return sorted((tmp_path / "videos").glob("*.mp4")), [json.loads(record) for record in records]
+
+    return make
+
+
+def test_the_users_own_command_makes_videos(release, home):
+    """Word for word in a shell, in the release folder; only the size is appended."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(home)}
+    command = f"{COMMAND} {' '.join(TINY)}"
+    done = subprocess.run(
+        command, shell=True, cwd=release.root, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    folder = release.root / "videos" / "self_forcing_dmd"
+    videos = sorted(folder.glob("*.mp4"))
+    assert len(videos) == len(PROMPTS)
+    assert all(read_video(video).shape == (21, 32, 48, 3) for video in videos)
+    assert (folder / "contact_sheet.png").is_file()
+    assert "memory: text encoder resident, VAE whole, generator resident" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--checkpoint_path", "checkpoints/self_forcing_dmd.pt", *TAEHV_CODEC],
+        ["--checkpoint_path", "checkpoints/ode_init.pt"],
+        ["--checkpoint_path", "wan_models/Wan2.1-T2V-14B"],
+        ["--checkpoint_path", "wan_models/Wan2.1-T2V-1.3B-Diffusers", *DIFFUSERS],
+    ],
+    ids=["taehv", "ode_init", "sharded 14B", "diffusers"],
+)
+def test_other_files_of_the_release_make_videos(make, arguments):
+    videos, records = make(*arguments)
+    assert len(videos) == len(PROMPTS)
     assert read_video(videos[0]).shape == (21, 32, 48, 3)
-    records = [json.loads(line) for line in (tmp_path / "videos.jsonl").read_text().splitlines()]
     assert {record["frames"] for record in records} == {21}
     assert len({record["weights"] for record in records}) == 1
+
+
+def test_a_video_starts_from_an_image(make):
+    videos, records = make("--i2v", "--data_path", "prompts/images.jsonl", "video.num_frames=7")
+    assert read_video(videos[0]).shape == (25, 32, 48, 3)
+    assert records[0]["image"] == "prompts/first.png"
+
+
+def test_the_many_step_teacher_makes_whole_clips_of_any_length(make):
+    videos, records = make("sampling.steps=2", "video.num_frames=5", config="wan2.1")
+    assert len(videos) == len(PROMPTS)
+    assert read_video(videos[0]).shape == (17, 32, 48, 3)
+    assert records[0]["settings"]["sampler"] == "many_step"
+    assert records[0]["settings"]["sampling"]["guidance_scale"] > 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [["text_encoder.weights={}/text_encoder", "text_encoder.tokenizer=null"], ["generator.weights={}/generator"]],
+    ids=["text encoder", "generator"],
+)
+def test_parts_made_for_other_parts_are_refused(release, tmp_path, monkeypatch, capsys, home, restore_logging, other):
+    monkeypatch.chdir(release.root)
+    common = ["--config_path", "configs/self_forcing_dmd.yaml", "--output_folder", str(tmp_path / "videos")]
+    shapes = REPOSITORY / "checkpoints" / "shapes"
+    assert inference.main([*common, *TINY, *(argument.format(shapes) for argument in other)]) == 2
+    assert "they do not belong together" in capsys.readouterr().err
+
+
+def test_a_second_run_needs_no_text_encoder_and_makes_the_same_videos(make, release, home):
+    text = release.small / "models_t5_umt5-xxl-enc-bf16.pth"
+    first = [read_video(video) for video in make()[0]]
+    assert len(list((home / ".cache" / "self-forcing" / "prompts").glob("*.safetensors"))) == len(PROMPTS)
+    hidden = text.rename(text.with_suffix(".hidden"))
+    try:
+        again, records = make("--overwrite")
+        assert inference.main(["--config_path", "configs/self_forcing_dmd.yaml", "--prompt", "A new one."]) == 2
+    finally:
+        hidden.rename(text)
+    assert len(records) == len(PROMPTS)
+    assert all(torch.equal(read_video(video), frames) for video, frames in zip(again, first, strict=True))
+
+
+@pytest.fixture(scope="module")
+def resident(release, tmp_path_factory) -> torch.Tensor:
+    """The clip that every profile must make."""
+    return make_clip(release, tmp_path_factory.mktemp("resident"), PROFILES[0])
+
+
+def make_clip(release: FakeRelease, folder: Path, profile: Profile) -> torch.Tensor:
+    """A clip large enough to be cut into tiles, with every weight converted from the dtype it is stored in."""
+    config = load_config(Config, REPOSITORY / "configs" / "self_forcing_dmd.yaml")
+    config.generator.weights = str(release.checkpoints / "self_forcing_dmd.pt")
+    config.codec.weights = str(release.small / "Wan2.1_VAE.pth")
+    config.text_encoder = TextConfig(str(release.small / "models_t5_umt5-xxl-enc-bf16.pth"), None, str(folder))
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "profile": profile, "prompts": PROMPTS}
+    pipeline = TextToVideo.from_config(config, **options)
+    return pipeline.generate([VideoSeed(0, PROMPTS[0])], height=32, width=320, num_frames=6)
+
+
+@pytest.mark.parametrize("profile", PROFILES[1:], ids=str)
+def test_every_profile_makes_the_same_clip(release, resident, tmp_path, profile):
+    """To the last bit, but for seams between tiles."""
+    difference = (make_clip(release, tmp_path, profile) - resident).abs()
+    if profile.tile_codec:
+        assert difference.max() > 0 and difference.mean() < 0.02
+    else:
+        assert difference.max() == 0
 
 
 def test_every_part_has_the_sizes_of_its_file(release):

@@ -1,7 +1,10 @@
 """Prompts become embeddings that depend on the prompt alone, and survive every file format."""
 
+import gc
 import json
 import os
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from model.text_encoder import (
     _infer_config,
     build_text_encoder,
     clean_prompt,
+    open_prompt_files,
 )
-from model.weights import WAN_T5_TO_TRANSFORMERS, load_state_dict, rename_keys, save_folder
+from model.weights import WAN_T5_TO_TRANSFORMERS, load_state_dict, read_config, rename_keys, save_folder
 from utils.errors import UserError
 
 PROMPTS = ["a large red circle moving up and right", "", "a circle", "a blue zeppelin"]
@@ -168,6 +172,7 @@ def test_bad_folders_give_one_line(encoder, tmp_path):
     weights = load_state_dict(tmp_path / "good")
     config = json.loads((tmp_path / "good/config.json").read_text())
     save_folder(tmp_path / "wider", weights, config | {"d_ff": 64})
+    encoder.tokenizer.save_pretrained(tmp_path / "wider")
     save_folder(tmp_path / "other", weights, config | {"model_type": "clip"})
     save_folder(tmp_path / "wordless", weights, config)
     save_folder(tmp_path / "garbled", weights, config)
@@ -220,11 +225,92 @@ def test_prompt_cache_encodes_a_repeated_prompt_once_and_drops_the_least_used(en
     assert len(counted) == 1
     cache.encode([""])
     assert len(counted) == 2
-    assert (cache.dim, cache.text_len) == (encoder.dim, encoder.text_len)
 
 
 def test_prompt_cache_keeps_no_gradient(encoder):
     assert not PromptCache(encoder).encode(["a circle"]).requires_grad
+
+
+@pytest.fixture
+def saved(encoder, tmp_path):
+    """A folder with the encoder, and a function that opens a cache of its prompts beside it, as a run does."""
+    encoder.save_pretrained(tmp_path / "encoder")
+    loads = []
+
+    def load():
+        loads.append(TextEncoder.from_pretrained(tmp_path / "encoder"))
+        return loads[-1]
+
+    def open_cache(**options):
+        files = open_prompt_files(tmp_path / "prompts", tmp_path / "encoder", None, torch.float32)
+        return PromptCache(load, files=files, **options)
+
+    return tmp_path / "encoder", open_cache, loads
+
+
+def test_a_second_run_reads_its_prompts_from_files_without_any_encoder(saved, encoder):
+    folder, open_cache, loads = saved
+    with torch.no_grad():
+        expected = encoder.encode(PROMPTS)
+    assert torch.equal(open_cache().encode(PROMPTS), expected)
+    assert len(loads) == 1
+    shutil.rmtree(folder)
+    cache = open_cache()
+    assert torch.equal(cache.encode([f" {prompt}\n" for prompt in PROMPTS]), expected)
+    assert len(loads) == 1
+    with pytest.raises(UserError, match="no such file"):
+        cache.encode(["a prompt of no earlier run"])
+
+
+def test_stored_prompts_are_as_long_as_their_tokens(saved, tmp_path):
+    saved[1]().encode(["a circle", ""])
+    lengths = sorted(len(load_state_dict(file)["embeds"]) for file in (tmp_path / "prompts").glob("*.safetensors"))
+    assert lengths == [1, 3]
+
+
+def test_prompts_of_other_weights_words_or_precision_are_not_taken(saved, tmp_path):
+    folder, *_ = saved
+    first = open_prompt_files(tmp_path / "prompts", folder, None, torch.float32)
+    half = open_prompt_files(tmp_path / "prompts", folder, None, torch.bfloat16)
+    changed = load_state_dict(folder)
+    save_folder(folder, {**changed, "shared.weight": changed["shared.weight"] + 1}, read_config(folder))
+    weights = open_prompt_files(tmp_path / "prompts", folder, None, torch.float32)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    words = open_prompt_files(tmp_path / "prompts", folder, None, torch.float32)
+    assert len({files.path("a circle") for files in (first, half, weights, words)}) == 4
+    assert open_prompt_files(tmp_path / "prompts", tmp_path / "never seen", None, torch.float32) is None
+
+
+def test_a_damaged_stored_prompt_is_made_anew(saved, encoder, tmp_path):
+    _, open_cache, _ = saved
+    open_cache().encode(["a circle"])
+    (file,) = (tmp_path / "prompts").glob("*.safetensors")
+    whole = file.read_bytes()
+    for content in (b"", whole[:20], whole[:-3]):
+        file.write_bytes(content)
+        with torch.no_grad():
+            assert torch.equal(open_cache().encode(["a circle"]), encoder.encode(["a circle"]))
+        assert file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(saved, tmp_path, caplog):
+    (tmp_path / "prompts").write_text("a file in the way")
+    assert saved[1]().encode(["a circle"]).shape == (1, 10, 32)
+    assert "prompt embeddings are not kept" in caplog.text
+
+
+def test_a_freed_encoder_leaves_nothing_behind_and_comes_back_when_needed(saved):
+    _, open_cache, loads = saved
+    cache = open_cache(keep_encoder=False, max_prompts=1)
+    cache.prepare(PROMPTS)
+    tensors = [weakref.ref(parameter) for parameter in loads.pop().parameters()]
+    gc.collect()
+    assert tensors and all(tensor() is None for tensor in tensors)
+    cache.files = None  # what was prepared is at hand, however small the cache was
+    cache.encode(PROMPTS)
+    assert loads == []
+    cache.encode(["another"])
+    assert len(loads) == 1
 
 
 def test_umt5_equals_the_recording(tmp_path):

@@ -168,7 +168,10 @@ def broken_folders(folder, state):
     yield write("heads", state, sizes | {"num_heads": 3}), "num_heads=3"
     yield write("zero", state, sizes | {"num_heads": 0}), r"config.json: num_heads=0 is not a positive whole number"
     yield write("text", state, sizes | {"dim": "256"}), r"config.json: dim='256' is not a positive whole number"
-    yield write("eps", state, sizes | {"patch_size": 2}), "its sizes do not make a transformer"
+    yield write("patch", state, sizes | {"patch_size": 2}), "patch_size=2 is not three positive whole numbers"
+    yield write("eps", state, sizes | {"eps": "a"}), "eps='a' is not a number between 0 and 1"
+    yield write("deep", state, sizes | {"num_layers": 10**7}), "config.json says num_layers=10000000; the weights have"
+    yield write("wide", state, sizes | {"dim": 2**40, "num_heads": 2**33}), "config.json are beyond any model"
     yield write("i2v", state, sizes | {"model_type": "i2v"}), "model_type='i2v'; only t2v"
     yield (
         write("diffusers", state, {"num_attention_heads": "2"}),

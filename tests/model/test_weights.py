@@ -253,6 +253,10 @@ def test_loading_empties_the_given_state_and_copies_only_what_is_converted(tmp_p
             "hf download zhuhz22/Causal-Forcing chunkwise/causal_forcing.pt --local-dir checkpoints",
         ),
         (
+            "checkpoints/autoregressive_checkpoint/model.pt",
+            "hf download tianweiy/CausVid autoregressive_checkpoint/model.pt --local-dir checkpoints",
+        ),
+        (
             "longlive_models/models/longlive_base.pt",
             "hf download Efficient-Large-Model/LongLive-1.3B --local-dir longlive_models",
         ),
@@ -276,8 +280,9 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, state):
     torch.save({"state_dict": state, "extra": Code(target)}, tmp_path / "zip.pt")
     torch.save({"extra": Code(target)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Code(target), protocol=2))
-    for name in ("zip.pt", "old.pt", "raw.pt"):
-        with pytest.raises(UserError, match=f"{name}: contains pickled code"):
+    (tmp_path / "new.pt").write_bytes(pickle.dumps(Code(target), protocol=4))
+    for name in ("zip.pt", "old.pt", "raw.pt", "new.pt"):
+        with pytest.raises(UserError, match=f"{name}: (contains pickled|is some Python pickle).*nothing was run"):
             load_state_dict(tmp_path / name)
     assert not target.exists()
 
@@ -307,6 +312,15 @@ def hostile_files(folder, state):
     yield folder / "tensor.pt", "holds a Tensor where a state dict was expected"
     torch.save({"step": 3}, folder / "number.pt")
     yield folder / "number.pt", "'step' is a int, not a tensor"
+    torch.save({3: torch.zeros(1)}, folder / "unnamed.pt")
+    yield folder / "unnamed.pt", "3 is called by no text"
+    for name, tensor, message in (
+        ("sparse", torch.eye(3).to_sparse(), "a torch.float32 tensor .torch.sparse_coo"),
+        ("meta", torch.zeros(3, device="meta"), "a tensor without values"),
+        ("complex", torch.zeros(3, dtype=torch.complex64), "a torch.complex64 tensor"),
+    ):
+        torch.save({"generator": {**state, "odd": tensor}}, folder / f"{name}.pt")
+        yield folder / f"{name}.pt", f"its entry 'odd' is {message}"
     torch.save({}, folder / "nothing.pt")
     yield folder / "nothing.pt", "holds no tensors"
     torch.save({"model.a": torch.zeros(1), "a": torch.zeros(1)}, folder / "twice.pt")
@@ -367,6 +381,13 @@ def test_a_mismatch_names_the_first_three_tensors_with_both_shapes():
         "w.pt: does not fit Tiny: count (file: missing, model: (2,)); inner.weight (file: (5, 4), model: (3, 4)); "
         "inner.bias (file: (5,), model: (3,)) and 1 more"
     )
+
+
+def test_quantised_weights_are_refused_and_whole_numbers_stay():
+    state = Tiny().state_dict()
+    state["inner.weight"] = state["inner.weight"].to(torch.int8)
+    with pytest.raises(UserError, match=r"w.pt: the tensor 'inner.weight' is stored as torch.int8"):
+        load_into(Tiny(), state, source="w.pt")
 
 
 def test_an_interrupted_save_keeps_the_old_files(tmp_path, state):

@@ -1,0 +1,379 @@
+"""How much memory making a video takes, known before anything is loaded, and what to save it on.
+
+Letters: T tokens of a latent frame, D model width, GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.transformer import WanConfig
+from model.transformer_files import open_transformer
+from model.weights import find_part, load_state_dict
+from pipeline.loading import (
+    CodecKind,
+    PartsConfig,
+    Sampler,
+    codec_sizes,
+    token_size,
+    waiting_dtype,
+)
+from utils.errors import UserError
+
+GB = 10**9
+VIDEO_BYTES_PER_PIXEL = 0.3
+"""Of an mp4 as it is written here: blurred noise was seen to take 0.29, sharp noise 0.9; films take less."""
+CUDA_OVERHEAD = GB // 2
+"""What kernels, their workspaces and gaps between tensors are taken to need beside the tensors; not measured."""
+TAEHV = Path("checkpoints/taew2_1.pth")
+"""Where README's command puts the small decoder."""
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may use (cgroup v2)."""
+
+
+class TextPlacement(Enum):
+    """Where the text encoder is; the value is how a sentence says it."""
+
+    resident = "resident"
+    first = "run first and freed"
+    streamed = "streamed"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What memory is saved on."""
+
+    card: int
+    """The smallest graphics card, in GB, on which Wan2.1-T2V-1.3B makes its 81 frames of 480x832 with it."""
+    text_encoder: TextPlacement = TextPlacement.resident
+    """resident; first: on the device before the other parts; streamed: its layers are there one at a time."""
+    tile_codec: bool = False
+    """Decode in tiles."""
+    decode_last: bool = False
+    """Decode once the cache is freed."""
+    stream_generator: bool = False
+    """The generator's blocks are on the device one layer at a time."""
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, *, text: bool = True) -> str:
+        """In words; ``text``: whether a prompt has to be embedded."""
+        encoder = f"text encoder {self.text_encoder.value}" if text else "prompts from disk"
+        codec = "tiled" if self.tile_codec else "whole"
+        generator = "streamed" if self.stream_generator else "resident"
+        last = ", decoding last" if self.decode_last else ""
+        return f"{encoder}, VAE {codec}{last}, generator {generator}"
+
+    def for_session(self) -> Profile:
+        """The same for prompts that come while it runs: the encoder must stay within reach, and chunks be shown."""
+        text = self.text_encoder if self.text_encoder is TextPlacement.resident else TextPlacement.streamed
+        return replace(self, text_encoder=text, decode_last=False)
+
+
+PROFILES = (
+    Profile(32),
+    Profile(16, TextPlacement.first),
+    Profile(16, TextPlacement.streamed),
+    Profile(11, TextPlacement.streamed, tile_codec=True),
+    Profile(10, TextPlacement.streamed, tile_codec=True, decode_last=True),
+    Profile(8, TextPlacement.streamed, tile_codec=True, decode_last=True, stream_generator=True),
+)
+"""From everything resident to frugal; the first that fits is taken."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a part's weights, in the dtype they compute in."""
+
+    total: int
+    layers: int
+    """Of those that can be streamed."""
+    largest: int
+    """Of the largest layer among them."""
+    waiting: int
+    """RAM that they take when streamed."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, streamed: str = "") -> Weights:
+        """Sizes of a state dict whose names beginning with ``streamed`` can be streamed."""
+        layers: dict[str, int] = {}
+        waiting = 0
+        for name, tensor in state.items():
+            if name.startswith(streamed):
+                layer = name.rpartition(".")[0]
+                layers[layer] = layers.get(layer, 0) + tensor.numel() * dtype.itemsize
+                if waiting_dtype(device, dtype) not in (None, tensor.dtype):  # else it stays in its file
+                    waiting += tensor.numel() * dtype.itemsize
+        total = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
+        return cls(total, sum(layers.values()), max(layers.values(), default=0), waiting)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that making one video takes, by what they are for."""
+
+    text: Weights
+    text_work: int
+    generator: Weights
+    codec: Weights
+    cache: int
+    """Keys and values."""
+    work: int
+    """Activations of one pass of the generator."""
+    decoder: int
+    """What the decoder remembers between chunks, and its activations."""
+    tiled_decoder: int
+    """The same for one tile."""
+    waiting_tiles: int
+    """What the other tiles remember, in RAM."""
+    whole_clips: bool
+    """Nothing is decoded before all of a clip is sampled."""
+    overhead: int
+    """What the device takes beside tensors."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the moment that takes most."""
+
+    device: int
+    ram: int
+    """Beside the device's memory; on a CPU, which has no other, 0."""
+
+
+def need(profile: Profile, of: Sizes, *, one_memory: bool) -> Need:
+    """What making a video with a profile takes; ``one_memory``: the device computes in RAM."""
+    streamed = profile.text_encoder is TextPlacement.streamed
+    text = of.text.largest if streamed else of.text.total
+    generator = of.generator.total
+    if profile.stream_generator:
+        generator += of.generator.largest - of.generator.layers
+    decoding, denoising = of.tiled_decoder if profile.tile_codec else of.decoder, of.cache + of.work
+    # A chunk is decoded while the next is denoised.
+    both = max(denoising, decoding) if profile.decode_last or of.whole_clips else denoising + decoding
+    video = generator + of.codec.total + both
+    if profile.text_encoder is TextPlacement.resident:
+        device = text + max(of.text_work, video)
+    else:
+        device = max(text + of.text_work, video)
+    ram = max(
+        of.text.waiting * streamed,
+        of.generator.waiting * profile.stream_generator + of.waiting_tiles * profile.tile_codec,
+    )
+    return Need(int(device + of.overhead), 0 if one_memory else ram)
+
+
+def measure(config: PartsConfig, *, device: torch.device, dtype: torch.dtype, use_ema: bool, text: bool) -> Sizes:
+    """Sizes of everything, from the headers of the weights and the configuration.
+
+    Args:
+        text: whether a prompt has to be embedded.
+    """
+    generator = config.generator
+    model, state = open_transformer(generator.weights, preset=generator.preset, use_ema=use_ema)
+    encoder = load_state_dict(find_part(config.text_encoder.weights, "text_encoder")) if text else {}
+    codec = load_state_dict(find_part(config.codec.weights, "vae"))
+    check_parts(config, model.config, encoder)
+    return sizes(config, model.config, state, encoder, codec, device=device, dtype=dtype)
+
+
+def sizes(
+    config: PartsConfig,
+    transformer: WanConfig,
+    generator: Mapping[str, Tensor],
+    encoder: Mapping[str, Tensor],
+    codec: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Sizes:
+    """Sizes of everything, from the configuration and the weights' shapes; no ``encoder`` where none is needed."""
+    cache, work = generator_bytes(config, transformer, dtype)
+    decoder, tiled_decoder, tiles = decoder_bytes(config, codec, device, dtype)
+    return Sizes(
+        text=Weights.of(encoder, device, dtype),
+        text_work=text_work_bytes(encoder, transformer.text_len, dtype),
+        generator=Weights.of(generator, device, dtype, streamed="blocks."),
+        codec=Weights.of(codec, device, dtype),
+        cache=cache,
+        work=work,
+        decoder=decoder,
+        tiled_decoder=tiled_decoder,
+        waiting_tiles=tiles,
+        whole_clips=config.sampler is Sampler.many_step,
+        overhead=CUDA_OVERHEAD if device.type == "cuda" else 0,
+    )
+
+
+def generator_bytes(config: PartsConfig, transformer: WanConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """The cache, and the activations of one pass: of the feed-forward layer, or of attention with its rotation."""
+    rows, columns = token_size(config)
+    tokens = (config.video.height // rows) * (config.video.width // columns)
+    rollout, frames = config.rollout, config.video.num_frames
+    guided = config.sampler is not Sampler.rollout and config.sampling.guidance_scale != 1
+    batch, itemsize = 2 if guided else 1, dtype.itemsize
+    whole = config.sampler is Sampler.many_step
+    held = 0 if whole else min(frames, rollout.window or frames)
+    cache = 2 * transformer.num_layers * (held * tokens + transformer.text_len) * transformer.dim
+    # Tensors of model width at once, as counted: rotation is computed in float32, so it weighs more in half precision.
+    attention = 7.5 if itemsize == 4 else 10
+    width = max(2 * transformer.ffn_dim + 4 * transformer.dim, attention * transformer.dim)
+    work = (frames if whole else rollout.frames_per_chunk) * tokens * width
+    return int(batch * cache * itemsize), int(batch * work * itemsize)
+
+
+def text_work_bytes(state: Mapping[str, Tensor], text_len: int, dtype: torch.dtype) -> int:
+    """Activations of the text encoder at its longest prompt: attention's scores and their bias, and the inner layer."""
+    ffn = next((shape[0] for shape in _shapes(state, "wi_0.weight")), 0)
+    heads = next((shape[-1] for shape in _shapes(state, "relative_attention_bias.weight")), 0)
+    return text_len * (3 * heads * text_len * 4 + 3 * ffn * dtype.itemsize)
+
+
+def _shapes(state: Mapping[str, Tensor], suffix: str) -> list[torch.Size]:
+    """Shapes of the tensors so called; numbers, which only a damaged file has there, are left to the loader."""
+    return [tensor.shape for name, tensor in state.items() if name.endswith(suffix) and tensor.ndim]
+
+
+def check_parts(config: PartsConfig, transformer: WanConfig, encoder: Mapping[str, Tensor]) -> None:
+    """Refuse parts that were not made for each other."""
+    weights, channels = config.generator.weights, codec_sizes(config.codec).latent_channels
+    if not transformer.in_dim == transformer.out_dim == channels:
+        raise UserError(
+            f"{weights}: takes latents of {transformer.in_dim} channels and gives {transformer.out_dim}, but "
+            f"{config.codec.weights} has {channels}; they do not belong together"
+        )
+    for suffix in ("token_embedding.weight", "shared.weight"):
+        for shape in _shapes(encoder, suffix):
+            if shape[-1] != transformer.text_dim:
+                raise UserError(
+                    f"{weights}: takes prompt embeddings of {transformer.text_dim} numbers, but "
+                    f"{config.text_encoder.weights} gives {shape[-1]}; they do not belong together"
+                )
+
+
+def decoder_bytes(
+    config: PartsConfig, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[int, int, int]:
+    """What decoding a chunk takes whole, and in tiles, and what of the other tiles waits in a GPU's RAM."""
+    size, latents = (config.video.height, config.video.width), config.rollout.frames_per_chunk
+    if config.codec.kind is CodecKind.tiny:
+        whole = codec_sizes(config.codec).decode_bytes(*size, latents, dtype)
+        return whole, whole, 0
+    from model.tiling import TileConfig
+    from model.wan_vae import WanVAEConfig
+
+    first = next((state[name] for name in ("encoder.conv1.weight", "encoder.conv_in.weight") if name in state), None)
+    if first is None:
+        raise UserError(f"{config.codec.weights}: is not a Wan2.1 VAE: it has no tensor 'encoder.conv1.weight'")
+    vae, tiling = WanVAEConfig(base_dim=len(first)), TileConfig()
+    whole, tiled = (
+        vae.decode_bytes(*size, latents, dtype, device=device.type, tiling=tiles) for tiles in (None, tiling)
+    )
+    in_ram = {"latents": 1, "dtype": dtype, "device": "cpu"}
+    one = vae.decode_bytes(*(min(side, tiling.tile) for side in size), **in_ram)
+    return whole, tiled, vae.decode_bytes(*size, tiling=tiling, **in_ram) - one
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    profile: Profile
+    line: str
+    """What was chosen and why."""
+
+
+def plan(
+    config: PartsConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    use_ema: bool = True,
+    text: bool = True,
+    interactive: bool = False,
+    processes: int = 1,
+) -> Plan:
+    """Choose the first profile that fits.
+
+    Args:
+        text: whether a prompt has to be embedded.
+        interactive: prompts come while it runs.
+        processes: that share this machine's RAM.
+
+    Raises:
+        UserError: none fits, or weights that are missing or damaged.
+    """
+    measured = measure(config, device=device, dtype=dtype, use_ema=use_ema, text=text)
+    memory = "VRAM" if device.type == "cuda" else "RAM"
+    ram = free_ram() // processes
+    free = ram if memory == "RAM" else torch.cuda.mem_get_info(device)[0]
+    allowed = free if config.vram is None else int(config.vram * GB)
+    said = f"{_size(allowed)} of {memory} {'is free' if config.vram is None else 'is allowed (--vram)'}"
+    profiles = [profile.for_session() for profile in PROFILES] if interactive else PROFILES
+    needs = [need(profile, measured, one_memory=memory == "RAM") for profile in profiles]
+    for profile, needed in zip(profiles, needs, strict=True):
+        if needed.device <= allowed and needed.ram <= ram:
+            line = f"memory: {profile.describe(text=text)}: {_size(needed.device)} at most, {said}"
+            if profile is not profiles[0]:
+                line += f"; everything resident takes {_size(needs[0].device)}"
+            return Plan(profile, line + _advice(config, profile))
+    least = min(needs, key=lambda needed: needed.device)
+    if least.device <= allowed:
+        raise UserError(
+            f"not enough RAM: {_size(least.ram)} is needed for what waits there and {_size(ram)} is "
+            f"free; close other programs{_advice(config, profiles[-1])}"
+        )
+    raise UserError(
+        f"not enough {memory}: {_size(least.device)} is needed even with {profiles[-1]}, and {said}; "
+        f"make rollout.window, video.height or video.width smaller, or allow more with --vram"
+        f"{_advice(config, profiles[-1])}"
+    )
+
+
+def check_disk(config: PartsConfig, videos: int) -> None:
+    """Refuse an output folder whose disk does not hold the files of so many videos."""
+    video, folder = config.video, config.inference.output_folder
+    frames = 1 + (video.num_frames - 1) * math.prod(codec_sizes(config.codec).temporal_strides)
+    pixels = frames * video.height * video.width * video.scale**2
+    needed, free = int(videos * pixels * VIDEO_BYTES_PER_PIXEL), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"not enough room in {folder}: {videos} videos take up to {_size(needed)} and {_size(free)} is "
+            "free; choose another --output_folder or fewer prompts"
+        )
+
+
+def free_ram() -> int:
+    """Bytes this process can still take: what the system has, within what its container may use."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CONTROL_GROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        statistics = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    if limit == "max":
+        return free
+    reclaimable = int(statistics.get("inactive_file", 0))
+    return min(free, int(limit) - int(used) + reclaimable)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.2f} GB" if num_bytes >= GB else f"{num_bytes / GB * 1000:.1f} MB"
+
+
+def _advice(config: PartsConfig, profile: Profile) -> str:
+    """The smaller decoder, where it is at hand and would help."""
+    if config.codec.kind is CodecKind.tiny or not profile.tile_codec or not TAEHV.exists():
+        return ""
+    return f"; codec.kind=tiny codec.weights={TAEHV} decodes with less"
