@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError
 from utils.files import atomic_write_text
+from utils.legacy_config import refuse_official_keys
 
 T = TypeVar("T")
 
@@ -32,10 +33,14 @@ OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read `path` and its `defaults`, apply overrides such as `rollout.window=9`, and return an instance of `schema`.
 
-    Raises UserError, in one line that names the source, the dotted key, the value and the nearest valid name.
+    Raises UserError, in one line that names the source, the dotted key, the value and the nearest valid name; in one
+    line a key for a file of the official code.
     """
-    layers = _read_layers(Path(path), included_by=())
+    known = _field_hints(schema)
+    layers = _read_layers(Path(path), known, included_by=())
     parsed = [(COMMAND_LINE, _parse_override(schema, text)) for text in overrides]
+    for source, values in parsed:
+        refuse_official_keys(values, known, source)
     return _build(
         schema, [*layers.items(), *parsed], source=f"{path} and the {COMMAND_LINE}" if overrides else str(path)
     )
@@ -61,18 +66,19 @@ def save_config(config: Any, path: str | Path) -> None:
     atomic_write_text(path, to_yaml(config))
 
 
-def _read_layers(path: Path, included_by: tuple[Path, ...]) -> dict[str, dict]:
+def _read_layers(path: Path, known: Collection[str], included_by: tuple[Path, ...]) -> dict[str, dict]:
     """Source name -> values, in the order to merge them; a file that several others include counts once, first."""
     path = Path(os.path.normpath(path))
     if path in included_by:
         raise UserError(f"{included_by[-1]}: defaults form a cycle: {' -> '.join(map(str, (*included_by, path)))}")
     values = _read_yaml(path)
+    refuse_official_keys(values, known, path)  # before its defaults, which such a file means otherwise
     defaults = values.pop("defaults", [])
     if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
         raise UserError(f"{path}: defaults={_show(defaults)} is not a list of file names")
     layers: dict[str, dict] = {}
     for name in defaults:
-        for source, inherited in _read_layers(_included_file(path, name), (*included_by, path)).items():
+        for source, inherited in _read_layers(_included_file(path, name), known, (*included_by, path)).items():
             layers.setdefault(source, inherited)
     return {**layers, str(path): values}
 

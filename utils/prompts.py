@@ -7,6 +7,9 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+# Published prompt files: name → where they are.
+DOWNLOADS = {"vidprom_filtered_extended.txt": "gdhe17/Self-Forcing"}
+
 
 def read_prompts(path: str | Path) -> list[str]:
     """The non-empty lines of a UTF-8 prompt file, in order.
@@ -40,7 +43,10 @@ def read_image_prompts(path: str | Path) -> tuple[list[Path], list[str]]:
 def _numbered_prompts(path: Path) -> list[tuple[int, str]]:
     """Non-empty lines with their numbers in the file, from 1."""
     if not path.is_file():
-        raise UserError(f"{path}: no such prompt file")
+        remedy = ""
+        if path.name in DOWNLOADS:
+            remedy = f"; download it: hf download {DOWNLOADS[path.name]} {path.name} --local-dir {path.parent}"
+        raise UserError(f"{path}: no such prompt file{remedy}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

@@ -1,0 +1,192 @@
+"""What the official code's YAML keys are called here: an old file is answered with the lines to write instead.
+
+`OFFICIAL_KEYS` is the one table: the keys of guandeh17/Self-Forcing and of its relatives CausVid, LongLive and
+Causal-Forcing.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+Translation = Callable[[Any], dict[str, Any]]
+"""An old value -> our dotted keys with theirs."""
+
+VAE_SCALE = 8  # pixels a latent, of the Wan VAE
+VAE_FRAMES = 4  # frames a latent frame after the first
+MODELS = {"1.3B": "wan2.1-t2v-1.3b", "14B": "wan2.1-t2v-14b"}
+OBJECTIVES = {
+    "ode": "ode_regression",
+    "diffusion": "diffusion",
+    "gan": "self_forcing_gan",
+    "consistency_distillation": "causal_consistency",
+    "dmd": "self_forcing_dmd",
+    "sid": "self_forcing_sid",
+    "causvid": "causvid",
+    "dmd_switch": "self_forcing_continued",
+}
+
+
+def to(*keys: str) -> Translation:
+    """The same value under other names."""
+    return lambda value: dict.fromkeys(keys, value)
+
+
+def _network(section: str) -> Translation:
+    """Wan2.1-T2V-14B -> that section's preset and weights."""
+    return lambda name: {
+        f"{section}.preset": MODELS[name.rpartition("-")[2]],
+        f"{section}.weights": f"wan_models/{name}",
+    }
+
+
+def _objective(name: str) -> dict[str, Any]:
+    return {"objective": OBJECTIVES[name]} if name != "score_distillation" else {}  # distribution_loss says which
+
+
+def _video_shape(shape: list[int]) -> dict[str, Any]:
+    _, frames, _, height, width = shape
+    return {"video.num_frames": frames, "video.height": height * VAE_SCALE, "video.width": width * VAE_SCALE}
+
+
+OFFICIAL_KEYS: dict[str, Translation] = {
+    "generator_ckpt": to("student.weights"),
+    "checkpoint_path": to("generator.weights"),
+    "lora_ckpt": to("generator.lora"),
+    "adapter": lambda lora: {"lora.rank": lora["rank"], "lora.alpha": lora["alpha"]},
+    "use_taehv": lambda on: {"codec.kind": "tiny", "codec.weights": "checkpoints/taew2_1.pth"} if on else {},
+    "real_name": _network("real_score"),
+    "fake_name": _network("fake_score"),
+    "model_name": lambda name: {} if name in ("wan", "causal_wan") else _network("student")(name),
+    "generator_name": lambda name: {} if name in ("wan", "causal_wan") else _network("student")(name),
+    "trainer": _objective,
+    "distribution_loss": _objective,
+    "distillation_loss": _objective,
+    "teacher_forcing": lambda on: {"diffusion.forcing": "teacher_forcing" if on else "diffusion_forcing"},
+    "causal": lambda on: {} if on else {"diffusion.forcing": "bidirectional"},
+    "denoising_step_list": lambda steps: {"rollout.denoising_steps": [step for step in steps if step > 0]},
+    "warp_denoising_step": to("rollout.warp_denoising_step"),
+    "num_frame_per_block": to("rollout.frames_per_chunk"),
+    "independent_first_frame": to("rollout.independent_first_frame"),
+    "context_noise": to("rollout.context_noise"),
+    "model_kwargs.local_attn_size": lambda frames: {"rollout.window": None if frames == -1 else frames},
+    "model_kwargs.sink_size": to("rollout.sink"),
+    "model_kwargs.timestep_shift": to("generator.shift", "student.shift"),
+    "timestep_shift": to("generator.shift", "student.shift"),
+    "gradient_checkpointing": to("student.gradient_checkpointing", "fake_score.gradient_checkpointing"),
+    "guidance_scale": to("dmd.real_guidance_scale"),
+    "real_guidance_scale": to("dmd.real_guidance_scale"),
+    "dfake_gen_update_ratio": to("dmd.critic_updates"),
+    "sid_alpha": to("sid.alpha"),
+    "gan_g_weight": to("gan.generator_weight"),
+    "gan_d_weight": to("gan.discriminator_weight"),
+    "r1_weight": to("gan.r1_weight"),
+    "r2_weight": to("gan.r2_weight"),
+    "r1_sigma": to("gan.perturbation_sigma"),
+    "r2_sigma": to("gan.perturbation_sigma"),
+    "relativistic_discriminator": lambda on: {"gan.kind": "relativistic" if on else "non_saturating"},
+    "discrete_cd_N": to("consistency.solver_steps"),
+    "negative_prompt": to("sampling.negative_prompt"),
+    "lr": to("optimizer.lr"),
+    "gen_lr": to("optimizer.lr"),
+    "lr_critic": to("critic_optimizer.lr"),
+    "critic_lr": to("critic_optimizer.lr"),
+    "beta1": to("optimizer.betas[0]"),
+    "beta2": to("optimizer.betas[1]"),
+    "beta1_critic": to("critic_optimizer.betas[0]"),
+    "beta2_critic": to("critic_optimizer.betas[1]"),
+    "weight_decay": to("optimizer.weight_decay", "critic_optimizer.weight_decay"),
+    "max_grad_norm_generator": to("optimizer.clip_norm"),
+    "max_grad_norm_critic": to("critic_optimizer.clip_norm"),
+    "batch_size": to("trainer.batch_size"),
+    "total_batch_size": to("trainer.total_batch_size"),
+    "max_checkpoints": to("trainer.keep_last"),
+    "max_iters": to("trainer.steps"),
+    "ema_weight": to("trainer.ema_decay"),
+    "ema_start_step": to("trainer.ema_start_step"),
+    "log_iters": to("trainer.save_every"),
+    "seed": to("trainer.seed", "inference.seed"),
+    "mixed_precision": lambda on: dict.fromkeys(("parallel.precision", "dtype"), "bfloat16" if on else "float32"),
+    "data_path": to("data.path", "inference.data_path"),
+    "validation_prompts_file": to("data.sample_prompts"),
+    "val_data_path": to("data.sample_prompts"),
+    "image_or_video_shape": _video_shape,
+    "num_training_frames": to("video.num_frames"),
+    "num_output_frames": to("video.num_frames"),
+    "num_frames": lambda frames: {"video.num_frames": 1 + (frames - 1) // VAE_FRAMES},
+    "height": to("video.height"),
+    "width": to("video.width"),
+    "output_folder": to("inference.output_folder"),
+    "num_samples": to("inference.num_samples"),
+}
+
+ITERATIONS = ("max_iters", "ema_start_step", "log_iters")
+"""The official distillation counts updates of the critic; trainer.steps counts those of the generator."""
+
+# Where there is no key: an option of a command line, or nothing, because the code decides.
+OPTIONS = {"i2v": "--i2v", "use_ema": "--use_ema", "save_with_index": "--save_with_index", "output_path": "--logdir"}
+NO_KEY = (
+    *("*_fsdp_wrap_strategy", "*_grad", "*_task", "*_task_type", "wandb_*", "sharding_strategy"),
+    *("ts_schedule", "ts_schedule_max", "num_train_timestep", "denoising_loss_type", "same_step_across_blocks"),
+    *("last_step_only", "discriminator_lr_multiplier", "concat_time_embeddings", "num_class", "backward_simulation"),
+    *("load_raw_video", "gc_interval", "ckpt_step", "prompt_name", "prompt_path", "eval_first_n", "validate_first_n"),
+    *("inference_iter", "global_sink", "text_encoder_cpu_offload", "gradient_accumulation_steps"),
+    *("streaming_*", "switch_*", "vis_*", "val_batch_size", "val_switch_prompt_path", "slice_last_frames"),
+    *("min_num_training_frames", "train_first_chunk", "clear_context", "memorize", "fake_guidance_scale"),
+    *("use_trt", "enable_fp8", "do_kv_recomp", "noise_augmentation_max_timestep", "min_score_timestep"),
+)
+
+
+def refuse_official_keys(values: Mapping[str, Any], known: Collection[str], source: str | Path) -> None:
+    """Raise UserError with the new lines for every key of the official code; `known` are the schema's own names."""
+    flat = _flatten(values)
+    found = [key for key in flat if (key not in known or isinstance(flat[key], str)) and _is_official(key)]
+    if not found:
+        return
+    answers = {key: _translate(key, flat[key]) for key in found}
+    lines = [f"  {key}: {', '.join(new)}" for key, new in answers.items() if new]
+    if dropped := [key for key, new in answers.items() if not new]:
+        lines.append(f"  no key here: {', '.join(dropped)}")
+    if "dfake_gen_update_ratio" in found and any(key in found for key in ITERATIONS):
+        lines.append(
+            f"  divide {', '.join(ITERATIONS)} by dfake_gen_update_ratio: a step here updates the generator once"
+        )
+    start = "has keys of the official code; nothing was loaded. Here they are (see configs/self_forcing_dmd.yaml)"
+    raise UserError("\n".join([f"{source}: {start}:", *lines]))
+
+
+def _is_official(key: str) -> bool:
+    return key in OFFICIAL_KEYS or key in OPTIONS or any(fnmatchcase(str(key), pattern) for pattern in NO_KEY)
+
+
+def _translate(key: str, value: Any) -> list[str]:
+    """`section.key=value` for each new key; without the value where an old one makes no sense."""
+    if key in OPTIONS:
+        return [f"the option {OPTIONS[key]}"]
+    if key not in OFFICIAL_KEYS:
+        return []
+    try:
+        new = OFFICIAL_KEYS[key](value)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return [f"{_show(value)} is no value the official code takes"]
+    return [f"{name}={_show(translated)}" for name, translated in new.items()]
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`model_kwargs` dissolved into dotted keys."""
+    inner = values.get("model_kwargs")
+    if not isinstance(inner, Mapping):
+        return dict(values)
+    rest = {key: value for key, value in values.items() if key != "model_kwargs"}
+    return rest | {f"model_kwargs.{key}": value for key, value in inner.items()}
+
+
+def _show(value: Any) -> str:
+    text = (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("\n...\n").strip()
+    )
+    return text if len(text) <= 60 else f"{text[:57]}..."

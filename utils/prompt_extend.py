@@ -1,0 +1,177 @@
+"""Short prompts → the long, detailed ones Wan was trained on, by any text model behind an OpenAI-compatible server.
+
+The server is named by environment variables, read when prompts are extended:
+
+- `PROMPT_EXTEND_URL`: its base address, such as http://localhost:11434/v1 (Ollama, vLLM, llama.cpp, a hosted one);
+- `PROMPT_EXTEND_MODEL`: the model to ask;
+- `PROMPT_EXTEND_KEY`: the key, where the server wants one.
+"""
+
+import http.client
+import itertools
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.tracking import progress
+
+ENDPOINT = "/chat/completions"
+TIMEOUT = 120.0  # seconds without a byte; a local model on a CPU takes its time
+ATTEMPTS = 4
+LONGEST_WAIT = 60.0  # seconds between attempts, whatever a server asks for
+LARGEST_ANSWER = 2**20  # bytes
+BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that may pass
+PASSING = (TimeoutError, ConnectionResetError, http.client.IncompleteRead)  # and broken connections that may
+
+INSTRUCTIONS = """\
+You turn a short idea into the prompt of a text-to-video model. Write one paragraph of 80 to 120 words in plain
+English, in the present tense, that describes a single continuous shot of about five seconds. Keep everything the idea
+says: its subjects, their number, names, colours, actions, style and any quoted text. Then make it concrete: what the
+main subject looks like, what it does from the first moment to the last, how it moves, what lies in front of and behind
+it, the place, the weather, the light and its direction. Name the framing and the movement of the camera, and close with
+the visual style and mood; where the idea names no style, choose realistic footage. Do not add cuts, sound, titles,
+opinions or anything that cannot be seen. Answer with the paragraph alone: no heading, list, quotes or remark."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where prompts are sent."""
+
+    url: str
+    model: str
+    key: str | None
+
+    @classmethod
+    def from_environment(cls) -> "Server":
+        """Raises UserError for a variable that is missing or no web address."""
+        values = {name: os.environ.get(f"PROMPT_EXTEND_{name}", "").strip() for name in ("URL", "MODEL", "KEY")}
+        for name, example in (("URL", "http://localhost:11434/v1"), ("MODEL", "the model's name on that server")):
+            if not values[name]:
+                raise UserError(
+                    f"--prompt-extend: the environment variable PROMPT_EXTEND_{name} is not set ({example})"
+                )
+        url = values["URL"].rstrip("/").removesuffix(ENDPOINT)
+        if not re.fullmatch(r"https?://[^\s/]+.*", url):
+            raise UserError(f"PROMPT_EXTEND_URL={url}: is no address of the form http://host:port/v1")
+        if not re.fullmatch(r"[!-~]*", values["KEY"]):  # what a header can carry; the key itself is never shown
+            raise UserError("PROMPT_EXTEND_KEY holds spaces or characters that no key has; set it again")
+        return cls(url, values["MODEL"], values["KEY"] or None)
+
+    def ask(self, prompt: str) -> str:
+        """One request; the answer's text. Raises what `urllib` raises, or ValueError for an answer of another form."""
+        question = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = json.dumps({"model": self.model, "messages": question, "stream": False}).encode()
+        request = urllib.request.Request(self.url + ENDPOINT, data, headers)
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT) as response:
+            body = response.read(LARGEST_ANSWER)
+        try:
+            return json.loads(body)["choices"][0]["message"]["content"] + ""  # a TypeError for what is no text
+        except (LookupError, TypeError, ValueError):
+            raise ValueError(f"not a chat completion: {self.excerpt(body)}") from None
+
+    def excerpt(self, body: bytes) -> str:
+        """The beginning of an answer in one line, without the key that some servers quote."""
+        return _line(body.decode(errors="replace").replace(self.key or "\0", "***"))[:200] or "no text"
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Another address would get the key, and a GET in place of the question."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def extend_prompts(prompts: Sequence[str], cache_file: str | Path, *, backoff: float = 1.0) -> list[str]:
+    """The long version of each prompt, in order.
+
+    Args:
+        prompts: anything a user typed; equal ones are asked for once.
+        cache_file: JSON lines {"prompt", "extended", "model"}. What it holds is not asked for again, so that a second
+            run makes the same videos; every answer is kept as soon as it comes.
+        backoff: seconds before the second attempt at a busy server; each later wait is twice as long.
+
+    Raises:
+        UserError: an environment variable is missing; the server cannot be reached, refuses the key or model, stays
+            busy or answers in another form; or the cache file is damaged.
+    """
+    cache_file = Path(cache_file)
+    entries = _read_cache(cache_file)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in entries]
+    if missing:
+        server = Server.from_environment()
+        for prompt in progress(missing, "extending prompts", unit="prompt"):
+            extended = _extend(server, prompt, backoff)
+            entries[prompt] = {"prompt": prompt, "extended": extended, "model": server.model}
+            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries.values())
+            atomic_write_text(cache_file, "".join(lines))
+    return [entries[prompt]["extended"] for prompt in prompts]
+
+
+def _read_cache(path: Path) -> dict[str, dict[str, str]]:
+    """Prompt -> its line."""
+    if not path.exists():
+        return {}
+    entries = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            entries[entry["prompt"] + ""] = {**entry, "extended": entry["extended"] + ""}
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f'{path}, line {number}: is not {{"prompt": ..., "extended": ...}}; delete it') from None
+    return entries
+
+
+def _extend(server: Server, prompt: str, backoff: float) -> str:
+    for attempt in itertools.count(1):
+        try:
+            return _clean(server.ask(prompt))
+        except urllib.error.HTTPError as error:
+            failure, wait = _refused(server, error), _retry_after(error) if error.code in BUSY else None
+        except (OSError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            failure, wait = f"no answer ({_line(reason)}); is it running?", 0.0 if isinstance(reason, PASSING) else None
+        except ValueError as error:
+            failure, wait = str(error), None
+        if wait is None or attempt == ATTEMPTS:
+            raise UserError(f"PROMPT_EXTEND_URL={server.url}: {failure}")
+        time.sleep(min(LONGEST_WAIT, max(wait, backoff * 2 ** (attempt - 1))))
+
+
+def _refused(server: Server, error: urllib.error.HTTPError) -> str:
+    remedy = "try again later" if error.code in BUSY else f"check PROMPT_EXTEND_MODEL={server.model}"
+    if error.code in (401, 403):
+        remedy = "set PROMPT_EXTEND_KEY to a valid key"
+    elif error.code < 400 or error.code == 404:
+        remedy = f"check the address, and PROMPT_EXTEND_MODEL={server.model}"
+    return f"HTTP {error.code} ({server.excerpt(error.read(LARGEST_ANSWER))}); {remedy}"
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    """Seconds the server asks for; 0 where it names none, or a date."""
+    value = error.headers.get("Retry-After", "")
+    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
+
+
+def _clean(answer: str) -> str:
+    """One line without a model's spoken thoughts, quotation marks or bold type; ValueError if nothing is left."""
+    text = re.sub(r"<think>.*?(</think>|$)", "", answer, flags=re.DOTALL)
+    text = " ".join(text.replace("**", "").split())
+    text = re.sub(r"^[\"“'](.*)[\"”']$", r"\1", text).strip()
+    if not text:
+        raise ValueError("the model answered with no text")
+    return text
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
