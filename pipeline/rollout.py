@@ -5,15 +5,16 @@ Shapes: B batch, F latent frames of the clip, f of a chunk, C channels, H W late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from model.attention import BlockMask, block_causal_mask, chunk_ranges
+from model.attention import BlockMask, block_causal_mask, chunk_ranges, visible_frames
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
@@ -39,6 +40,10 @@ class RolloutConfig:
     """Most latent frames attention sees, the current chunk included; null sees everything."""
     sink: int = 0
     """First latent frames that never leave the window."""
+    relative_positions: bool = False
+    """Count positions within the window, so that the sink never gets further away than in training."""
+    recache_sink: bool = True
+    """Encode the sink anew too where a prompt switch recaches; false keeps what it is from the first prompt."""
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
@@ -76,6 +81,33 @@ class RolloutConfig:
         return denoiser.schedule.warp(self.denoising_steps) if self.warp_denoising_step else self.denoising_steps
 
 
+class SwitchStyle(Enum):
+    """What becomes of the context when the prompt changes."""
+
+    cut = "cut"
+    """Forgotten: a new clip begins, at position 0."""
+    keep = "keep"
+    """Kept as it is."""
+    recache = "recache"
+    """Encoded anew with the new prompt: the frames attention sees, in one pass (LongLive, arXiv 2509.22622)."""
+    blend = "blend"
+    """Kept, while the caller moves the embeddings over to the new prompt in several chunks."""
+
+
+@dataclass(frozen=True)
+class ChunkInput:
+    """What one chunk is made from."""
+
+    latents: Tensor
+    """Noise [B f C H W], or a video noised to the timestep of ``first_step``."""
+    first_step: int = 0
+    """Index of the first step taken; more than 0 makes video to video."""
+    prompt_embeds: Tensor | None = None
+    """The prompt from this chunk on [B L E]; None goes on with the last."""
+    style: SwitchStyle = SwitchStyle.keep
+    """What becomes of the context where ``prompt_embeds`` is given."""
+
+
 @dataclass
 class Block:
     """One finished chunk."""
@@ -83,6 +115,42 @@ class Block:
     start_frame: int
     latents: Tensor
     """Predicted x0 [B f C H W]."""
+
+
+class Stage(Enum):
+    """What a pass is for."""
+
+    denoise = "denoise"
+    context = "context"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the denoiser that a rollout asks for."""
+
+    stage: Stage
+    latents: Tensor
+    timestep: float
+    prompt_embeds: Tensor
+    cache: KVCache
+    start_frame: int | tuple[int, ...]
+    """Position in the cache; in a batch of passes there may be one for each sample."""
+    chunk_frames: tuple[int, ...] | None = None
+    """Sizes of the chunks, where it covers several."""
+    with_grad: bool = False
+
+    def run(self, denoiser: Denoiser) -> Tensor:
+        """x0 [B f C H W]; of no frame where only the context matters."""
+        with nullcontext() if self.with_grad else torch.no_grad():
+            return denoiser(
+                self.latents,
+                full_timesteps(self.timestep, self.latents),
+                self.prompt_embeds,
+                cache=self.cache,
+                start_frame=self.start_frame,
+                chunk_frames=self.chunk_frames,
+                output_frames=0 if self.stage is Stage.context else None,
+            ).x0
 
 
 def randn(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
@@ -101,7 +169,32 @@ def randn(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
 
 def rollout(
     denoiser: Denoiser,
-    noise: Tensor | Iterable[Tensor],
+    noise: Tensor | Iterable[Tensor | ChunkInput],
+    prompt_embeds: Tensor,
+    cache: KVCache,
+    config: RolloutConfig,
+    **options,
+) -> Iterator[Block]:
+    """Generate chunk after chunk, each denoised in a few steps over the cache of the chunks before it.
+
+    Arguments are those of :func:`rollout_passes`.
+
+    Yields:
+        finished chunks, each before its context pass, which runs only when another chunk follows.
+    """
+    passes = rollout_passes(config.timesteps(denoiser), noise, prompt_embeds, cache, config, **options)
+    event = next(passes, None)
+    while event is not None:
+        if isinstance(event, Block):
+            yield event
+            event = next(passes, None)
+        else:
+            event = passes.send(event.run(denoiser))
+
+
+def rollout_passes(
+    timesteps: Sequence[float],
+    noise: Tensor | Iterable[Tensor | ChunkInput],
     prompt_embeds: Tensor,
     cache: KVCache,
     config: RolloutConfig,
@@ -110,103 +203,139 @@ def rollout(
     exit_steps: Sequence[int] | None = None,
     grad_start_frame: int | None = None,
     generator: Generators = None,
+    num_frames: int | None = None,
     denoise_chunk: Callable[[Tensor, int], Tensor] | None = None,
-) -> Iterator[Block]:
-    """Generate chunk after chunk, each denoised in a few steps over the cache of the chunks before it.
+) -> Generator[Pass | Block, Tensor | None, None]:
+    """The loop itself, which runs nothing: it yields each pass and is sent its x0; it yields finished chunks too.
+
+    So whoever drives it may wait or stop between two passes, time them, or run those of several rollouts as a batch.
 
     Args:
-        noise: [B F C H W], split into chunks; or chunks [B f C H W] from an iterable that may never end.
+        timesteps: of the denoising steps, descending.
+        noise: [B F C H W], split into chunks; or chunks from an iterable that may never end, each taken when the one
+            before is finished: noise [B f C H W], or a :class:`ChunkInput`, which can change the prompt.
         prompt_embeds: [B L E].
         cache: reset here; with gradients it must be ``append_only``.
         context_latents: given clean frames [B F' C H W] (an image or a video) before the first chunk.
         exit_steps: for training, the index of the step at which each chunk stops; None runs every step.
         grad_start_frame: first frame whose chunk's exit pass carries gradient; None carries none anywhere.
         generator: for the fresh noise between steps; see :func:`randn`.
-        denoise_chunk: another way to turn the noise [B f C H W] of a chunk at ``start_frame`` into x0, such as a
-            many-step solver over the same cache; None is the few-step denoiser.
-
-    Yields:
-        finished chunks, each before its context pass, which runs only when another chunk follows.
+        num_frames: how many there will be, given ones included, where an iterable does not show it; sizes the cache.
+        denoise_chunk: another way to turn the noise [B f C H W] of a chunk at a position in the cache into x0, such
+            as a many-step solver over the same cache; None is the few-step denoiser.
 
     Raises:
         ValueError: frames that do not divide into chunks, or an ``exit_steps`` of the wrong length.
     """
-    timesteps = config.timesteps(denoiser)
     start = 0 if context_latents is None else context_latents.shape[1]
-    total = None
     if isinstance(noise, Tensor):
-        total = start + noise.shape[1]
+        num_frames = start + noise.shape[1]
         chunks = config.chunks(noise.shape[1], start)
         if exit_steps is not None and len(exit_steps) != len(chunks):
             raise ValueError(f"{len(exit_steps)} exit_steps for {len(chunks)} chunks")
         noise = noise.split([chunk_end - chunk_start for chunk_start, chunk_end in chunks], dim=1)
-    cache.set_window(config.window, config.sink)
-    cache.reset(total)
+    context = _Context(cache, config, generator, num_frames)
     if context_latents is not None:
-        _commit_context(denoiser, context_latents, prompt_embeds, cache, config)
+        yield from context.encode(context_latents, prompt_embeds, 0.0)
 
-    previous: Block | None = None
-    for index, latents in enumerate(noise):
-        if previous is not None:
-            _commit(denoiser, previous, prompt_embeds, cache, config.context_noise, generator)
+    for index, chunk in enumerate(noise):
+        if isinstance(chunk, Tensor):
+            chunk = ChunkInput(chunk)
+        yield from context.settle(prompt_embeds, chunk)
+        if chunk.prompt_embeds is not None:
+            prompt_embeds = chunk.prompt_embeds
         if denoise_chunk is None:
-            steps = timesteps if exit_steps is None else timesteps[: exit_steps[index] + 1]
+            steps = timesteps[chunk.first_step : None if exit_steps is None else exit_steps[index] + 1]
             with_grad = grad_start_frame is not None and start >= grad_start_frame
-            x0 = _denoise(denoiser, latents, prompt_embeds, cache, start, steps, with_grad, generator)
+            live = Pass(
+                Stage.denoise, chunk.latents, steps[0], prompt_embeds, context.cache, context.end, with_grad=with_grad
+            )
+            x0 = yield from _denoise(live, steps, generator)
         else:
-            x0 = denoise_chunk(latents, start)
-        previous = Block(start, x0)
-        start += latents.shape[1]
-        yield previous
+            x0 = denoise_chunk(chunk.latents, context.end)
+        context.add(x0.detach())
+        yield Block(start, x0)
+        start += x0.shape[1]
 
 
-def _denoise(
-    denoiser: Denoiser,
-    latents: Tensor,
-    prompt_embeds: Tensor,
-    cache: KVCache,
-    start_frame: int,
-    timesteps: Sequence[float],
-    with_grad: bool,
-    generator: Generators,
-) -> Tensor:
+def _denoise(first: Pass, timesteps: Sequence[float], generator: Generators) -> Generator[Pass, Tensor, Tensor]:
     """Predict x0 at each timestep and noise it anew to the next; only the last pass may carry gradient."""
-    for step, timestep in enumerate(timesteps):
-        last = step == len(timesteps) - 1
-        with nullcontext() if last and with_grad else torch.no_grad():
-            x0 = denoiser(
-                latents, full_timesteps(timestep, latents), prompt_embeds, cache=cache, start_frame=start_frame
-            ).x0
+    latents = first.latents
+    for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        last = following is None
+        x0 = yield replace(first, latents=latents, timestep=timestep, with_grad=first.with_grad and last)
         if not last:
-            latents = add_noise(x0, randn(x0.shape, generator, x0), full_timesteps(timesteps[step + 1], x0))
+            latents = add_noise(x0, randn(x0.shape, generator, x0), full_timesteps(following, x0))
     return x0
 
 
-@torch.no_grad()
-def _commit(
-    denoiser: Denoiser, block: Block, prompt_embeds: Tensor, cache: KVCache, timestep: float, generator: Generators
-) -> None:
-    """The context pass: overwrite the chunk's keys and values with those of the finished frames."""
-    latents = block.latents.detach()
-    if timestep > 0:
-        latents = add_noise(latents, randn(latents.shape, generator, latents), full_timesteps(timestep, latents))
-    denoiser(latents, full_timesteps(timestep, latents), prompt_embeds, cache=cache, start_frame=block.start_frame)
+class _Context:
+    """The finished frames: how they reach the cache, and the visible ones themselves, for a recache.
 
+    Latents are small beside keys and values. Positions are those of the cache: a cut and a recache count anew.
+    """
 
-@torch.no_grad()
-def _commit_context(
-    denoiser: Denoiser, latents: Tensor, prompt_embeds: Tensor, cache: KVCache, config: RolloutConfig
-) -> None:
-    """Commit given frames clean, in chunks as they would have been generated; the first takes what is left over."""
-    alone = 1 if config.independent_first_frame else 0
-    first = alone + (latents.shape[1] - alone) % config.frames_per_chunk
-    sizes = [first] * (first > 0) + [config.frames_per_chunk] * ((latents.shape[1] - first) // config.frames_per_chunk)
-    start = 0
-    for part in latents.split(sizes, dim=1):
-        denoiser(part, full_timesteps(0.0, part), prompt_embeds, cache=cache, start_frame=start)
-        start += part.shape[1]
+    def __init__(self, cache: KVCache, config: RolloutConfig, generator: Generators, num_frames: int | None) -> None:
+        self.cache, self.config, self.generator = cache, config, generator
+        cache.set_window(config.window, config.sink, config.relative_positions)
+        cache.reset(num_frames)
+        self.frames: dict[int, Tensor] = {}
+        self.end = 0
+        self.uncommitted: Tensor | None = None
+
+    def add(self, latents: Tensor) -> None:
+        """Take in a finished chunk [B f C H W]; it enters the cache when it is known what follows."""
+        self.frames |= dict(enumerate(latents.unbind(1), self.end))
+        self.end += latents.shape[1]
+        self.uncommitted = latents
+        visible = set(self._visible())
+        self.frames = {position: frame for position, frame in self.frames.items() if position in visible}
+
+    def settle(self, prompt_embeds: Tensor, following: ChunkInput) -> Iterator[Pass]:
+        """Passes that make the cache ready for the next chunk."""
+        style = SwitchStyle.keep if following.prompt_embeds is None else following.style
+        if style is SwitchStyle.cut:
+            self._begin_anew(0)
+        elif style is SwitchStyle.recache:
+            seen = self._visible(following.latents.shape[1])
+            kept = 0 if self.config.recache_sink else min(self.cache.sink, self.end)
+            latents = [self.frames[position] for position in seen if kept <= position < self.end]
+            self._begin_anew(kept)
+            if latents:
+                yield from self.encode(torch.stack(latents, dim=1), following.prompt_embeds, self.config.context_noise)
+        elif self.uncommitted is not None:
+            latents = self._noised(self.uncommitted, self.config.context_noise)
+            start = self.end - latents.shape[1]
+            yield Pass(Stage.context, latents, self.config.context_noise, prompt_embeds, self.cache, start)
+
+    def encode(self, latents: Tensor, prompt_embeds: Tensor, timestep: float) -> Iterator[Pass]:
+        """Commit frames [B F C H W] in one pass, in chunks as if generated; the first takes what is left over."""
+        size, alone = self.config.frames_per_chunk, int(self.config.independent_first_frame and self.end == 0)
+        first = alone + (latents.shape[1] - alone) % size
+        sizes = (first,) * (first > 0) + (size,) * ((latents.shape[1] - first) // size)
+        noised = self._noised(latents, timestep)
+        yield Pass(Stage.context, noised, timestep, prompt_embeds, self.cache, self.end, chunk_frames=sizes)
+        self.add(latents)
+        self.uncommitted = None
+
+    def _begin_anew(self, kept: int) -> None:
+        """A cache of the first ``kept`` frames; the old one may still be needed, by passes recomputed in backward."""
+        self.cache = self.cache.restarted(keep_sink=kept > 0)
+        self.frames = {position: self.frames[position] for position in range(kept)}
+        self.end, self.uncommitted = kept, None
+
+    def _visible(self, following: int = 0) -> list[int]:
+        """Positions that a chunk of ``following`` frames sees, its own included."""
+        ranges = visible_frames(self.end + following, self.cache.window, self.cache.sink)
+        return [position for low, high in ranges for position in range(low, high)]
+
+    def _noised(self, latents: Tensor, timestep: float) -> Tensor:
+        if timestep == 0:
+            return latents
+        noise = randn(latents.shape, self.generator, latents)
+        return add_noise(latents, noise, full_timesteps(timestep, latents))
 
 
 def full_timesteps(timestep: float, latents: Tensor) -> Tensor:
-    """One timestep for every frame of latents [B F ...]: [B F] float32, filled on the device without a copy."""
-    return torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
+    """One timestep for all frames of latents [B F ...]: [B 1] float32, filled on the device without a copy."""
+    return torch.full((latents.shape[0], 1), timestep, dtype=torch.float32, device=latents.device)

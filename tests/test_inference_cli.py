@@ -2,9 +2,13 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from PIL import Image
 import inference
 from model.weights import load_state_dict, weights_hash
 from pipeline.loading import load_codec
+from pipeline.memory import GB, PROFILES, measure, need
 from trainer.config import Config
 from utils.config import load_config
 from utils.files import safe_stem
@@ -45,7 +50,7 @@ def refuse(release, tmp_path, capsys, monkeypatch):
         raise AssertionError("a mistake must be found before the codec and the text encoder load")
 
     monkeypatch.setattr("pipeline.text_to_video.load_codec", loaded)
-    monkeypatch.setattr("pipeline.text_to_video.load_text_encoder", loaded)
+    monkeypatch.setattr("pipeline.text_to_video.load_prompt_cache", loaded)
 
     def refuse(*arguments, config_path: Path | str = release.config_path) -> str:
         folder = ["--output_folder", str(tmp_path / "refused")]
@@ -205,6 +210,74 @@ def test_ema_weights_are_taken_from_a_checkpoint_on_request(make, release, tmp_p
         assert record["weights"] == weights_hash(release.folder / folder)
 
 
+def test_a_switch_changes_the_prompt_at_its_time(make):
+    long = ("--prompt", "a red circle", "--num_output_frames", "9", "--fps", "8")
+    plain, folder = make(*long), make(*long, "--switch", "1s: a cat", "--switch", "2.7s: a dog", folder="switched")
+    (name,) = videos(folder)
+    assert name.startswith("a red circle, 1s recache a cat, 2_7s recache a dog")
+    before, after = (read_video(path).float() for path in (plain / videos(plain)[0], folder / name))
+    assert len(after) == 33
+    assert (before[:8] - after[:8]).abs().mean() < 1  # of one chunk; the video is compressed across its end
+    assert (before[9:21] - after[9:21]).abs().mean() > 5
+    assert records(folder)[0]["switches"] == [
+        {"at": 1.0, "prompt": "a cat", "style": "recache"},
+        {"at": 2.7, "prompt": "a dog", "style": "recache"},
+    ]
+
+
+def test_a_storyboard_is_what_the_same_switches_are(make, tmp_path):
+    (tmp_path / "story.yaml").write_text("- {at: 0, prompt: a red circle}\n- {at: 1s, prompt: a cat, style: cut}\n")
+    told = make("--storyboard", str(tmp_path / "story.yaml"))
+    switched = make("--prompt", "a red circle", "--switch", "1s: a cat", "--switch_style", "cut", folder="switched")
+    assert videos(told) == videos(switched)
+    assert same(told / videos(told)[0], switched / videos(told)[0])
+    assert len(read_video(told / videos(told)[0])) == 21  # at 12 frames a second the cut comes after its end
+
+
+def test_a_video_is_extended_and_followed(make):
+    folder = make("--prompt", "a red circle", "--num_output_frames", "6")
+    video = folder / "a red circle-0.mp4"
+    longer = make("--prompt", "a cat", "--num_output_frames", "3", "--extend", str(video), folder="longer")
+    (name,) = videos(longer)
+    before, after = read_video(video).float(), read_video(longer / name).float()
+    assert len(after) == 21 + 12
+    assert (before - after[:21]).abs().mean() < 12 < (before - after[:21].flip(0)).abs().mean()  # it is scaled twice
+    assert records(longer)[0]["extends"] == str(video)
+    made = {"plain": make("--prompt", "a cat", "--num_output_frames", "6", folder="plain")}
+    for strength in ("0.3", "1"):
+        made[strength] = make("--prompt", "a cat", "--v2v", str(video), "--strength", strength, folder=strength)
+    plain, near, free = (path / videos(path)[0] for path in made.values())
+    assert same(free, plain) and not same(near, plain)
+    assert len(read_video(near)) == 21
+    assert records(made["0.3"])[0]["follows"] == {"video": str(video), "strength": 0.3}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
+    command = ("inference.py", "--config_path", release.config_path, "--output_folder", str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, *command, "--prompt", "a cat", "--num_output_frames", "30000"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    video, part = tmp_path / "a cat-0.mp4", tmp_path / "a cat-0.mp4.part"
+    while not (part.exists() and part.stat().st_size > 20_000):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert "Traceback" not in errors
+    if number is signal.SIGKILL:
+        assert process.returncode == -number and not video.exists()
+        assert len(read_video(part)) >= 12
+        return
+    assert process.returncode == 128 + number
+    (record,) = records(tmp_path)
+    assert len(read_video(video)) == record["frames"] > 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a cat-0.mp4", "videos.jsonl"]
+
+
 def write_mistakes(folder: Path) -> None:
     """Files that are wrong in one way each."""
     (folder / "empty.txt").write_text("\n  \n")
@@ -213,6 +286,11 @@ def write_mistakes(folder: Path) -> None:
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x80")
     (folder / "images.jsonl").write_text('\n{"image": "nowhere.png", "prompt": "a cat"}\n')
     (folder / "numbers.jsonl").write_text('{"image": "a_file", "prompt": 3}\n')
+    (folder / "late.yaml").write_text("- {at: 1s, prompt: a}\n- {at: 1s, prompt: b}\n")
+    (folder / "time.yaml").write_text("- {at: soon, prompt: a}\n")
+    (folder / "style.yaml").write_text("- {at: 0, prompt: a}\n- {at: 1, prompt: b, style: fade}\n")
+    (folder / "story.yaml").write_text("- {at: 0, prompt: a}\n")
+    (folder / "map.yaml").write_text("at: 0\n")
     (folder / "junk.pt").write_text("<html>not found</html>")
 
 
@@ -248,6 +326,31 @@ BAD_INPUT = {
     "negative length": (["--num_output_frames", "-3"], "num_frames=-3"),
     "window below a chunk": (["rollout.window=2"], "window=2 less sink=0 does not hold frames_per_chunk=3"),
     "height": (["video.height=20"], "video.height=20, video.width=48: must be multiples of 8 and 8"),
+    "little memory": (["--vram", "1e-6"], "MB is needed even with text encoder streamed"),
+    "no memory": (["--vram", "0"], "vram=0.0 gigabytes must be above 0"),
+    "two kinds of long prompts": (["--prompt-extend", "--extended_prompt_path", "x"], "--prompt-extend and --extended"),
+    "image for whole clips": (["--i2v", "sampler=many_step"], "--i2v cannot be used with sampler=many_step"),
+    "switch without a time": (["--switch", "a cat"], "--switch 'a cat': write a time and a prompt, such as"),
+    "switch without a prompt": (["--switch", "1s: "], "--switch '1s: ': write a time and a prompt"),
+    "switch at the start": (["--switch", "0s: a cat"], "a switch at 0s is no switch"),
+    "late switch": (["--switch", "12s: a cat"], "the prompt at 12s comes after the video's end at 1.75s"),
+    "switches out of order": (["--switch", "1s: a", "--switch", "0.5s: b"], "the prompt at 0.5s follows one at 1s"),
+    "unknown style": (["--switch", "1s: a", "--switch_style", "fade"], "style='fade' is not one of cut, keep, recache"),
+    "style of nothing": (["--switch_style", "cut"], "--switch_style says nothing without --switch"),
+    "two storyboards": (["--switch", "1s: a", "--storyboard", "{tmp}/late.yaml"], "--storyboard and --switch both"),
+    "missing storyboard": (["--storyboard", "{tmp}/nowhere.yaml"], "{tmp}/nowhere.yaml: cannot read the storyboard"),
+    "a storyboard of something else": (["--storyboard", "{tmp}/map.yaml"], "{tmp}/map.yaml: is not a list of"),
+    "storyboard out of order": (["--storyboard", "{tmp}/late.yaml"], "the prompt at 1s follows one at 1s"),
+    "storyboard without times": (["--storyboard", "{tmp}/time.yaml"], "time.yaml, entry 1: at='soon' is not a time"),
+    "storyboard of a new style": (["--storyboard", "{tmp}/style.yaml"], "style.yaml, entry 2: style='fade'"),
+    "storyboard and prompt": (["--storyboard", "{tmp}/story.yaml", "--prompt", "b"], "a prompt at 0s is the video's"),
+    "switch of a teacher": (["--switch", "1s: a", "sampler=many_step"], "prompts cannot change with sampler=many_step"),
+    "missing video": (["--extend", "{tmp}/nowhere.mp4"], "cannot read a video from {tmp}/nowhere.mp4"),
+    "a video of something else": (["--v2v", "{tmp}/a_file"], "cannot read a video from {tmp}/a_file"),
+    "two starts": (["--v2v", "a", "--extend", "b"], "--extend and --v2v say different things"),
+    "no strength": (["--v2v", "a", "--strength", "0"], "--strength 0 must be above 0"),
+    "a teacher following": (["--v2v", "a", "sampler=many_step"], "--v2v cannot be used with sampler=many_step"),
+    "a teacher extending": (["--extend", "a", "sampler=many_step"], "--extend cannot be used with sampler=many_step"),
     "unknown preset": (["generator.preset=wan"], "generator: preset='wan' is none of"),
 }  # fmt: skip
 
@@ -266,6 +369,61 @@ def test_a_mistake_in_the_configuration_names_the_nearest_key(refuse, no_weights
     assert "video.height='tall' is not of type int" in refuse(config_path=tmp_path / "type.yaml")
     assert "typ.yaml: cannot read the configuration" in (line := refuse(config_path=tmp_path / "typ.yaml"))
     assert "did you mean typ" in line
+
+
+def test_a_full_disk_is_refused(refuse, no_weights, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert "3 videos take up to 0.2 MB and 0.0 MB is free; choose another --output_folder" in refuse()
+
+
+@pytest.mark.parametrize("profile", [PROFILES[1], PROFILES[-1]], ids=str)
+def test_a_limit_chooses_what_fits_says_so_and_makes_the_same_video(make, release, capsys, profile):
+    whole = make("--prompt", "a cat", folder="whole")
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "use_ema": False, "text": True}
+    needed = need(profile, measure(release.config(), **options), one_memory=True).device
+    capsys.readouterr()
+    limited = make("--prompt", "a cat", "text_encoder.cache=null", "--vram", f"{needed / GB:.9f}", folder="limited")
+    assert same(whole / "a cat-0.mp4", limited / "a cat-0.mp4")
+    assert f"memory: {profile}: " in (said := capsys.readouterr().err)
+    assert "of RAM is allowed (--vram); everything resident takes" in said
+
+
+@pytest.mark.parametrize("sampler", ["many_step", "causal_many_step"])
+def test_many_step_samplers_make_videos_of_the_teacher(make, release, sampler):
+    teacher = ["--checkpoint_path", str(release.folder / "teacher"), f"sampler={sampler}", "--prompt", "a cat"]
+    folder = make(*teacher, "--num_output_frames", "3")
+    assert len(read_video(folder / "a cat-0.mp4")) == 9
+    settings = records(folder)[0]["settings"]
+    assert (settings["sampler"], settings["sampling"]["steps"]) == (sampler, 2)
+    unguided = make(*teacher, "--num_output_frames", "3", "sampling.guidance_scale=1", folder="unguided")
+    assert not same(folder / "a cat-0.mp4", unguided / "a cat-0.mp4")
+
+
+def test_the_text_encoder_may_be_gone_once_all_prompts_are_known(make, release, tmp_path, capsys):
+    copy = tmp_path / "text_encoder"
+    shutil.copytree(release.folder / "text_encoder", copy)
+    text = [f"text_encoder.weights={copy}", f"text_encoder.cache={tmp_path / 'cache'}"]
+    teacher = ["--checkpoint_path", str(release.folder / "teacher"), "sampler=many_step", "--num_output_frames", "3"]
+    first = make(*teacher, *text, "--prompt", "a cat", folder="first")
+    shutil.rmtree(copy)
+    again = make(*teacher, *text, "--prompt", "a cat", folder="again")
+    assert same(first / "a cat-0.mp4", again / "a cat-0.mp4")
+    assert inference.main(["--config_path", release.config_path, *text, "--prompt", "a dog"]) == 2
+    assert f"error: {copy}: no such file" in capsys.readouterr().err
+
+
+def test_prompt_extend_generates_from_long_prompts_under_the_short_names(make, monkeypatch, tmp_path):
+    asked = []
+
+    def extend(prompts, cache_file):
+        asked.append((prompts, cache_file))
+        return [f"{prompt}, in bright light" for prompt in prompts]
+
+    monkeypatch.setattr("utils.prompt_extend.extend_prompts", extend)
+    folder = make("--prompt-extend", "--prompt", "a cat")
+    assert videos(folder) == ["a cat-0.mp4"]
+    assert [record["prompt"] for record in records(folder)] == ["a cat, in bright light"]
+    assert asked == [(["a cat"], folder / "extended_prompts.jsonl")]
 
 
 def test_damaged_checkpoints_are_named(refuse, release, tmp_path):
@@ -319,3 +477,16 @@ def test_two_processes_share_the_prompts_and_make_the_same_videos(make, release,
     assert (shared / "contact_sheet.png").is_file()
     for name in videos(alone):
         assert same(shared / name, alone / name)
+
+
+def test_two_processes_make_one_video_together(make, release, tmp_path):
+    """Ulysses: each computes part of every frame's tokens; what is written is what one process writes."""
+    frames = ("--num_output_frames", "3", "--prompt", release.prompts[0])
+    alone = make(*frames, folder="alone")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "inference.py")
+    target = ("--config_path", release.config_path, "--output_folder", str(tmp_path / "together"), *frames)
+    done = run_process(*launcher, *target, "optimize.sequence_parallel=true")
+    assert done.returncode == 0, done.stderr
+    assert len(records(tmp_path / "together")) == 1
+    one, two = (read_video(folder / videos(alone)[0]).int() for folder in (alone, tmp_path / "together"))
+    assert one.shape == two.shape and abs(one - two).max() <= 2  # of 255: rounding

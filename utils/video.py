@@ -4,7 +4,7 @@ Shapes: F frames, H height, W width. Pixels are float in [-1, 1] as [F 3 H W] or
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +23,7 @@ from utils.files import atomic_path
 
 BT709 = 1  # the same number names its matrix, primaries and transfer curve in H.264 (ITU-T H.273)
 QUALITY = "12"  # x264's constant rate factor: visually lossless; 23, its default, smears small clips
+FRAGMENTED = {"movflags": "delay_moov+default_base_moof", "frag_duration": "1000000", "flush_packets": "1"}
 THUMBNAIL_HEIGHT = 144
 MARGIN = 12
 GAP = 3
@@ -33,6 +34,7 @@ BACKGROUND, INK = "white", "#222222"
 class VideoWriter:
     """Writes an H.264 mp4 frame by frame; the file appears when the writer closes without an error.
 
+    Until then `<path>.part` grows second by second. It plays at any time, so that even a killed process leaves a video.
     Odd sizes are padded to even ones with copies of the last row and column, which H.264 in yuv420p needs.
     """
 
@@ -43,13 +45,16 @@ class VideoWriter:
         if scale < 1:
             raise ValueError(f"scale={scale} must be at least 1")
         self.path, self.fps, self.scale = Path(path), fps, scale
+        self._part = self.path.with_name(f"{self.path.name}.part")
         self._container = self._stream = self._frame_shape = None
 
     def __enter__(self) -> "VideoWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self.path))
-            options = {"movflags": "faststart"}  # the index first: browsers start before all is loaded
-            self._container = stack.enter_context(closing(av.open(str(temporary), "w", format="mp4", options=options)))
+            stack.callback(self._part.unlink, missing_ok=True)
+            stack.push(self._finish)
+            container = av.open(str(self._part), "w", format="mp4", options=FRAGMENTED)
+            self._container = stack.enter_context(closing(container))
             stack.push(self._flush)
             self._exits = stack.pop_all()
         return self
@@ -85,6 +90,21 @@ class VideoWriter:
             raise ValueError(f"no frames were written to {self.path}")
         self._container.mux(self._stream.encode(None))
 
+    def _finish(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Copy the packets into a file with its index first: browsers start before all is loaded."""
+        if error is not None:
+            return
+        with (
+            atomic_path(self.path) as temporary,
+            av.open(str(self._part)) as part,
+            av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as whole,
+        ):
+            stream = whole.add_stream_from_template(part.streams.video[0])
+            for packet in part.demux(video=0):
+                if packet.size:  # the last one, which is empty, only ends the stream
+                    packet.stream = stream
+                    whole.mux(packet)
+
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._exits.__exit__(kind, error, traceback)
 
@@ -118,6 +138,41 @@ def read_video(path: str | Path) -> Tensor:
     if not frames:
         raise UserError(f"cannot read a video from {path}: it has no frames")
     return torch.stack(frames)
+
+
+def sample_frames(path: str | Path, count: int) -> Tensor:
+    """`count` frames of a video file from the first to the last, uint8 [count H W 3]; no others are kept in memory.
+
+    Raises UserError if it is missing or not a video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            wanted = evenly_spaced(container.streams.video[0].frames, count)
+            frames = (frame for index, frame in enumerate(container.decode(video=0)) if index in wanted)
+            return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in frames])
+    except (OSError, ValueError, IndexError, RuntimeError) as error:  # as in read_video; no frames: the last
+        raise UserError(f"cannot read a video from {path}: {_reason(error)}") from error
+
+
+def stream_video(path: str | Path, height: int, width: int, fps: float) -> Iterator[Tensor]:
+    """Frames of a video file one by one, [1 3 H W] in [-1, 1], as many a second as asked for.
+
+    Frames are repeated or left out to keep the speed, and fitted as by :func:`load_image`. Raises UserError if the file
+    is missing or not a video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            shown = 0
+            for number, frame in enumerate(container.decode(video=0)):
+                seconds = number / fps if frame.time is None else frame.time - (container.start_time or 0) / 1e6
+                picture = _fit(frame.to_image(), height, width)[None]
+                while shown <= seconds * fps + 1e-6:
+                    shown += 1
+                    yield picture
+    except (OSError, ValueError, IndexError) as error:  # as in read_video
+        raise UserError(f"cannot read a video from {path}: {_reason(error)}") from error
+    if not shown:
+        raise UserError(f"cannot read a video from {path}: it has no frames")
 
 
 def write_gif(path: str | Path, frames: Tensor, fps: float, *, scale: int = 1) -> None:
@@ -188,7 +243,11 @@ def load_image(path: str | Path, height: int, width: int) -> Tensor:
             image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # broken PNGs: SyntaxError
         raise UserError(f"cannot read an image from {path}: {_reason(error)}") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return _fit(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), height, width)
+
+
+def _fit(image: Image.Image, height: int, width: int) -> Tensor:
+    """An RGB image scaled to cover H x W and cropped around the centre, [3 H W] in [-1, 1]."""
     pixels = np.array(ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS))
     return rearrange(torch.from_numpy(pixels).float() / 127.5 - 1, "h w c -> c h w")
 

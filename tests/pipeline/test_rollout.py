@@ -1,5 +1,6 @@
 """The cached rollout is the masked one, only faster; its gradients are those of the last pass of each chunk."""
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -10,11 +11,12 @@ from model.attention import BlockMask, chunk_ranges
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
 from model.rope import rotary_table
-from pipeline.rollout import RolloutConfig, randn, rollout
+from pipeline.rollout import Block, ChunkInput, RolloutConfig, Stage, SwitchStyle, randn, rollout, rollout_passes
 from tests.parity import gradients, random, relative_error, tiny_denoiser
 
 STEPS = [1000.0, 500.0]
 EMBEDS = random(1, 5, 8, seed=1)
+OTHER = random(1, 5, 8, seed=2)
 
 
 def clip(frames: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -275,11 +277,11 @@ def test_rollout_gradients_are_those_of_masked_passes_with_detached_context(rule
 
     attention = layers.attention
 
-    def detached(q, k, v, *, mask=None, backend):
+    def detached(q, k, v, *, mask=None, **options):
         if mask is not None:
             context = mask.rows[-1][0][0] * 6
             k, v = (torch.cat([x[:, :context].detach(), x[:, context:]], dim=1) for x in (k, v))
-        return attention(q, k, v, mask=mask, backend=backend)
+        return attention(q, k, v, mask=mask, **options)
 
     monkeypatch.setattr(layers, "attention", detached)
     chunks = chunk_ranges(12, 3)
@@ -338,6 +340,121 @@ def test_context_noise_is_committed_at_its_timestep():
     noise = randn((1, 3, 4, 4, 6), generator, committed)
     assert timestep == 250
     assert torch.equal(committed, add_noise(blocks[0].latents, noise, torch.full((1, 3), 250.0)))
+
+
+def switched(style: SwitchStyle, rules: RolloutConfig, *, at: int = 4, chunks: int = 6, append_only: bool = False):
+    """Blocks of a rollout whose prompt becomes ``OTHER`` with chunk ``at``, and its passes."""
+    noise = [ChunkInput(part) for part in clip(3 * chunks).split(3, dim=1)]
+    noise[at] = replace(noise[at], prompt_embeds=OTHER, style=style)
+    denoiser, blocks, passes = tiny_denoiser(), [], []
+    kv = KVCache(2, append_only=append_only)
+    steps = rollout_passes(rules.timesteps(denoiser), noise, EMBEDS, kv, rules, generator=seeded())
+    event = next(steps)
+    while event is not None:
+        if isinstance(event, Block):
+            blocks.append(event)
+            event = next(steps, None)
+        else:
+            passes.append(event)
+            event = steps.send(event.run(denoiser))
+    return blocks, passes
+
+
+CONTEXTS = {
+    "everything": ({}, range(12)),
+    "window": ({"window": 9}, range(6, 12)),
+    "window no multiple of the chunk": ({"window": 8}, range(7, 12)),
+    "window of one chunk": ({"window": 3}, []),
+    "sink": ({"window": 9, "sink": 2}, [0, 1, *range(8, 12)]),
+    "relative sink": ({"window": 9, "sink": 2, "relative_positions": True}, [0, 1, *range(8, 12)]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("append_only", [False, True])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_recache_equals_a_fresh_cache_of_the_same_frames_and_the_new_prompt(context, append_only):
+    options, visible = CONTEXTS[context]
+    rules = RolloutConfig(denoising_steps=[1000.0], **options)
+    blocks, _ = switched(SwitchStyle.recache, rules, append_only=append_only)
+    given = latents_of(blocks)[:, list(visible)] if visible else None
+    fresh = rollout(tiny_denoiser(), clip(18)[:, 12:], OTHER, KVCache(2), rules, context_latents=given)
+    assert relative_error(latents_of(blocks[4:]), latents_of(fresh)) <= 1e-6
+    assert [block.start_frame for block in blocks] == list(range(0, 18, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("relative", [False, True])
+def test_recache_can_leave_the_sink_as_the_first_prompt_made_it(relative):
+    rules = RolloutConfig(denoising_steps=[1000.0], window=9, sink=3, relative_positions=relative, recache_sink=False)
+    blocks, _ = switched(SwitchStyle.recache, rules)
+    denoiser, made, kv = tiny_denoiser(), latents_of(blocks), KVCache(2, window=9, sink=3, relative=relative)
+    for start, frames, embeds in ((0, made[:, :3], EMBEDS), (3, made[:, 9:12], OTHER)):
+        denoiser(frames, torch.zeros(1, 3), embeds, cache=kv, start_frame=start)
+    expected = denoiser(clip(18)[:, 12:15], torch.full((1, 3), 1000.0), OTHER, cache=kv, start_frame=6).x0
+    assert relative_error(blocks[4].latents, expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_cut_begins_a_new_clip():
+    rules = RolloutConfig(denoising_steps=[1000.0], window=6)
+    blocks, _ = switched(SwitchStyle.cut, rules)
+    fresh = rollout(tiny_denoiser(), clip(18)[:, 12:], OTHER, KVCache(2), rules)
+    assert torch.equal(latents_of(blocks[4:]), latents_of(fresh))
+    assert [block.start_frame for block in blocks] == list(range(0, 18, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("style", "encoded"),
+    [("keep", [(9, "old")]), ("blend", [(9, "old")]), ("cut", []), ("recache", [(0, "new")])],
+)
+def test_a_switch_encodes_what_its_style_says_and_every_later_pass_has_the_new_prompt(style, encoded):
+    _, passes = switched(SwitchStyle(style), RolloutConfig(denoising_steps=[1000.0], window=9), chunks=5)
+    names = {id(EMBEDS): "old", id(OTHER): "new"}
+    *context, last = [step for step in passes if step.stage is Stage.context or step.prompt_embeds is OTHER][3:]
+    assert [(step.start_frame, names[id(step.prompt_embeds)]) for step in context] == encoded
+    assert (last.stage, last.prompt_embeds is OTHER) == (Stage.denoise, True)
+
+
+@torch.no_grad()
+def test_without_a_switch_chunks_with_and_without_a_prompt_of_their_own_are_the_same():
+    denoiser, rules = tiny_denoiser(), config(window=6)
+    plain = latents_of(rollout(denoiser, clip(9), EMBEDS, KVCache(2), rules, generator=seeded()))
+    inputs = [ChunkInput(part, prompt_embeds=EMBEDS) for part in clip(9).split(3, dim=1)]
+    assert torch.equal(latents_of(rollout(denoiser, inputs, OTHER, KVCache(2), rules, generator=seeded())), plain)
+
+
+@torch.no_grad()
+def test_a_chunk_may_begin_at_a_later_step():
+    denoiser, rules = tiny_denoiser(), RolloutConfig(denoising_steps=[1000.0, 750.0, 500.0, 250.0])
+    steps = rollout_passes(rules.timesteps(denoiser), [ChunkInput(clip(3), first_step=2)], EMBEDS, KVCache(2), rules)
+    first = next(steps)
+    second = steps.send(first.run(denoiser))
+    assert torch.equal(first.latents, clip(3))
+    assert [first.timestep, second.timestep] == rules.timesteps(denoiser)[2:]
+    assert isinstance(steps.send(second.run(denoiser)), Block)
+
+
+def test_the_loop_itself_runs_nothing():
+    steps = rollout_passes([1000.0, 500.0], clip(3), EMBEDS, KVCache(2), config())
+    first = next(steps)
+    answer = clip(3, seed=8)
+    second = steps.send(answer)
+    assert (first.stage, first.timestep, second.timestep) == (Stage.denoise, 1000.0, 500.0)
+    assert steps.send(answer).latents is answer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [9, 15])
+def test_relative_positions_equal_absolute_ones_while_nothing_has_been_evicted(frames):
+    def run(relative, sink=2):
+        rules = config(window=9, sink=sink, relative_positions=relative)
+        return latents_of(rollout(tiny_denoiser(), clip(frames), EMBEDS, KVCache(2), rules, generator=seeded()))
+
+    assert relative_error(run(True)[:, :9], run(False)[:, :9]) <= 1e-6
+    assert (relative_error(run(True), run(False)) > 1e-4) is (frames > 9)
+    assert relative_error(run(True, sink=0), run(False, sink=0)) <= 1e-6
 
 
 def refused_rollout(**options):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from pipeline.sampling import sample
 from pipeline.text_to_video import TextToVideo, VideoSeed
 
 pytest_plugins = ["tests.shapes_parts"]
@@ -117,6 +118,21 @@ def test_given_frames_come_first_and_change_what_follows(pipeline):
     assert red.shape[1] == 13
     assert (red[:, :1] - decoded).abs().max() <= 1e-5
     assert (red[:, 1:] - black[:, 1:]).abs().mean() > 0.01
+
+
+def test_the_many_step_sampler_makes_what_guided_sampling_makes(release):
+    """Whole clips, of lengths that are no multiple of a chunk too, whatever way they are decoded."""
+    config = release.config(f"generator.weights={release.folder / 'teacher'}", "sampler=many_step", "sampling.steps=3")
+    pipeline = TextToVideo.from_config(config, device=torch.device("cpu"), dtype=torch.float32)
+    clips = pipeline.generate(SEEDS[:2], **SIZE | {"num_frames": 5})
+    noise = torch.cat([torch.randn(1, 5, 16, 12, 12, generator=seed.generator("noise")) for seed in SEEDS[:2]])
+    embeds, negative = (pipeline.text_encoder.encode(texts) for texts in ([s.prompt for s in SEEDS[:2]], [""] * 2))
+    with torch.no_grad():
+        expected = pipeline.codec.decode(sample(pipeline.denoiser, noise, embeds, negative, config.sampling))
+    assert clips.shape[1] == 17
+    assert (clips - expected).abs().max() <= 1e-4
+    with pytest.raises(ValueError, match="many_step"):
+        next(pipeline.stream(SEEDS[:1], **SIZE | {"num_frames": None}))
 
 
 def test_sizes_and_lengths_that_do_not_divide_are_refused(pipeline):

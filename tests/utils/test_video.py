@@ -15,6 +15,7 @@ from utils.video import (
     load_image,
     read_video,
     save_contact_sheet,
+    stream_video,
     to_uint8,
     write_gif,
 )
@@ -83,6 +84,38 @@ def test_odd_sizes_repeat_the_last_row_and_column(tmp_path):
     torch.testing.assert_close(frames[:, :, 15], frames[:, :, 14], atol=8, rtol=0)
 
 
+def test_what_is_being_written_can_be_watched_already(tmp_path):
+    """As after a power cut: the part holds all but the last second or so."""
+    with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+        for _ in range(20):
+            writer.write(moving_squares(8))
+        (tmp_path / "copy.mp4").write_bytes((tmp_path / "clip.mp4.part").read_bytes())
+    frames, whole = read_video(tmp_path / "copy.mp4"), read_video(tmp_path / "clip.mp4")
+    assert 100 <= len(frames) < len(whole) == 160
+    assert torch.equal(frames[:-4], whole[: len(frames) - 4])  # the last ones may miss frames they build on
+
+
+def test_the_first_frame_is_shown_at_once(tmp_path):
+    import av
+
+    with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+        writer.write(moving_squares(20))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert [frame.time for frame in container.decode(video=0)] == [index / 8 for index in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"), [(8, range(6)), (4, range(0, 6, 2)), (16, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])]
+)
+def test_a_streamed_video_keeps_its_speed_at_any_rate(tmp_path, fps, expected):
+    clip = torch.linspace(-0.9, 0.9, 6).view(6, 1, 1, 1).expand(6, 3, 32, 64)
+    with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+        writer.write(clip)
+    frames = torch.cat(list(stream_video(tmp_path / "clip.mp4", 16, 16, fps)))
+    assert frames.shape == (len(expected), 3, 16, 16)
+    assert (frames.mean((1, 2, 3)) - clip[list(expected), 0, 0, 0]).abs().max() < 0.03
+
+
 def test_a_failed_writer_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"), VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
         writer.write(moving_squares(3))
@@ -102,8 +135,9 @@ def test_reading_something_else_is_a_users_mistake(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     Image.effect_noise((64, 64), 50).save(tmp_path / "image.png")
     for name in ("missing.mp4", "text.mp4"):
-        with pytest.raises(UserError, match=f"cannot read a video from .*{name}"):
-            read_video(tmp_path / name)
+        for read in (read_video, lambda path: list(stream_video(path, 8, 8, 8))):
+            with pytest.raises(UserError, match=f"cannot read a video from .*{name}"):
+                read(tmp_path / name)
     for name in ("missing.png", "text.mp4", "."):
         with pytest.raises(UserError, match="cannot read an image from"):
             load_image(tmp_path / name, 8, 8)

@@ -1,0 +1,91 @@
+"""Passes of several rollouts run as one batch, while each keeps a cache of its own and may come and go.
+
+Shapes: B lanes of a batch, F frames of a chunk, T tokens a frame, N heads, D head dim, L text tokens, S keys seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from model.denoiser import Denoiser
+from model.kv_cache import CachedText, CachePass, KeyLayout, KeyValue, KVCache
+from pipeline.rollout import Pass
+
+
+@dataclass(frozen=True)
+class JoinedPass:
+    """A :class:`CachePass` whose samples live in caches of their own."""
+
+    lanes: list[CachePass]
+    frames: int
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
+        """As :meth:`CachePass.extend`, sample by sample; the lanes see equally many keys, [B S N D]."""
+        rows = zip(self.lanes, k.split(1), v.split(1), strict=True)
+        keys, values = zip(*(lane.extend(layer, *row) for lane, *row in rows), strict=True)
+        return torch.cat(keys), torch.cat(values)
+
+
+class JoinedCache:
+    """Several caches of one sample each, as the transformer sees the cache of a batch."""
+
+    def __init__(self, lanes: Sequence[Pass]) -> None:
+        self.caches: list[KVCache] = [lane.cache for lane in lanes]
+        self.embeds = [lane.prompt_embeds for lane in lanes]
+
+    def open(self, layout: KeyLayout, start_frame: Sequence[int], frames: int) -> JoinedPass:
+        """As :meth:`KVCache.open`, with a start frame for each sample."""
+        lane = layout._replace(batch=1)
+        starts = zip(self.caches, start_frame, strict=True)
+        return JoinedPass([cache.open(lane, start, frames) for cache, start in starts], frames)
+
+    def text(self, prompt_embeds: Tensor, compute: Callable[[], list[CachedText]]) -> list[CachedText]:
+        """As :meth:`KVCache.text`; each lane keeps its own rows, and all are computed where one has none."""
+        computed: list[CachedText] = []
+
+        def row(index: int) -> list[CachedText]:
+            if not computed:
+                computed.extend(compute())
+            return [CachedText(*(None if x is None else x[index : index + 1] for x in layer)) for layer in computed]
+
+        rows = [
+            cache.text(embeds, lambda index=index: row(index))
+            for index, (cache, embeds) in enumerate(zip(self.caches, self.embeds, strict=True))
+        ]
+        return [CachedText.batch(layers) for layers in zip(*rows, strict=True)]
+
+
+def run_together(denoiser: Denoiser, passes: Sequence[Pass]) -> list[Tensor]:
+    """x0 of each pass, [1 f C H W]; those of one timestep and shape that see equally many frames run as one batch."""
+    groups: dict[tuple, list[int]] = {}
+    for index, one in enumerate(passes):
+        shapes = one.latents.shape, one.chunk_frames, one.prompt_embeds.shape
+        groups.setdefault((one.stage, one.timestep, _seen(one), *shapes), []).append(index)
+    results: dict[int, Tensor] = {}
+    for indices in groups.values():
+        x0 = _joined([passes[index] for index in indices]).run(denoiser)
+        results |= dict(zip(indices, x0.split(1), strict=True))
+    return [results[index] for index in range(len(passes))]
+
+
+def _seen(one: Pass) -> int:
+    """Frames that the pass, or the first chunk of it, sees."""
+    end = one.start_frame + (one.chunk_frames or one.latents.shape[1:2])[0]
+    return end if one.cache.window is None else min(end, one.cache.window)
+
+
+def _joined(lanes: Sequence[Pass]) -> Pass:
+    """One pass of several that agree."""
+    if len(lanes) == 1:
+        return lanes[0]
+    return replace(
+        lanes[0],
+        latents=torch.cat([one.latents for one in lanes]),
+        prompt_embeds=torch.cat([one.prompt_embeds for one in lanes]),
+        cache=JoinedCache(lanes),
+        start_frame=tuple(one.start_frame for one in lanes),
+    )

@@ -1,0 +1,110 @@
+"""Storyboards: which prompt comes when, from the command line or a YAML file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from pipeline.rollout import SwitchStyle
+from pipeline.stream import Switch
+from utils.errors import UserError
+
+TIME = re.compile(r"(?:(\d+):)?(\d+(?:\.\d+)?)\s*s?")
+KEYS = {"at", "prompt", "style"}
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A prompt and when it begins."""
+
+    seconds: float
+    prompt: str
+    style: SwitchStyle
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g}s {self.style.value} {self.prompt}"
+
+
+def parse_switch(text: str, style: SwitchStyle) -> Cue:
+    """A cue written as ``"12s: a cat"`` or ``"1:05: a cat"``.
+
+    Raises:
+        UserError: it is written in another way.
+    """
+    time, colon, prompt = text.partition(": ")
+    seconds = parse_seconds(time)
+    if not colon or seconds is None or not prompt.strip():
+        raise UserError(f"--switch {text!r}: write a time and a prompt, such as '12s: a cat'")
+    return Cue(seconds, prompt.strip(), style)
+
+
+def read_storyboard(path: str | Path, style: SwitchStyle) -> list[Cue]:
+    """Cues of a YAML list of ``{at: 12s, prompt: a cat, style: recache}``; ``style`` holds where none is given.
+
+    Raises:
+        UserError: names the file and the entry that is wrong, counted from 1.
+    """
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the storyboard: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: is not a list of {{at: 12s, prompt: a cat, style: recache}}")
+    return [_read_entry(entry, f"{path}, entry {number}", style) for number, entry in enumerate(entries, start=1)]
+
+
+def _read_entry(entry: object, where: str, style: SwitchStyle) -> Cue:
+    if not isinstance(entry, dict) or not {"at", "prompt"} <= entry.keys() <= KEYS:
+        raise UserError(f"{where}: {entry!r} is not {{at: 12s, prompt: a cat, style: recache}}")
+    seconds, prompt = parse_seconds(entry["at"]), entry["prompt"]
+    if seconds is None:
+        raise UserError(f"{where}: at={entry['at']!r} is not a time such as 12s or '1:05'")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: prompt={prompt!r} is not a prompt")
+    if "style" in entry:
+        style = parse_style(entry["style"], where)
+    return Cue(seconds, prompt.strip(), style)
+
+
+def parse_style(name: object, where: str) -> SwitchStyle:
+    """The style of that name; ``where`` begins the message of the UserError for another."""
+    names = [style.value for style in SwitchStyle]
+    if name not in names:
+        raise UserError(f"{where}: style={name!r} is not one of {', '.join(names)}")
+    return SwitchStyle(name)
+
+
+def parse_seconds(time: object) -> float | None:
+    """Seconds of ``12``, ``"12.5s"`` or ``"1:05"``; None for anything else."""
+    if isinstance(time, bool) or not (match := TIME.fullmatch(str(time).strip())):
+        return None
+    minutes, seconds = match.groups()
+    return 60 * int(minutes or 0) + float(seconds)
+
+
+def check_cues(cues: Sequence[Cue], seconds: float) -> None:
+    """Refuse cues whose times do not ascend, or that a video of so many seconds does not reach."""
+    for cue, following in pairwise(cues):
+        if following.seconds <= cue.seconds:
+            raise UserError(f"the prompt at {following.seconds:g}s follows one at {cue.seconds:g}s; times must ascend")
+    if cues and cues[0].seconds == 0:
+        raise UserError("a switch at 0s is no switch; give --prompt")
+    if cues and cues[-1].seconds >= seconds:
+        raise UserError(
+            f"the prompt at {cues[-1].seconds:g}s comes after the video's end at {seconds:.2f}s; "
+            "make it longer with --num_output_frames"
+        )
+
+
+def schedule(cues: Sequence[Cue], fps: float, *, begin: int = 0) -> tuple[Switch, ...]:
+    """The cues as switches of a stream that is shown at ``fps``; their times count from its pixel frame ``begin``."""
+    # Rounding must not move a cue past the frame it names.
+    return tuple(Switch(cue.prompt, cue.style, at_frame=begin + math.ceil(cue.seconds * fps - 1e-6)) for cue in cues)
