@@ -1,0 +1,37 @@
+"""Frames on the wire: one binary message each, pixels as they are where they are few, as JPEG where they are many.
+
+Message, little endian: format u8 (0 RGB, 1 JPEG), three bytes of zero, stream u32, frame u32, chunk u32, width u16,
+height u16, seconds since 1970 at which the chunk was ready f64; then the pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEADER = struct.Struct("<B3xIIIHHd")
+RAW, JPEG = 0, 1
+MOST_RAW_PIXELS = 128 * 128  # a Shapes frame is 7 kB raw; JPEG would smear it and save nothing
+JPEG_QUALITY = 90
+
+
+def frame_messages(frames: Tensor, *, stream: int, first_frame: int, chunk: int, ready: float) -> Iterator[bytes]:
+    """One message for each of the frames, uint8 [F H W 3] on the CPU."""
+    from PIL import Image
+
+    height, width = frames.shape[1:3]
+    raw = height * width <= MOST_RAW_PIXELS
+    for number, pixels in enumerate(frames.contiguous().numpy(), start=first_frame):
+        header = HEADER.pack(RAW if raw else JPEG, stream, number, chunk, width, height, ready)
+        if raw:
+            yield header + pixels.tobytes()
+            continue
+        buffer = io.BytesIO()
+        buffer.write(header)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        yield buffer.getvalue()

@@ -1,0 +1,65 @@
+"""How far ahead of its viewer a stream may run: just far enough that the next chunk comes in time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LEAD_MARGIN = 1.5  # of the time a chunk takes from being wanted to being there
+LEAD_SECONDS = 0.15  # on top of it, for the network and the browser
+LONGEST_LEAD = 1.25  # chunks: more would not help a model that is too slow, and delay what a viewer asks for
+SMOOTHING = 0.3  # weight of the latest chunk in the running mean of what chunks take
+EXTRAPOLATION = 1.0  # seconds a viewer is believed to go on watching after its last sign of life
+FIRST_CHUNK_FRAMES = 12  # assumed until one has been decoded
+
+
+@dataclass
+class Pace:
+    """Counts of one stream's frames, and when its next chunk is wanted. Times are ``time.monotonic()`` seconds.
+
+    A frame counts as watched only when it was both written to the socket and reported as shown, so neither a slow line
+    nor a client that lies about what it shows makes the server buffer without limit.
+    """
+
+    fps: float
+    """At which the viewer plays."""
+    produced: int = 0
+    """Frames decoded."""
+    pending: int = 0
+    """Chunks denoised but not decoded."""
+    sent: int = 0
+    """Frames written to the socket."""
+    shown: int = 0
+    """Frames the viewer reports as shown."""
+    shown_at: float = 0.0
+    """When it last did."""
+    turnaround: float = 0.0
+    """Mean seconds from a chunk being wanted to its being there."""
+    chunk_frames: int = FIRST_CHUNK_FRAMES
+    """Frames of the latest chunk."""
+
+    def decoded(self, frames: int, seconds: float) -> None:
+        """A chunk is there, ``seconds`` after it was wanted."""
+        self.produced += frames
+        self.pending -= 1
+        self.chunk_frames = frames
+        self.turnaround += (seconds - self.turnaround) * (SMOOTHING if self.turnaround else 1.0)
+
+    def report_shown(self, frames: int, now: float) -> None:
+        """The viewer has shown this many frames."""
+        self.shown, self.shown_at = max(self.shown, min(frames, self.sent)), now
+
+    @property
+    def lead(self) -> float:
+        """Seconds of video that should wait at the viewer while the next chunk is made."""
+        longest = max(LONGEST_LEAD * self.chunk_frames / self.fps, 2 * LEAD_SECONDS)
+        return min(LEAD_MARGIN * self.turnaround + LEAD_SECONDS, longest)
+
+    def wanted_at(self) -> float:
+        """When the next chunk is wanted, in the past or the future; inf until the viewer is heard of again."""
+        expected = self.produced + self.pending * self.chunk_frames
+        watched = expected - self.lead * self.fps  # frames watched by then
+        wait = (watched - self.shown) / self.fps
+        if wait > EXTRAPOLATION or watched > max(self.sent, 0):
+            return math.inf
+        return self.shown_at + wait

@@ -1,0 +1,377 @@
+// The page: controls, figures and gallery around the player. It speaks the API of docs/api.md and nothing else.
+import { Connection } from "/page/connection.js";
+import { Player } from "/page/player.js";
+import { matchTheme, toggleTheme } from "/page/theme.js";
+
+const CRISP_PIXELS = 256; // frames at most so wide are drawn with square pixels
+const LENGTHS = [1, 2, 4, 8]; // of the model's own length
+const CAPTION_MS = 3000;
+const NARROW = "(max-width: 860px)"; // as in style.css
+const ACTIVE = ["starting", "waiting", "running", "paused"];
+
+export function start(root) {
+  matchTheme();
+  const page = new Page(root);
+  window.selfForcing = page; // for whoever scripts the page
+}
+
+class Page {
+  constructor(root) {
+    this.root = root.querySelector(".demo");
+    this.state = "loading"; // or ready, starting, waiting, running, paused, failed
+    this.options = null;
+    this.chunks = [];
+    this.asked = null; // the prompt last asked for, when, and the latest chunk there was; null once it is seen
+    this.answered = null; // the same once it is seen, with its first chunk
+    this.player = new Player(this.get("canvas"), {
+      onFrame: (frame) => this.onFrame(frame),
+      onReport: (stream, frames) => this.connection.send({ type: "shown", stream, frames }),
+    });
+    this.connection = new Connection({
+      onMessage: (message) => this[`on_${message.type}`]?.(message),
+      onFrame: (data) => this.player.push(data),
+      onLost: () => this.onLost(),
+    });
+    this.listen();
+    this.get("settings").open = !matchMedia(NARROW).matches;
+    setInterval(() => this.drawFigures(), 500);
+  }
+
+  get(id) {
+    return this.root.querySelector(`#${id}`);
+  }
+
+  get active() {
+    return ACTIVE.includes(this.state);
+  }
+
+  // What the visitor does.
+
+  listen() {
+    const on = (id, event, run) => this.get(id).addEventListener(event, run);
+    on("composer", "submit", (event) => { event.preventDefault(); this.submit(); });
+    on("prompt", "keydown", (event) => {
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); this.submit(); }
+    });
+    on("prompt", "input", () => this.draw());
+    on("pause", "click", () => this.togglePause());
+    on("stop", "click", () => this.stop());
+    on("dice", "click", () => { this.get("seed").value = Math.floor(Math.random() * 1e6); });
+    on("theme", "click", toggleTheme);
+    on("image", "click", () => this.get("file").click());
+    on("file", "change", () => this.takeImage(this.get("file").files[0]));
+    on("thumbnail", "click", (event) => { if (event.target.tagName === "BUTTON") this.dropImage(); });
+    document.addEventListener("keydown", (event) => {
+      const typing = event.target.closest?.("input, textarea, select, button, a, summary, video");
+      if (event.key === " " && !typing && this.active) { event.preventDefault(); this.togglePause(); }
+    });
+    this.listenForDrops();
+  }
+
+  listenForDrops() {
+    const hasFile = (event) => event.dataTransfer?.types.includes("Files");
+    const show = (visible) => { this.get("drop").hidden = !visible; };
+    this.root.addEventListener("dragover", (event) => { if (hasFile(event)) { event.preventDefault(); show(true); } });
+    this.root.addEventListener("dragleave", (event) => { if (!this.root.contains(event.relatedTarget)) show(false); });
+    this.root.addEventListener("drop", (event) => {
+      if (!hasFile(event)) return;
+      event.preventDefault();
+      show(false);
+      this.takeImage(event.dataTransfer.files[0]);
+    });
+  }
+
+  submit() {
+    const prompt = this.get("prompt").value.trim();
+    if (!prompt || this.get("start").disabled) return;
+    this.say("");
+    if (["running", "paused"].includes(this.state)) this.switchTo(prompt);
+    else if (!this.active) this.begin(prompt);
+  }
+
+  begin(prompt) {
+    const [height, width] = this.get("size").value.split("x").map(Number);
+    const length = this.get("length").value;
+    this.request = {
+      type: "start", prompt, height, width,
+      seed: Number(this.get("seed").value),
+      fps: Number(this.get("fps").value),
+      steps: Number(this.get("steps").value),
+      num_frames: length ? Number(length) + (this.image ? 1 : 0) : null,
+      decoder: this.get("decoder").value,
+      precision: this.get("precision").value,
+      compile: this.get("compile").checked,
+      image: Boolean(this.image),
+    };
+    this.asked = { at: performance.now(), prompt };
+    this.stream = null;
+    this.player.reset(0, this.request.fps);
+    this.setState("starting");
+    this.connection.send(this.request);
+  }
+
+  switchTo(prompt) {
+    this.asked = { at: performance.now(), prompt, after: this.chunks.at(-1)?.chunk };
+    this.connection.send({ type: "switch", prompt, style: this.get("style").value });
+    if (this.state === "paused") this.togglePause();
+  }
+
+  togglePause() {
+    if (this.state === "running") {
+      this.player.pause();
+      this.connection.send({ type: "pause" });
+      this.setState("paused");
+    } else if (this.state === "paused") {
+      this.player.resume();
+      this.connection.send({ type: "resume" });
+      this.setState("running");
+    }
+  }
+
+  stop() {
+    if (!this.active) return;
+    this.connection.send({ type: "stop" });
+    this.player.pause();
+    this.setState("ready");
+  }
+
+  async takeImage(file) {
+    if (!file) return;
+    this.say("");
+    try {
+      await this.connection.putImage(file);
+    } catch (error) {
+      this.say(error.message);
+      return;
+    }
+    this.image = URL.createObjectURL(file);
+    this.get("thumbnail").hidden = false;
+    this.get("thumbnail").querySelector("img").src = this.image;
+  }
+
+  dropImage() {
+    URL.revokeObjectURL(this.image);
+    this.image = null;
+    this.get("file").value = "";
+    this.get("thumbnail").hidden = true;
+  }
+
+  // What the server says.
+
+  on_hello({ clips, session }) {
+    if (this.session !== session) this.dropImage(); // a server that started anew has forgotten it
+    this.session = session;
+    this.get("clips").replaceChildren();
+    for (const clip of clips.reverse()) this.addClip(clip);
+  }
+
+  on_status(status) {
+    this.status = status;
+    if (status.options) this.offer(status.options);
+    if (status.model.state === "ready" && this.state === "loading") this.setState("ready");
+    if (status.model.state === "failed") this.setState("failed");
+    this.draw();
+  }
+
+  on_waiting({ stream, place }) {
+    this.place = place;
+    this.stream = stream;
+    this.setState("waiting");
+  }
+
+  on_seated({ stream }) {
+    this.stream = stream;
+    this.chunks = [];
+    this.total = null;
+    this.get("caption").textContent = "";
+    this.player.reset(stream, this.request.fps);
+    this.setState("running");
+  }
+
+  on_chunk(chunk) {
+    if (chunk.stream === this.stream) this.chunks.push({ ...chunk, at: performance.now() });
+    if (this.chunks.length > 64) this.chunks.shift();
+  }
+
+  on_ended({ stream, frames }) {
+    if (stream === this.stream) this.total = frames;
+    this.finishIfShown();
+  }
+
+  on_clip({ clip }) {
+    this.addClip(clip);
+  }
+
+  on_notice({ message }) {
+    this.say(message);
+  }
+
+  on_error({ message }) {
+    this.say(message);
+    if (this.state === "starting") this.setState("ready"); // it was refused
+  }
+
+  onLost() {
+    this.player.pause();
+    this.setState("loading");
+    this.get("cover-text").textContent = "The server does not answer";
+    this.get("status").textContent = "Not connected";
+  }
+
+  onFrame(frame) {
+    const chunk = this.chunks.find(({ chunk }) => chunk === frame.chunk);
+    if (this.asked && (chunk?.prompt === this.asked.prompt || frame.index === 0)) {
+      this.response = performance.now() - this.asked.at;
+      this.answered = { ...this.asked, chunk: frame.chunk };
+      this.asked = null;
+    }
+    if (frame.index === 0) {
+      this.firstFrame = { shown: Date.now() / 1000, ready: frame.ready };
+      delete this.root.dataset.blank;
+      this.get("canvas").classList.toggle("crisp", frame.width <= CRISP_PIXELS);
+      this.draw();
+    }
+    if (chunk) this.caption(chunk.prompt);
+    const all = this.request.num_frames && this.pixelFrames(this.request.num_frames);
+    this.get("progress").style.width = all ? `${(100 * (frame.index + 1)) / all}%` : "0";
+    this.finishIfShown();
+  }
+
+  finishIfShown() {
+    if (this.total !== null && this.player.shown >= this.total && this.active) this.setState("ready");
+  }
+
+  // What is seen.
+
+  setState(state) {
+    this.state = state;
+    this.root.dataset.state = state;
+    this.draw();
+  }
+
+  offer(options) {
+    this.options = options;
+    const fill = (id, entries) => this.get(id).replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
+    this.get("model").textContent = options.model;
+    fill("size", options.sizes.map(([height, width]) => [`${height}x${width}`, `${width} × ${height}`]));
+    fill("decoder", options.decoders.map((name) => [name, name]));
+    fill("precision", options.precisions.map((name) => [name, name]));
+    fill("style", Object.keys(options.styles).map((name) => [name, name]));
+    this.get("style").title = Object.entries(options.styles).map(([name, text]) => `${name}: ${text}`).join("\n");
+    this.get("decoder-field").hidden = options.decoders.length < 2;
+    this.get("precision-field").hidden = options.precisions.length < 2;
+    this.get("compile-field").hidden = !options.compile;
+    this.get("size").disabled = options.sizes.length < 2;
+    Object.assign(this.get("fps"), { value: options.fps, max: options.most_fps });
+    Object.assign(this.get("steps"), { value: options.steps, max: options.most_steps });
+    Object.assign(this.get("seed"), { max: options.most_seed });
+    const lengths = LENGTHS.map((times) => times * options.num_frames);
+    const seconds = (frames) => `${(this.pixelFrames(frames) / options.fps).toFixed(1)} s`;
+    fill("length", [["", "endless"], ...lengths.map((frames) => [frames, seconds(frames)])]);
+    this.get("examples").replaceChildren(...options.examples.map((text) => this.example(text)));
+    if (!this.get("prompt").value) this.get("prompt").value = options.examples[0];
+    this.get("prompt").maxLength = options.longest_prompt;
+  }
+
+  example(text) {
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", textContent: text, title: text });
+    button.addEventListener("click", () => { this.get("prompt").value = text; this.submit(); });
+    return button;
+  }
+
+  pixelFrames(latents) {
+    return 1 + (latents - 1) * this.options.temporal_scale;
+  }
+
+  draw() {
+    const { model } = this.status ?? { model: { stage: "Connecting", progress: 0 } };
+    const texts = {
+      loading: ["Loading", `${model.stage} …`],
+      ready: ["Ready", "Write what the video should show, then press Enter"],
+      waiting: [`Waiting, place ${this.place}`, `All seats are taken: you are number ${this.place} in line`],
+      starting: ["Starting", "Starting …"],
+      running: ["Live", "Starting …"],
+      paused: ["Paused", "Paused"],
+      failed: ["Failed", model.stage],
+    };
+    const [status, cover] = texts[this.state];
+    this.get("status").textContent = status;
+    this.get("cover-text").textContent = cover;
+    this.get("cover").hidden = this.player?.shown > 0 && !["waiting", "failed", "loading"].includes(this.state);
+    this.get("load-bar").parentElement.hidden = this.state !== "loading";
+    this.get("load-bar").style.width = `${100 * model.progress}%`;
+    this.get("pause").disabled = !["running", "paused"].includes(this.state);
+    this.get("pause").title = this.state === "paused" ? "Resume (space)" : "Pause (space)";
+    this.get("pause").ariaLabel = this.state === "paused" ? "Resume" : "Pause";
+    this.get("stop").disabled = !this.active;
+    this.get("start").textContent = ["running", "paused"].includes(this.state) ? "Switch" : "Start";
+    this.get("start").disabled = ["loading", "failed", "starting", "waiting"].includes(this.state) || !this.get("prompt").value.trim();
+    this.get("style-field").hidden = !["running", "paused"].includes(this.state);
+  }
+
+  // Names what is seen whenever that changes.
+  caption(prompt) {
+    const caption = this.get("caption");
+    if (caption.textContent === prompt) return;
+    caption.textContent = prompt;
+    caption.classList.add("visible");
+    clearTimeout(this.captionTimer);
+    this.captionTimer = setTimeout(() => caption.classList.remove("visible"), CAPTION_MS);
+  }
+
+  say(text) {
+    this.get("notice").textContent = text;
+    this.get("notice").hidden = !text;
+  }
+
+  drawFigures() {
+    if (!this.status) return;
+    const { memory, viewers, waiting } = this.status;
+    const last = this.chunks.at(-1);
+    const spent = last && (last.timings.denoise ?? 0) + (last.timings.context ?? 0) + (last.timings.decode ?? 0);
+    const write = (id, text) => { this.get(id).textContent = text; };
+    write("generated", spent ? `${(last.frames / spent).toFixed(1)} fps` : "–");
+    write("shown", this.state === "running" && this.player.shownFps ? `${this.player.shownFps.toFixed(1)} fps` : "–");
+    write("response", this.response ? `${(this.response / 1000).toFixed(2)} s` : "–");
+    write("ahead", this.active ? `${this.player.waiting} frames` : "–");
+    write("viewers", waiting ? `${viewers} + ${waiting} waiting` : viewers);
+    write("memory-label", memory.vram === null ? "RAM" : "VRAM");
+    write("memory", memory.vram === null ? `${memory.ram.toFixed(1)} GB` : `${memory.vram.toFixed(1)} of ${memory.vram_total.toFixed(0)} GB`);
+  }
+
+  addClip(clip) {
+    const card = this.get("clip").content.cloneNode(true);
+    const find = (selector) => card.querySelector(selector);
+    const seconds = (clip.frames / clip.fps).toFixed(1);
+    const url = (kind) => `/api/v1/clips/${clip.name}.${kind}`;
+    find("video").src = url("mp4");
+    find(".prompt").textContent = clip.prompts.join(" → ");
+    find(".prompt").title = clip.prompts.join("\n");
+    find(".facts").textContent = `${seconds} s · ${clip.width} × ${clip.height}${clip.whole ? "" : " · beginning only"}`;
+    find(".mp4").href = url("mp4");
+    find(".gif").href = url("gif");
+    find("code").textContent = clip.command;
+    playOnDemand(find("video"));
+    const copy = find(".copy");
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(clip.command);
+      copy.textContent = "Copied";
+      setTimeout(() => { copy.textContent = "Copy command"; }, 1500);
+    });
+    this.get("clips").prepend(card);
+    this.get("gallery").hidden = false;
+  }
+}
+
+// A clip moves while it is looked at: under the mouse, in focus of the keyboard, or after a tap.
+function playOnDemand(video) {
+  const play = () => video.play().catch(() => {}); // interrupted by a pause
+  const toggle = () => (video.paused ? play() : video.pause());
+  video.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") play(); });
+  video.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") video.pause(); });
+  video.addEventListener("click", toggle);
+  video.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); toggle(); }
+  });
+}

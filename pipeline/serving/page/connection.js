@@ -1,0 +1,42 @@
+// The WebSocket: says hello, comes back by itself when the line breaks, and keeps the session across reloads of the page.
+const KEY = "self-forcing-session";
+const RETRY_MS = 1000;
+
+export class Connection {
+  // onMessage(object), onFrame(ArrayBuffer), onOpen(), onLost()
+  constructor(handlers) {
+    this.handlers = handlers;
+    this.session = sessionStorage.getItem(KEY);
+    this.open();
+  }
+
+  open() {
+    const scheme = location.protocol === "https:" ? "wss" : "ws";
+    this.socket = new WebSocket(`${scheme}://${location.host}/api/v1/stream`);
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onopen = () => this.send({ type: "hello", session: this.session });
+    this.socket.onclose = () => {
+      this.handlers.onLost();
+      setTimeout(() => this.open(), RETRY_MS);
+    };
+    this.socket.onmessage = ({ data }) => {
+      if (data instanceof ArrayBuffer) return this.handlers.onFrame(data);
+      const message = JSON.parse(data);
+      if (message.type === "hello") {
+        this.session = message.session;
+        sessionStorage.setItem(KEY, this.session);
+      }
+      this.handlers.onMessage(message);
+    };
+  }
+
+  send(message) {
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+  }
+
+  async putImage(file) {
+    const answer = await fetch(`/api/v1/sessions/${this.session}/image`, { method: "PUT", body: file });
+    if (!answer.ok) throw new Error((await answer.json()).detail);
+    return answer.json();
+  }
+}

@@ -1,0 +1,86 @@
+"""The page around the API: a splash at once, then Gradio's page as soon as Gradio is imported."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import HTMLResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipeline.serving.api import PAGE, create_app
+from pipeline.serving.server import Server
+
+OWN_PATHS = ("/api/", "/page/", "/healthz", "/metrics")
+TITLE = "Self Forcing"
+SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+HEAD = '<link rel="stylesheet" href="/page/style.css"><meta name="color-scheme" content="light dark">'
+ON_LOAD = "import('/page/app.js').then((app) => app.start(element));"
+
+
+class Site:
+    """The whole server as an ASGI application.
+
+    Args:
+        server: its model begins to load when the application starts, after the page is ready.
+        started: called on a thread once requests are answered.
+        failed: called once where the model does not load.
+    """
+
+    def __init__(self, server: Server, *, started: Callable[[], None], failed: Callable[[], None]) -> None:
+        self._server, self._started, self._failed = server, started, failed
+        self._api = create_app(server, lifespan=self._lifespan)
+        self._page: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"].startswith(OWN_PATHS):
+            await self._api(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["method"] not in ("GET", "HEAD"):  # Gradio's own uploads and events are not used
+            await PlainTextResponse("not here\n", 405)(scope, receive, send)
+        elif self._page is None:
+            await HTMLResponse((PAGE / "splash.html").read_text(encoding="utf-8"))(scope, receive, send)
+        else:
+            await self._page(scope, receive, send)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            start = asyncio.create_task(self._start(stack))
+            try:
+                yield
+            finally:
+                start.cancel()
+                await run_in_threadpool(self._server.hub.close)
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        self._server.report("opening the page", 0.02)
+        await run_in_threadpool(self._started)
+        page = await run_in_threadpool(gradio_page)
+        await stack.enter_async_context(page.router.lifespan_context(page))
+        self._page = page
+        await run_in_threadpool(self._server.load)
+        if self._server.error is not None:
+            await asyncio.sleep(1.0)  # so that open pages hear why
+            self._failed()
+
+
+def gradio_page() -> FastAPI:
+    """A Gradio application whose one component holds the page."""
+    import gradio
+
+    theme = gradio.themes.Base(font=SYSTEM_FONTS, font_mono=MONO_FONTS)
+    with gradio.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
+        gradio.HTML(
+            (PAGE / "panel.html").read_text(encoding="utf-8"),
+            js_on_load=ON_LOAD,
+            apply_default_css=False,
+            elem_id="self-forcing",
+        )
+    app = FastAPI(openapi_url=None)
+    return gradio.mount_gradio_app(app, blocks, path="/", theme=theme, head=HEAD, footer_links=[], ssr_mode=False)

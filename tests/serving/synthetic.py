@@ -1,0 +1,165 @@
+"""A model without a network: numbered frames at any size and pace, for tests of everything around the model.
+
+Run as a program, with a folder for clips, it serves them with the demo's page and prints its address.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from pipeline.serving.clips import Gallery
+from pipeline.serving.hub import Hub, StreamSpec
+from pipeline.serving.messages import Start
+from pipeline.serving.server import Server
+from pipeline.session import Chunk, SessionState, Stopped
+
+CHUNK_FRAMES = 12
+BITS = 16  # of the frame number, drawn in the top left corner
+BLOCK = 8  # side in pixels of a bit
+
+
+class SyntheticSession:
+    """Chunks of numbered frames, each ``seconds`` in the making."""
+
+    def __init__(self, spec: StreamSpec, seconds: float = 0.0) -> None:
+        self.spec, self.seconds = spec, seconds
+        self.prompt = spec.prompt
+        self.paused, self.stopped, self.finished = threading.Event(), threading.Event(), False
+        self.denoised = 0
+        generator = torch.Generator().manual_seed(spec.seed)
+        texture = torch.rand(spec.height // 16, spec.width // 16, 3, generator=generator)
+        self.picture = (texture.repeat_interleave(16, 0).repeat_interleave(16, 1) * 255).to(torch.uint8)
+
+    @property
+    def state(self) -> SessionState:
+        if self.stopped.is_set():
+            return SessionState.stopped
+        if self.finished:
+            return SessionState.finished
+        return SessionState.paused if self.paused.is_set() else SessionState.running
+
+    def pause(self) -> None:
+        self.paused.set()
+
+    def resume(self) -> None:
+        self.paused.clear()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def switch(self, prompt: str, style: Any) -> None:
+        self.prompt = prompt
+
+    def denoise(self, wait: bool = True) -> Any:
+        if self.paused.is_set() or self.stopped.wait(self.seconds) or self.paused.is_set():
+            return None
+        start = 3 * self.denoised
+        if self.spec.num_frames is not None and start >= self.spec.num_frames:
+            self.finished = True
+            return None
+        self.denoised += 1
+        return SimpleNamespace(start_frame=start, latents=torch.zeros(1, 3), prompt=self.prompt)
+
+    def decode(self, block: Any) -> Chunk:
+        if self.stopped.is_set():
+            raise Stopped("stopped")
+        first = block.start_frame * CHUNK_FRAMES // 3
+        frames = torch.stack([numbered(self.picture, first + i) for i in range(CHUNK_FRAMES)])
+        return Chunk(block.start_frame // 3, block.start_frame, frames, block.prompt, {"denoise": self.seconds})
+
+
+def numbered(picture: torch.Tensor, number: int) -> torch.Tensor:
+    """A picture [H W 3] moved on by one frame, with the frame's number as black and white blocks."""
+    frame = picture.roll(3 * number, dims=1)
+    for bit in range(BITS if picture.shape[1] >= BITS * BLOCK else 0):
+        frame[:BLOCK, bit * BLOCK : (bit + 1) * BLOCK] = 255 * (number >> bit & 1)
+    return frame
+
+
+@dataclass
+class SyntheticModel:
+    """Serves synthetic sessions of one size."""
+
+    height: int = 48
+    width: int = 48
+    fps: int = 24
+    seconds: float = 0.0
+    """That a chunk takes."""
+
+    def load(self, report: Callable[[str, float], None]) -> None:
+        report("pretending", 0.5)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "model": "synthetic",
+            "examples": ["numbers"],
+            "sizes": [(self.height, self.width)],
+            "fps": self.fps,
+            "steps": 4,
+            "most_steps": 8,
+            "num_frames": 9,
+            "frames_per_chunk": 3,
+            "temporal_scale": 4,
+            "decoders": ["none"],
+            "precisions": ["full"],
+            "compile": False,
+            "styles": {"recache": "", "keep": ""},
+            "longest_prompt": 2000,
+            "most_fps": 60,
+            "most_seed": 2**53 - 1,
+        }
+
+    def spec(self, message: Start, image: bytes | None) -> StreamSpec:
+        fps = message.fps or self.fps
+        return StreamSpec(message.prompt, self.height, self.width, fps, message.seed, message.num_frames, image=image)
+
+    def prepare(self, spec: StreamSpec) -> None:
+        pass
+
+    def open(self, spec: StreamSpec) -> SyntheticSession:
+        return SyntheticSession(spec, self.seconds)
+
+    @staticmethod
+    def command(stream: Any, cues: list, latents: int, clip: Path) -> list[str]:
+        return ["make", stream.spec.prompt]
+
+
+def synthetic_server(folder: Path, model: SyntheticModel, *, max_viewers: int = 4) -> Server:
+    """A server without a socket."""
+    gallery = Gallery(folder, model.command)
+    return Server(model, Hub(max_viewers, gallery), gallery)
+
+
+def main() -> None:
+    import demo
+    from pipeline.serving.guard import LOOPBACK, Guard
+    from pipeline.serving.site import Site
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--max-viewers", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = SyntheticModel(args.height, args.width, seconds=args.seconds)
+    site = Site(
+        synthetic_server(args.folder, model, max_viewers=args.max_viewers), started=lambda: None, failed=lambda: None
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(f"open http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    demo.make_runner(Guard(site, hosts=LOOPBACK, auth=None)).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

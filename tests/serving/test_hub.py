@@ -1,0 +1,205 @@
+"""Seats, turns and ends, with sessions that cost nothing."""
+
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from pipeline.serving.clips import Gallery
+from pipeline.serving.frames import HEADER
+from pipeline.serving.hub import Hub, StreamSpec, Switch
+from tests.serving.synthetic import CHUNK_FRAMES, SyntheticModel, SyntheticSession
+
+SPEC = StreamSpec("numbers", 48, 48, fps=24)
+PATIENCE = 10.0
+
+
+class Viewer:
+    """Keeps what it is sent; watches at once whatever comes unless it is told not to."""
+
+    def __init__(self, hub: Hub, spec: StreamSpec = SPEC, *, watches: bool = True) -> None:
+        self.messages: list[dict] = []
+        self.frames: list[bytes] = []
+        self.watches = watches
+        self.changed = threading.Condition()
+        self.stream = None
+        self.stream = hub.submit(spec, self.deliver, "owner")
+
+    def deliver(self, message) -> None:
+        with self.changed:
+            (self.frames if isinstance(message, bytes) else self.messages).append(message)
+            self.changed.notify_all()
+        if isinstance(message, bytes) and self.watches:
+            stream = self.stream
+            if stream is not None:
+                stream.frame_sent()
+                stream.frames_shown(len(self.frames))
+
+    def of(self, kind: str) -> list[dict]:
+        return [message for message in self.messages if message["type"] == kind]
+
+    def wait(self, condition) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, PATIENCE), (self.messages[-5:], len(self.frames))
+
+    def wait_for(self, kind: str) -> dict:
+        self.wait(lambda: self.of(kind))
+        return self.of(kind)[-1]
+
+
+@pytest.fixture
+def open_hub(tmp_path):
+    hubs = []
+
+    def open_hub(max_viewers: int = 4, open_session=SyntheticSession) -> Hub:
+        hub = Hub(max_viewers, Gallery(tmp_path, SyntheticModel.command))
+        hub.ready(open_session)
+        hubs.append(hub)
+        return hub
+
+    yield open_hub
+    for hub in hubs:
+        hub.close()
+
+
+def test_a_stream_with_an_end_gives_its_frames_in_order_and_a_clip(open_hub):
+    viewer = Viewer(open_hub(), StreamSpec("numbers", 48, 48, fps=60, num_frames=9))
+    clip = viewer.wait_for("clip")["clip"]
+    assert clip["frames"] == len(viewer.frames) == 3 * CHUNK_FRAMES
+    assert [HEADER.unpack_from(frame)[2] for frame in viewer.frames] == list(range(3 * CHUNK_FRAMES))
+    assert viewer.of("ended")[0]["frames"] == 3 * CHUNK_FRAMES
+
+
+def test_streams_asked_for_before_the_model_is_there_begin_with_it(tmp_path):
+    hub = Hub(1, Gallery(tmp_path, SyntheticModel.command))
+    viewer = Viewer(hub)
+    time.sleep(0.1)
+    assert not viewer.frames
+    hub.ready(SyntheticModel().open)
+    viewer.wait(lambda: viewer.frames)
+    hub.close()
+
+
+def test_later_viewers_wait_and_see_their_place_move_up(open_hub):
+    hub = open_hub(max_viewers=1)
+    first, second, third = (Viewer(hub) for _ in range(3))
+    assert [message["place"] for message in third.of("waiting")] == [2]
+    second.stream.stop()
+    first.stream.stop()
+    third.wait_for("seated")
+    assert not second.of("seated")
+    assert second.of("ended")
+    third.wait(lambda: third.frames)
+
+
+def test_turns_are_fair(open_hub):
+    """With sessions that take as long as they like, no viewer gets more than one chunk ahead of another."""
+    turns: list[str] = []
+
+    class Slow(SyntheticSession):
+        def denoise(self, wait: bool = True):
+            turns.append(self.spec.prompt)
+            return super().denoise(wait)
+
+    hub = open_hub(open_session=lambda spec: Slow(spec, 0.02))
+    viewers = [Viewer(hub, StreamSpec(name, 48, 48, fps=60)) for name in "abc"]
+    for viewer in viewers:
+        viewer.wait(lambda viewer=viewer: len(viewer.of("chunk")) >= 4)
+    together = turns[turns.index("c") :][:9]
+    assert all(count == 3 for count in Counter(together).values()), turns
+
+
+def test_a_viewer_that_does_not_watch_gets_little(open_hub):
+    """The hub neither generates nor buffers for whoever takes nothing."""
+    viewer = Viewer(open_hub(), watches=False)
+    viewer.wait(lambda: viewer.frames)
+    time.sleep(0.5)
+    assert len(viewer.frames) <= 3 * CHUNK_FRAMES
+
+
+def test_others_go_on_beside_a_viewer_that_hangs(open_hub):
+    hub = open_hub()
+    hung, lively = Viewer(hub, watches=False), Viewer(hub)
+    lively.wait(lambda: len(lively.frames) >= 6 * CHUNK_FRAMES)
+    assert len(hung.frames) <= 3 * CHUNK_FRAMES
+
+
+def test_pause_holds_and_resume_goes_on(open_hub):
+    viewer = Viewer(open_hub())
+    viewer.wait(lambda: viewer.frames)
+    viewer.stream.pause()
+    time.sleep(0.1)
+    held = len(viewer.frames)
+    time.sleep(0.3)
+    assert len(viewer.frames) == held
+    viewer.stream.resume()
+    viewer.wait(lambda: len(viewer.frames) > held)
+
+
+def test_a_switch_shows_in_the_next_chunk_and_in_the_clip(open_hub):
+    viewer = Viewer(open_hub(open_session=SyntheticModel(seconds=0.05).open))
+    viewer.wait_for("chunk")
+    seen = len(viewer.of("chunk"))
+    viewer.stream.switch(Switch("letters", "recache"))
+    viewer.wait(lambda: any(chunk["prompt"] == "letters" for chunk in viewer.of("chunk")))
+    first = next(i for i, chunk in enumerate(viewer.of("chunk")) if chunk["prompt"] == "letters")
+    assert first <= seen + 2
+    viewer.stream.stop()
+    assert viewer.wait_for("clip")["clip"]["prompts"] == ["numbers", "letters"]
+
+
+def test_stop_does_not_wait_for_the_chunk(open_hub):
+    """A session in the middle of a chunk of a minute is left within a moment, and its seat is free."""
+    hub = open_hub(max_viewers=1, open_session=lambda spec: SyntheticSession(spec, 60 if spec.seed else 0))
+    busy, next_one = Viewer(hub, StreamSpec("numbers", 48, 48, 24, seed=1)), Viewer(hub)
+    time.sleep(0.2)
+    started = time.monotonic()
+    busy.stream.stop()
+    next_one.wait(lambda: next_one.frames)
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_failing_session_tells_its_viewer_and_no_other(open_hub):
+    class Failing(SyntheticSession):
+        def denoise(self, wait: bool = True):
+            if self.spec.prompt == "broken":
+                raise ValueError("no such thing")
+            return super().denoise(wait)
+
+    hub = open_hub(open_session=Failing)
+    broken, fine = Viewer(hub, StreamSpec("broken", 48, 48, 24)), Viewer(hub)
+    assert broken.wait_for("error")["message"] == "no such thing"
+    fine.wait(lambda: len(fine.frames) >= 4 * CHUNK_FRAMES)
+    assert broken.wait_for("ended")
+    assert hub.counters.failures == 1
+
+
+def test_closing_finishes_clips_and_leaves_no_thread(tmp_path):
+    before = threading.active_count()
+    hub = Hub(2, Gallery(tmp_path, SyntheticModel.command))
+    hub.ready(SyntheticModel().open)
+    viewer = Viewer(hub)
+    viewer.wait(lambda: viewer.frames)
+    hub.close()
+    assert threading.active_count() == before
+    assert viewer.of("clip")
+    assert len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+def test_streams_of_one_kind_share_a_batch(tmp_path):
+    """With batches on, chunks wanted at about the same time are made together; streams of another size are not."""
+    batches: list[int] = []
+
+    def together(sessions):
+        batches.append(len(sessions))
+        assert len({session.spec.height for session in sessions}) == 1
+        return [session.denoise(wait=False) for session in sessions]
+
+    hub = Hub(4, Gallery(tmp_path, SyntheticModel.command), together)
+    viewers = [Viewer(hub, StreamSpec("numbers", side, side, 24)) for side in (48, 48, 64)]
+    hub.ready(SyntheticSession)
+    for viewer in viewers:
+        viewer.wait(lambda viewer=viewer: len(viewer.of("chunk")) >= 3)
+    hub.close()
+    assert set(batches) == {2}

@@ -1,0 +1,78 @@
+"""demo.py from the command line: what it refuses, and in how many words."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fastapi import FastAPI
+
+import demo
+from tests.serving.synthetic import SyntheticModel, synthetic_server
+from utils.errors import UserError
+
+pytest_plugins = ["tests.shapes_parts"]
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+
+@pytest.fixture
+def refuse(capsys, monkeypatch, tmp_path):
+    """Runs demo.py on a mistake and returns the one line it says; nothing is served."""
+
+    def serve(*_):
+        raise AssertionError("a mistake must be found before anything is served")
+
+    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("{}")
+
+    def refuse(*arguments: str) -> str:
+        code = demo.main(["--config_path", "config.yaml", "--port", "0", *arguments])
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+        return err
+
+    return refuse
+
+
+@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--host", "::"], ["--share"]])
+def test_others_are_let_in_only_on_purpose(refuse, arguments):
+    error = refuse(*arguments)
+    assert arguments[0] in error and "--auth" in error and "--insecure" in error
+
+
+@pytest.mark.parametrize("auth", ["", "me", "me:", ":secret"])
+def test_a_password_needs_both_parts(refuse, auth):
+    assert "user:password" in refuse("--auth", auth)
+
+
+def test_a_missing_file_is_named(refuse):
+    assert "nowhere.yaml" in refuse("--config_path", "nowhere.yaml")
+    assert "weights.pt" in refuse("--checkpoint_path", "weights.pt")
+
+
+def test_a_taken_port_is_named(refuse):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = refuse("--port", str(port))
+    assert f"127.0.0.1:{port}" in error and "--port" in error
+
+
+@pytest.mark.parametrize("arguments", [["--max-viewers", "0"], ["--longest_clip", "0"], ["--port", "70000"]])
+def test_numbers_out_of_range_are_refused(refuse, arguments):
+    assert arguments[1] in refuse(*arguments)
+
+
+def test_a_model_that_does_not_load_ends_the_program_with_its_reason(tmp_path, monkeypatch, capsys):
+    """The page is up by then; the program still ends, with one line on what is missing."""
+
+    class Missing(SyntheticModel):
+        def load(self, report) -> None:
+            raise UserError("nowhere/model: no such file or folder")
+
+    monkeypatch.setattr(demo, "build_server", lambda args: synthetic_server(tmp_path, Missing()))
+    monkeypatch.setattr("pipeline.serving.site.gradio_page", FastAPI)
+    with ThreadPoolExecutor() as pool:  # as its event loop needs a thread of its own
+        code = pool.submit(demo.main, ["--port", "0", "--clips_folder", str(tmp_path), "--no-browser"]).result(60)
+    assert code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: nowhere/model: no such file or folder"
