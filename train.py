@@ -12,10 +12,11 @@ from utils.cli import exit_code
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config_path", required=True, help="YAML file of values for trainer.config.Config")
-    parser.add_argument("--logdir", required=True, help="folder for metrics, samples, checkpoints and the final model")
+    parser.add_argument("--logdir", required=True, help="folder of the run; one that holds checkpoints is gone on with")
     parser.add_argument("--disable-wandb", action="store_true", help="report to metrics.jsonl only")
-    parser.add_argument("--no_save", action="store_true", help="write no checkpoints before the end")
+    parser.add_argument("--no_save", action="store_true", help="write no checkpoint before the end, or before a signal")
     parser.add_argument("--no_visualize", action="store_true", help="make no samples before the end")
+    parser.add_argument("--no_resume", action="store_true", help="start anew; earlier checkpoints are set aside")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", help="any key of the configuration, such as trainer.steps=20")
     return parser.parse_intermixed_args(arguments)
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     from trainer.build import build_trainer
     from trainer.config import Config
-    from trainer.trainer import RunContext
+    from trainer.trainer import RunContext, find_checkpoint
     from utils.config import load_config, to_dict, to_yaml
     from utils.distributed import init_distributed, resolve_device, shutdown_distributed
     from utils.files import ensure_writable_folder
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(Config, args.config_path, args.overrides)
     if args.disable_wandb:
-        config.trainer.wandb = False
+        config.trainer.wandb = config.trainer.tensorboard = False
     if args.no_save:
         config.trainer.save_every = 0
     if args.no_visualize:
@@ -50,8 +51,11 @@ def run(args: argparse.Namespace) -> None:
     ranks = init_distributed(device.type)
     setup_logging(ranks.is_main)
     try:
-        with Tracker(logdir, wandb=config.trainer.wandb, config=to_dict(config), is_main=ranks.is_main) as tracker:
-            build_trainer(config, RunContext(logdir, device, ranks, tracker)).train()
+        checkpoint, step = find_checkpoint(logdir, ranks, anew=args.no_resume)
+        loop = config.trainer
+        options = {"wandb": loop.wandb, "tensorboard": loop.tensorboard, "is_main": ranks.is_main, "step": step}
+        with Tracker(logdir, config=to_dict(config), **options) as tracker:
+            build_trainer(config, RunContext(logdir, device, ranks, tracker, checkpoint)).train()
     finally:
         shutdown_distributed()
 

@@ -1,6 +1,5 @@
 """train.py from the command line: every objective trains, samples, saves and leaves a model that inference.py loads."""
 
-import json
 import math
 import os
 import subprocess
@@ -16,8 +15,10 @@ import train
 from model.transformer import WanTransformer
 from model.weights import load_into, load_state_dict
 from scripts import make_ode_pairs
+from scripts.kill_and_resume import repeated_metrics
 from tests.shapes_parts import SIZES
 from trainer.config import Config
+from utils.checkpoint import latest_checkpoint
 from utils.config import from_dict, load_config
 from utils.video import read_video
 
@@ -67,13 +68,11 @@ def run(request, run_folders) -> tuple[str, Path]:
 
 
 def metrics(logdir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return repeated_metrics(logdir)
 
 
 def checkpoint(logdir: Path) -> Path:
-    (path,) = logdir.glob("checkpoint_*.pt")
-    return path
+    return logdir / "model.pt"
 
 
 def test_a_run_writes_finite_metrics_of_every_step(run):
@@ -152,19 +151,70 @@ def test_the_exported_generator_is_the_average_in_the_dtype_asked_for(run_folder
         assert all(torch.equal(tensor, averaged[key].to(dtype)) for key, tensor in exported.items())
 
 
-def test_samples_and_checkpoints_come_as_often_as_asked(release, tmp_path):
+def test_samples_checkpoints_and_exports_come_as_often_as_asked(release, tmp_path):
     flags = ["--config_path", release.config_path, "objective=autoencoder", "trainer.steps=4"]
-    often = ["trainer.sample_every=2", "trainer.save_every=3"]
+    often = ["trainer.sample_every=2", "trainer.save_every=3", "trainer.export_every=2"]
     assert train.main([*flags, *often, "--logdir", str(tmp_path / "often")]) == 0
-    assert train.main([*flags, *often, "--no_save", "--no_visualize", "--logdir", str(tmp_path / "rarely")]) == 0
+    assert train.main([*flags, *often[:2], "--no_save", "--no_visualize", "--logdir", str(tmp_path / "rarely")]) == 0
 
     def written(folder: str, pattern: str) -> list[str]:
         return sorted(path.name for path in (tmp_path / folder).glob(pattern))
 
     assert written("often", "samples/*") == ["step_000002", "step_000004"]
-    assert written("often", "checkpoint_*") == ["checkpoint_000003.pt", "checkpoint_000004.pt"]
+    assert written("often", "checkpoints/step_*") == ["step_00000003", "step_00000004"]
+    assert written("often", "*.pt") == ["model.pt", "model_000002.pt", "model_000004.pt"]
     assert written("rarely", "samples/*") == ["step_000004"]
-    assert written("rarely", "checkpoint_*") == ["checkpoint_000004.pt"]
+    assert written("rarely", "checkpoints/step_*") == ["step_00000004"]
+    assert written("rarely", "*.pt") == ["model.pt"]
+
+
+def test_a_run_goes_on_by_itself_or_starts_anew_without_losing_what_was_there(release, tmp_path):
+    flags = ["--config_path", release.config_path, "objective=autoencoder", "--no_visualize", "--logdir", str(tmp_path)]
+    assert train.main([*flags, "trainer.steps=2"]) == 0
+    assert train.main([*flags, "trainer.steps=3"]) == 0
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step_00000003"
+    assert train.main([*flags, "trainer.steps=1", "--no_resume"]) == 0
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step_00000001"
+    assert latest_checkpoint(tmp_path / "checkpoints.old1").name == "step_00000003"
+
+
+def test_a_checkpoint_of_another_model_or_data_is_refused(release, tmp_path, capsys):
+    flags = ["--config_path", release.config_path, "objective=autoencoder", "--no_visualize", "--logdir", str(tmp_path)]
+    assert train.main([*flags, "trainer.steps=1"]) == 0
+    assert train.main([*flags, "objective=self_forcing_dmd"]) == 2
+    assert "does not fit this run" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_disk_that_is_full_ends_no_training(release, tmp_path):
+    """In a process of its own, in which no file may grow beyond 20 kB while the second checkpoint is written."""
+    script = (
+        "import resource, sys\n"
+        "sys.path.insert(0, sys.argv.pop(1))\n"
+        "import train\n"
+        "from trainer.trainer import Trainer\n"
+        "save = Trainer.save\n"
+        "def full(self, checkpoints):\n"
+        "    limits = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if self.step == 2 else limits[0], limits[1]))\n"
+        "    save(self, checkpoints)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, limits)\n"
+        "Trainer.save = full\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    flags = ["--config_path", release.config_path, "--no_visualize", "--logdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(REPOSITORY), *flags, "objective=autoencoder", "trainer.save_every=1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 2 not written" in done.stderr and "step_00000001 is still good" in done.stderr
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000001", "step_00000003"]
 
 
 def test_dry_run_prints_a_configuration_that_reads_back(release, tmp_path, capsys):
@@ -182,7 +232,7 @@ BAD_INPUT = {
     "no steps": (["trainer.steps=0"], "trainer: steps=0 must be at least 1"),
     "unknown device": (["device=gpu"], "unknown device 'gpu'"),
     "missing student": (["student.weights={tmp}/nowhere"], "{tmp}/nowhere: no such file"),
-    "missing pairs": (["objective=ode_regression", "ode.pairs={tmp}"], "ode.pairs={tmp}: holds no pairs"),
+    "missing pairs": (["objective=ode_regression", "ode.pairs={tmp}"], "ode.pairs={tmp}: holds no items"),
     "missing sample prompts": (["data.sample_prompts={tmp}/nowhere.txt"], "{tmp}/nowhere.txt: no such prompt file"),
     "sample prompts of another world": (
         ["objective=autoencoder", "data.sample_prompts={release}/prompts.txt"],
@@ -190,6 +240,11 @@ BAD_INPUT = {
     ),
     "no training prompts": (["data.kind=prompts"], "data.path is null"),
     "no training videos": ([DIFFUSION, "data.kind=prompts"], "data.kind=prompts has no videos"),
+    "batch that does not divide": (
+        ["trainer.total_batch_size=3"],
+        "trainer.total_batch_size=3 is not a multiple of 2 = trainer.batch_size=2 x 1 processes",
+    ),
+    "shards that do not divide": (["parallel.shard_size=2"], "parallel.shard_size=2 does not divide the 1 processes"),
     "length of a rollout": (["video.num_frames=7"], "num_frames=7 is not a multiple of frames_per_chunk=3"),
     "length of a causal clip": ([*RUNS["teacher forcing"], "video.num_frames=7"], "num_frames=7 is not a multiple"),
     "unknown codec": (["objective=autoencoder", "autoencoder.preset=shape"], "autoencoder.preset='shape' is none of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
 from trainer.config import Config
-from trainer.data import training_clips
+from trainer.data import Contents, training_data
+from trainer.micro_batch import MicroBatch
 from trainer.objectives.codec import decoder_loss, disturb, fit_linear_code, psnr, random_window
-from trainer.optimizer import Optimizer
-from trainer.trainer import RunContext, Trainer
+from trainer.trainer import Loss, RunContext, Trainer, Update
 from utils.errors import UserError
 from utils.shapes import Scene, render_clips
 
@@ -29,31 +30,38 @@ class AutoencoderTrainer(Trainer):
             Scene.from_prompt(prompt)  # refuses a prompt that is not of this world now, not after the training
         torch.manual_seed(config.trainer.seed)
         self.codec = TinyVAE(TINY_VAE_PRESETS[preset]).to(self.device)
-        self.num_frames = self.codec.num_frames(config.video.num_frames)
-        self.clips = training_clips(config.data, self.generator)
-        fitted = self.clips.next(config.autoencoder.fit_clips, self.num_frames).frames
+        self.data = training_data(
+            config.data, Contents.clips, seed=self.seed("data"), video=config.video, codec=self.codec
+        )
+        fitted = self.data.next(config.autoencoder.fit_clips).frames
         fit_linear_code(fitted, self.codec.config).write_to(self.codec)
         self.codec.encoder.requires_grad_(False)
         self.track(codec=self.codec)
-        self.updater = Optimizer(self.codec, config.optimizer, config.trainer.steps)
+        self.updater = self.optimize("codec", self.codec, config.optimizer, config.trainer.steps)
 
-    def train_step(self) -> dict[str, float]:
+    def updates(self) -> Iterator[Update]:
+        yield Update(self.updater, self.loss, self.micro_batches())
+
+    def loss(self, batch: MicroBatch) -> Loss:
+        """Error of decoded latents against the pixels they encode."""
         config = self.config.autoencoder
-        clips = self.clips.next(self.config.trainer.batch_size, self.num_frames)
-        frames = random_window(clips.frames, config.crop_frames, self.generator).to(self.device)
-        latents = disturb(self.codec.encode(frames), config.latent_noise, self.generator)
+        clips = self.data.read(batch.indices).frames
+        frames = batch.each(lambda clip, g: random_window(clip, config.crop_frames, g), "window", clips)
+        frames = frames.to(self.device)
+        exact = self.codec.encode(frames)
+        latents = batch.each(lambda latent, g: disturb(latent, config.latent_noise, g), "noise", exact)
         decoded = self.codec.decode(latents, clamp=False)
         loss = decoder_loss(decoded, frames, motion_weight=config.motion_weight)
-        loss.backward()
-        lr = self.updater.lr
-        quality = psnr(decoded.detach().clamp(-1, 1), frames).item()
-        return {"loss": loss.item(), "psnr": quality, "gradient_norm": self.updater.step(), "lr": lr}
+        quality = psnr(decoded.detach().clamp(-1, 1), frames)
+        return Loss(loss, {"loss": loss.detach(), "psnr": quality})
 
     def sample_frames(self, prompts: list[str]) -> Tensor:
         scenes = [Scene.from_prompt(prompt) for prompt in prompts]
-        frames = render_clips(scenes, self.num_frames, torch.Generator().manual_seed(0), self.config.data.shapes)
-        return self.codec.decode(self.codec.encode(frames.to(self.device)))
+        frames = self.codec.num_frames(self.config.video.num_frames)
+        clips = render_clips(scenes, frames, torch.Generator().manual_seed(0), self.config.data.shapes)
+        return self.codec.decode(self.codec.encode(clips.to(self.device)))
 
     def export(self, folder: Path) -> None:
-        with self.ema.applied():
-            self.codec.save_pretrained(folder / "codec")
+        if self.is_main:
+            with self.ema.applied():
+                self.codec.save_pretrained(folder / "codec")

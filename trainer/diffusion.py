@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention import BlockMask, block_causal_mask, teacher_forcing_mask
 from model.flow_matching import FlowMatching
-from model.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
-from pipeline.loading import load_codec, load_denoiser, load_text_encoder
+from model.text_encoder import PromptCache, TextEncoder, TextEncoderConfig, build_text_encoder
+from pipeline.loading import load_codec, load_text_encoder
 from pipeline.sampling import sample
 from trainer.config import Config, Forcing
-from trainer.data import training_clips
+from trainer.data import Contents, StoredEmbeddings, text_source, training_data
+from trainer.micro_batch import MicroBatch
 from trainer.objectives.diffusion import forcing_loss, sample_timesteps
-from trainer.optimizer import Optimizer
-from trainer.trainer import RunContext, Trainer
+from trainer.trainer import Loss, RunContext, Trainer, Update
+from utils.errors import UserError
 from utils.shapes import all_scenes
 
 
 class DiffusionTrainer(Trainer):
-    """One flow-matching update a step on rendered clips."""
+    """One flow-matching update a step on real clips."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
         self.codec = load_codec(config.codec, device=self.device)
-        self.denoiser = load_denoiser(config.generator, device=self.device, generator=self.stream("weights"))
+        self.denoiser = self.load_trained(config.generator)
         self.text_encoder = self._text_encoder()
-        self.clips = training_clips(config.data, self.generator)
+        self.data = training_data(
+            config.data, Contents.clips, seed=self.seed("data"), video=config.video, codec=self.codec
+        )
         self.chunks = self._chunks()
         self.mask = self._mask()
         self.levels = FlowMatching(config.diffusion.timestep_shift or config.generator.shift)
@@ -36,27 +40,29 @@ class DiffusionTrainer(Trainer):
         if config.diffusion.train_text_encoder:
             modules["text_encoder"] = self.text_encoder
         self.track(**modules)
-        self.updater = Optimizer(self.trained, config.optimizer, config.trainer.steps)
+        self.updater = self.optimize("generator", nn.ModuleDict(modules), config.optimizer, config.trainer.steps)
 
-    def train_step(self) -> dict[str, float]:
+    def updates(self) -> Iterator[Update]:
+        yield Update(self.updater, self.loss, self.micro_batches())
+
+    def loss(self, batch: MicroBatch) -> Loss:
+        """Flow matching on the clips of a batch."""
         config = self.config
-        clips = self.clips.next(config.trainer.batch_size, self.codec.num_frames(config.video.num_frames))
-        x0 = self.codec.encode(clips.frames.to(self.device))
-        timesteps = sample_timesteps(x0.shape[0], self.chunks, self.levels, self.generator)
+        samples = self.data.read(batch.indices)
+        x0 = samples.encode(self.codec, self.device)
+        timesteps = sample_timesteps(batch.total, self.chunks, self.levels, batch.generator("timesteps"))
         loss = forcing_loss(
             self.denoiser,
             x0,
-            self.text_encoder.encode(self._drop(clips.prompts)),
-            timesteps=timesteps.to(self.device),
-            noise=torch.randn(x0.shape, generator=self.generator).to(x0),
+            self.text_encoder.encode(self._drop(samples.prompts, batch)),
+            timesteps=batch.of(timesteps).to(self.device),
+            noise=batch.randn("noise", x0),
             block_mask=self.mask,
             teacher_forcing=config.diffusion.forcing is Forcing.teacher_forcing,
             sigma_floor=config.diffusion.sigma_floor,
             bell_weights=config.diffusion.bell_weights,
         )
-        loss.backward()
-        lr = self.updater.lr
-        return {"loss": loss.item(), "gradient_norm": self.updater.step(), "lr": lr}
+        return Loss(loss, {"loss": loss.detach()})
 
     def sample_frames(self, prompts: list[str]) -> Tensor:
         embeds = self.text_encoder.encode(prompts)
@@ -69,15 +75,21 @@ class DiffusionTrainer(Trainer):
 
     def export(self, folder: Path) -> None:
         self.export_transformer(folder)
-        if self.config.diffusion.train_text_encoder:
+        if self.config.diffusion.train_text_encoder and self.is_main:
             with self.ema.applied():
                 self.text_encoder.save_pretrained(folder / "text_encoder")
 
-    def _text_encoder(self) -> TextEncoder:
+    def _text_encoder(self) -> TextEncoder | PromptCache | StoredEmbeddings:
         config = self.config
+        if not config.diffusion.train_text_encoder:
+            return text_source(config.data, config.text_encoder, self.device)
+        if config.data.embeddings is not None:
+            raise UserError(
+                f"data.embeddings={config.data.embeddings}: a text encoder that trains cannot be replaced by them; "
+                "set diffusion.train_text_encoder=false or data.embeddings=null"
+            )
         if config.text_encoder.weights is not None:
-            encoder = load_text_encoder(config.text_encoder, device=self.device)
-            return encoder.requires_grad_(config.diffusion.train_text_encoder)
+            return load_text_encoder(config.text_encoder, device=self.device).requires_grad_(True)
         sizes = self.denoiser.transformer.config
         encoder = build_text_encoder(
             [scene.prompt for scene in all_scenes()],
@@ -99,8 +111,9 @@ class DiffusionTrainer(Trainer):
         build = teacher_forcing_mask if forcing is Forcing.teacher_forcing else block_causal_mask
         return self.config.rollout.mask(self.config.video.num_frames, build)
 
-    def _drop(self, prompts: list[str]) -> list[str]:
-        dropped = torch.rand(len(prompts), generator=self.generator) < self.config.diffusion.guidance_dropout
+    def _drop(self, prompts: list[str], batch: MicroBatch) -> list[str]:
+        drawn = torch.rand(batch.total, generator=batch.generator("guidance dropout"))
+        dropped = batch.of(drawn < self.config.diffusion.guidance_dropout)
         return [
             self.config.sampling.negative_prompt if drop else prompt
             for prompt, drop in zip(prompts, dropped.tolist(), strict=True)

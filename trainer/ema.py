@@ -1,4 +1,4 @@
-"""Exponential moving average of a module's parameters."""
+"""Exponential moving average of a module's parameters, of sharded ones on their shards."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trainer.parallelize import local_part
+
 
 class EMA:
-    """A running average of the parameters of ``module``, kept beside it.
+    """A running average of the trained parameters of ``module``, kept beside it.
 
     Args:
-        module: the module that trains.
+        module: the module that trains; its frozen parameters are their own average.
         decay: share of the old average kept at each update, in [0, 1).
         start_step: updates before this one copy the parameters.
     """
@@ -24,28 +26,39 @@ class EMA:
         self.module = module
         self.decay = decay
         self.start_step = start_step
-        self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.average = {
+            name: parameter.detach().clone() for name, parameter in module.named_parameters() if parameter.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the parameters after step ``step`` (1, 2, ...)."""
         decay = self.decay if step > self.start_step else 0.0
-        averages, parameters = zip(
-            *((self.average[n], p.detach()) for n, p in self.module.named_parameters()), strict=True
-        )
-        torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
+        averages, parameters = self._parts()
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run with the averaged parameters in the module, then put the trained ones back."""
-        trained = {name: parameter.data for name, parameter in self.module.named_parameters()}
+        self._swap()
         try:
-            for name, parameter in self.module.named_parameters():
-                parameter.data = self.average[name]
             yield
         finally:
-            for name, parameter in self.module.named_parameters():
-                parameter.data = trained[name]
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the values in place: sharded parameters are views of storage that others hold on to."""
+        for average, parameter in zip(*self._parts(), strict=True):
+            trained = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(trained)
+
+    def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and parameters, of either what this process holds."""
+        named = dict(self.module.named_parameters())
+        averages = [local_part(average) for average in self.average.values()]
+        return averages, [local_part(named[name].detach()) for name in self.average]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average, under the module's parameter names."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
+
+from trainer.parallelize import is_sharded, local_part, sharded_like, whole
 
 
 class OptimizerKind(Enum):
@@ -70,18 +73,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every matrix (or kernel, as output x rest) with a gradient; equal shapes are done together."""
+        """Update every matrix (or kernel, as output x rest) with a gradient; equal shapes are done together.
+
+        Sharded matrices are gathered for it: their singular vectors are a matter of the whole.
+        """
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                momenta = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                momenta = torch.stack([whole(self._momentum(parameter, group["momentum"])) for parameter in parameters])
                 updates = orthogonalise(momenta.flatten(2)).view_as(momenta)
                 scale = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5 * group["lr"]
                 for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    local_part(parameter).sub_(local_part(sharded_like(update, parameter)), alpha=scale)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         state = self.state[parameter]
@@ -104,14 +111,18 @@ class Optimizer:
         self.config = config
         self.total_steps = total_steps
         self.steps_done = 0
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.module = module
+        self.named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         matrices = _matrices(module) if config.kind is OptimizerKind.muon else []
         chosen = {id(parameter) for parameter in matrices}
-        rest = [parameter for parameter in self.parameters if id(parameter) not in chosen]
+        rest = [parameter for parameter in self.named.values() if id(parameter) not in chosen]
+        # No optimizer takes sharded and ordinary parameters together.
+        groups = [[p for p in rest if is_sharded(p)], [p for p in rest if not is_sharded(p)]]
+        betas = tuple(config.betas)
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                rest, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
-            )
+            torch.optim.AdamW(group, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+            for group in groups
+            if group
         ]
         if matrices:
             self.optimizers.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
@@ -125,10 +136,13 @@ class Optimizer:
         left = (self.total_steps - done) / decay_steps if decay_steps else 1.0
         return config.lr * rise * max(0.05, min(1.0, left))
 
-    def step(self) -> float:
-        """Clip, update, clear the gradients; returns the gradient norm. A non-finite gradient updates nothing."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()
-        if norm == norm and norm != float("inf"):
+    def step(self, *, skip: bool = False) -> float:
+        """Clip, update, clear the gradients; returns the gradient norm.
+
+        Nothing is updated where a gradient is not finite, or to ``skip``; the schedule goes on.
+        """
+        norm = clip_gradients(self.named.values(), self.config.clip_norm)
+        if not skip and math.isfinite(norm):
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr
@@ -138,15 +152,61 @@ class Optimizer:
         self.steps_done += 1
         return norm
 
-    def state_dict(self) -> dict:
-        """State of every optimizer and the number of steps done."""
-        return {"steps_done": self.steps_done, "optimizers": [each.state_dict() for each in self.optimizers]}
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """``steps_done``, and ``<parameter>/<field>`` for whatever the rules keep of each parameter."""
+        names = {parameter: name for name, parameter in self.named.items()}
+        fields = {
+            f"{names[parameter]}/{field}": value
+            for optimizer in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for field, value in state.items()
+        }
+        return {"steps_done": self.steps_done, **fields}
 
-    def load_state_dict(self, state: dict) -> None:
+    def room_for(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Empty tensors for the fields of a saved state, described on the meta device; sharded as parameters are."""
+        room = {}
+        for key, described in saved.items():
+            parameter = self.named[key.rpartition("/")[0]]
+            fits = described.shape == parameter.shape
+            like = parameter.detach() if fits else torch.empty(described.shape, device=parameter.device)
+            room[key] = torch.zeros_like(like, dtype=described.dtype)
+        return room
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.steps_done = state["steps_done"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        owners = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for key, value in state.items():
+            name, _, field = key.rpartition("/")
+            if name:
+                parameter = self.named[name]
+                owners[parameter].state[parameter][field] = value
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Scale gradients, of sharded and of ordinary parameters together, to a norm of at most ``largest``.
+
+    Returns:
+        their norm before, the same on every process.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    parts = [[g for g in gradients if is_sharded(g)], [g for g in gradients if not is_sharded(g)]]
+    norms = [whole(nn.utils.get_total_norm(part)).float() for part in parts if part]
+    if not norms:
+        return 0.0
+    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for part in parts:
+        if part:
+            torch._foreach_mul_([local_part(g) for g in part], factor.to(part[0].device))
+    return norm.item()
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:

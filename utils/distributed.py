@@ -6,14 +6,18 @@ Started by torchrun, each process learns its place from the environment when `in
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from utils.errors import UserError
 
@@ -55,10 +59,16 @@ def init_distributed(device: str, *, timeout: timedelta = timedelta(minutes=30))
         torch.cuda.set_device(ranks.local_rank)
     elif device != "cpu":
         raise UserError(f"device {device!r} cannot run {world_size} processes: use cpu or cuda")
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(_backend(device), timeout=timeout)
     return ranks
+
+
+def device_mesh(device: torch.device, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """All processes as a mesh of `shape`; one process without a group gets one for itself."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def shutdown_distributed() -> None:
@@ -89,6 +99,40 @@ def all_reduce_mean(values: Tensor) -> Tensor:
         dist.all_reduce(mean)  # a sum: gloo has no mean
         mean /= dist.get_world_size()
     return mean
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process, in every process."""
+    votes = torch.tensor(float(flag))
+    if dist.is_initialized():
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGUSR1, with which schedulers announce the end, while it is entered."""
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # not on Windows
+
+    def __init__(self) -> None:
+        self._received = False
+        self._handlers: dict[int, Any] = {}
+
+    def made(self) -> bool:
+        """Whether any process was signalled; all processes ask together and get the same answer."""
+        return any_process(self._received)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # where alone Python allows handlers
+            self._handlers = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
 
 def share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
@@ -125,6 +169,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def share_cores(device: torch.device, ways: int = 2) -> None:
+    """Let each of `ways` threads that compute side by side use its share of the cores, where they compute on a CPU.
+
+    Else each would use all of them and, small models above all, wait for the others far longer than compute.
+    OMP_NUM_THREADS, where set, decides.
+    """
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ways))
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere. Raises UserError if unknown."""
     if name == "auto":
@@ -132,6 +186,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _backend(device: str) -> str:
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
 
 
 def _environment_int(name: str, default: int | None = None) -> int:

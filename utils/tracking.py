@@ -1,19 +1,26 @@
 """What a run says while it works: log lines, a progress bar, metrics.jsonl, and wandb or TensorBoard on request."""
 
+import errno
 import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import atomic_write_text
+from utils.files import atomic_write_bytes, atomic_write_text
 from utils.video import evenly_spaced, read_video
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,10 +36,11 @@ class Tracker:
         tensorboard: bool = False,
         config: dict[str, Any],
         is_main: bool = True,
+        step: int = 0,
     ):
-        """Open `folder`/metrics.jsonl for appending; `config` is what wandb shows beside the curves.
+        """Open `folder`/metrics.jsonl for appending after `step`: the lines of later steps, which will come again, go.
 
-        Raises UserError if a backend asked for is not installed.
+        `config` is what wandb shows beside the curves. Raises UserError if a backend asked for is not installed.
         """
         self._file = self._wandb = self._tensorboard = None
         if not is_main:
@@ -42,22 +50,35 @@ class Tracker:
         if wandb:
             self._wandb = _start_wandb(folder, config)
         if tensorboard:
-            self._tensorboard = _start_tensorboard(folder)
-        self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+            self._tensorboard = _start_tensorboard(folder, step)
+        _drop_after(folder / METRICS_FILE, step)
+        self._file = open(folder / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115, closed by close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line {"step": step, ...}; a value that is not finite is written as null."""
+        """Append one line {"step": step, ...}; a value that is not finite is written as null.
+
+        A line that cannot be written is lost with a warning: a full disk does not end a training.
+        """
         if self._file is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._append((json.dumps({"step": step, **finite}) + "\n").encode())
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+    def _append(self, line: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(end)  # no half line
+            log.warning("metrics not written to %s: %s", self._file.name, error.strerror)
 
     def video(self, name: str, path: str | Path, step: int) -> None:
         """Show the mp4 at `path` in the backends; TensorBoard gets 8 of its frames, as its videos need moviepy."""
@@ -106,6 +127,55 @@ def progress(
     return tqdm(iterable_or_total, **options)
 
 
+class Stopwatch:
+    """Seconds spent in named phases. A phase within a phase is not counted twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside as that of `name`."""
+        self._turn()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._open.pop()
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of every phase since the last lap, by order of appearance."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _turn(self) -> None:
+        """Book the time since the last turn on the innermost open phase."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory this process has held, in GiB: of the GPU since the last call; on a CPU, resident since its start."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    if sys.platform == "win32":  # which has no such counter in Python's library
+        return math.nan
+    import resource
+
+    kibibyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte / 2**30
+
+
 class _ProgressBarHandler(logging.Handler):
     """Writes above the progress bar instead of through it."""
 
@@ -125,11 +195,21 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     return run
 
 
-def _start_tensorboard(folder: Path) -> Any:
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole lines of steps up to `step`."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        atomic_write_bytes(path, b"".join(kept))
+
+
+def _start_tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
             "tensorboard is not installed: pip install -e '.[tensorboard]', or switch tensorboard off"
         ) from error
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)

@@ -1,5 +1,6 @@
 """The shared loop, and self-forcing seen from inside: who learns from what."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 from trainer.build import build_trainer
 from trainer.objectives.dmd import critic_loss
 from trainer.self_forcing import SelfForcingTrainer
-from trainer.trainer import RunContext, Trainer
+from trainer.trainer import Averages, RunContext, Trainer, Update
 from utils.distributed import Ranks
+from utils.errors import UserError
 from utils.tracking import Tracker
 
 pytest_plugins = ["tests.shapes_parts"]
@@ -20,11 +22,9 @@ pytest_plugins = ["tests.shapes_parts"]
 def build(release, tmp_path):
     """Builds the trainer of the release's configuration with overrides."""
 
-    def build(*overrides: str, rank: int = 0) -> Trainer:
+    def build(*overrides: str) -> Trainer:
         tracker = Tracker(tmp_path, config={}, is_main=False)
-        return build_trainer(
-            release.config(*overrides), RunContext(tmp_path, torch.device("cpu"), Ranks(rank, 2), tracker)
-        )
+        return build_trainer(release.config(*overrides), RunContext(tmp_path, torch.device("cpu"), Ranks(), tracker))
 
     return build
 
@@ -42,13 +42,15 @@ def self_forcing(build) -> Iterator[SelfForcingTrainer]:
     return build("dmd.replay_rollouts=1", "trainer.steps=30")
 
 
-def test_streams_differ_by_purpose_and_rank_and_repeat(build):
+def first_update(trainer: Trainer) -> Update:
+    return next(trainer.updates())
+
+
+def test_streams_differ_by_purpose_and_repeat(build):
     def draw(trainer: Trainer, purpose: str) -> list[float]:
         return torch.rand(4, generator=trainer.stream(purpose)).tolist()
 
-    first, other = build(), build(rank=1)
-    assert draw(first, "data") == draw(build(), "data")
-    assert len({tuple(draw(trainer, purpose)) for trainer in (first, other) for purpose in ("data", "noise")}) == 4
+    assert draw(build(), "data") == draw(build(), "data") != draw(build(), "noise")
 
 
 def test_a_step_moves_generator_and_critic_and_never_the_teacher(self_forcing):
@@ -62,33 +64,36 @@ def test_a_step_moves_generator_and_critic_and_never_the_teacher(self_forcing):
 
 def test_a_generator_update_leaves_the_critic_and_a_critic_update_the_generator(self_forcing):
     generator, critic = self_forcing.denoiser, self_forcing.fake_score
-    before = copy(critic)
-    self_forcing.update_generator()
-    assert not changed(critic, before)
-    assert all(parameter.grad is None for parameter in critic.parameters())
-    before = copy(generator)
-    self_forcing.update_critic(fresh=True)
-    assert not changed(generator, before)
-    assert all(parameter.grad is None for parameter in generator.parameters())
+    for index, update in enumerate(self_forcing.updates()):
+        moving, resting = (generator, critic) if index == 0 else (critic, generator)
+        before, still = copy(moving), copy(resting)
+        self_forcing.accumulate(update)
+        assert all(parameter.grad is None for parameter in resting.parameters())
+        self_forcing.apply(update, Averages(), finite=True)
+        assert changed(moving, before) and not changed(resting, still)
 
 
-def test_the_critics_loss_falls_on_videos_that_stay(self_forcing):
-    self_forcing.update_generator()
-    losses = [self_forcing.update_critic(fresh=True) for _ in range(60)]
-    assert sum(losses[-15:]) < 0.8 * sum(losses[:15])
+def test_the_critics_loss_falls_on_videos_that_stay(build):
+    trainer = build("dmd.replay_rollouts=1", "dmd.critic_updates=40", "dmd.critic_head_start=1")
+    losses = []
+    for update in trainer.updates():
+        losses.append(trainer.accumulate(update)["critic_loss"])
+        trainer.apply(update, Averages(), finite=True)
+    assert len(losses) == 40 and sum(losses[-15:]) < 0.8 * sum(losses[:15])
 
 
 def test_the_replay_holds_the_latest_rollouts_without_their_graph(build):
-    trainer = build("dmd.replay_rollouts=2")
+    trainer = build("dmd.replay_rollouts=2", "trainer.total_batch_size=4", "dmd.critic_updates=1")
     for _ in range(3):
-        trainer.update_generator()
-    assert len(trainer.replay) == 2
-    assert not torch.equal(trainer.replay[0][0], trainer.replay[1][0])
-    assert all(video.shape == (2, 6, 16, 12, 12) and not video.requires_grad for video, _ in trainer.replay)
+        trainer.train_step()
+    assert [rollouts.batch for rollouts in trainer.replay] == [range(4, 8), range(8, 12)]
+    videos = [video for rollouts in trainer.replay for video in rollouts.videos]
+    assert len(videos) == 4 and not torch.equal(videos[0], videos[2])
+    assert all(video.shape == (2, 6, 16, 12, 12) and not video.requires_grad for video in videos)
 
 
-def test_a_fresh_critic_update_takes_the_newest_rollout(build, monkeypatch):
-    trainer, seen = build("dmd.replay_rollouts=3"), []
+def test_the_first_critic_update_takes_the_newest_rollouts(build, monkeypatch):
+    trainer, seen = build("dmd.replay_rollouts=3", "dmd.critic_updates=2"), []
 
     def record(video, *args, **kwargs):
         seen.append(video)
@@ -96,18 +101,15 @@ def test_a_fresh_critic_update_takes_the_newest_rollout(build, monkeypatch):
 
     monkeypatch.setattr("trainer.self_forcing.critic_loss", record)
     for _ in range(3):
-        trainer.update_generator()
-        trainer.update_critic(fresh=True)
-        assert seen[-1] is trainer.replay[-1][0]
+        trainer.train_step()
+        assert seen[-2] is trainer.replay[-1].videos[0]
 
 
 def test_in_its_head_start_only_the_critic_learns(build):
     trainer = build("dmd.critic_head_start=1", "dmd.replay_rollouts=2")
     generator, critic = copy(trainer.denoiser), copy(trainer.fake_score)
-    metrics = trainer.train_step()
-    assert metrics.keys() == {"critic_loss"}
+    assert trainer.train_step().keys() == {"critic_loss", "critic_gradient_norm", "critic_lr", "skipped"}
     assert changed(trainer.fake_score, critic) and not changed(trainer.denoiser, generator)
-    trainer.step += 1
     assert {"generator_loss", "critic_loss"} <= trainer.train_step().keys()
     assert changed(trainer.denoiser, generator)
 
@@ -116,20 +118,58 @@ def test_without_replay_every_critic_update_rolls_out_anew(build, monkeypatch):
     trainer, rollouts = build("dmd.critic_updates=3"), []
     generate = trainer.generate
 
-    def count(batch, *, grad_start_frame):
-        rollouts.append(grad_start_frame)
-        return generate(batch, grad_start_frame=grad_start_frame)
+    def count(micro_batch, batch, *, grad_start_frame):
+        rollouts.append((grad_start_frame, micro_batch.indices))
+        return generate(micro_batch, batch, grad_start_frame=grad_start_frame)
 
     monkeypatch.setattr(trainer, "generate", count)
     trainer.train_step()
-    assert rollouts == [0, None, None, None]
+    assert rollouts == [(0, range(0, 2)), (None, range(2, 4)), (None, range(4, 6)), (None, range(6, 8))]
+
+
+@pytest.mark.parametrize("failing", ["generator_loss", "critic_loss"])
+def test_a_loss_that_is_not_finite_skips_the_rest_of_its_step_and_nothing_else(build, monkeypatch, failing):
+    trainer = build("dmd.replay_rollouts=2")
+    trainer.train_step()
+    modules = (trainer.denoiser, trainer.fake_score)
+    before, replayed = [copy(module) for module in modules], len(trainer.replay)
+    original = getattr(trainer, failing)
+
+    def poisoned(micro_batch, video, batch):
+        result = original(micro_batch, video, batch)
+        return (
+            result._replace(loss=result.loss * float("nan")) if failing == "generator_loss" else result * float("inf")
+        )
+
+    monkeypatch.setattr(trainer, failing, poisoned)
+    metrics = trainer.train_step()
+    assert metrics["skipped"] == 1 and trainer.step == 2
+    moved = [changed(module, old) for module, old in zip(modules, before, strict=True)]
+    assert moved == [failing == "critic_loss", False]
+    assert len(trainer.replay) == replayed + (failing == "critic_loss")
+    (record,) = (trainer.context.logdir / "skipped").iterdir()
+    assert len(json.loads(record.read_text())["prompts"]) == 2
+    monkeypatch.undo()
+    assert trainer.train_step()["skipped"] == 1 and all(
+        changed(module, old) for module, old in zip(modules, before, strict=True)
+    )
+
+
+def test_a_run_whose_steps_all_fail_ends(build, monkeypatch):
+    trainer = build("health.max_skipped=2", "trainer.steps=9")
+    bias = trainer.fake_score.transformer.head.head.bias
+    monkeypatch.setattr(trainer, "critic_loss", lambda *_: bias.sum() * float("nan"))
+    with pytest.raises(UserError, match="2 steps in a row were skipped"):
+        trainer.train()
+    assert trainer.step == 2
 
 
 def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
     trainer = build()
-    batch = trainer.next_batch()
+    (passes,) = trainer.micro_batches()
+    batch = trainer.batch(passes)
     for start, expected in ((0, [True, True]), (3, [False, True])):
-        video = trainer.generate(batch, grad_start_frame=start)
+        video = trainer.generate(passes, batch, grad_start_frame=start)
         reached = []
         for chunk in (video[:, :3], video[:, 3:]):
             gradients = torch.autograd.grad(
@@ -137,7 +177,7 @@ def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
             ) if chunk.requires_grad else []  # fmt: skip
             reached.append(any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients))
         assert reached == expected
-    assert not trainer.generate(batch, grad_start_frame=None).requires_grad
+    assert not trainer.generate(passes, batch, grad_start_frame=None).requires_grad
 
 
 def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build):
@@ -150,15 +190,20 @@ def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build)
 
     before = sample()
     assert torch.equal(sample(), before)
-    trainer.update_generator()
+    trainer.accumulate(update := first_update(trainer))
+    trainer.apply(update, Averages(), finite=True)
     assert torch.equal(sample(), before)
     with torch.no_grad():
         assert not torch.equal(trainer.sample_frames(prompts), before)
 
 
 def test_guidance_dropout_replaces_prompts_by_the_negative_one(build):
-    diffusion = ("objective=diffusion", "sampling.negative_prompt=bad")
+    diffusion = ("objective=diffusion", "sampling.negative_prompt=bad", "trainer.batch_size=400")
     prompts = ["a cat"] * 400
-    dropped = build(*diffusion, "diffusion.guidance_dropout=0.25")._drop(prompts)
-    assert set(dropped) == {"a cat", "bad"} and 60 < dropped.count("bad") < 140
-    assert build(*diffusion, "diffusion.guidance_dropout=0")._drop(prompts) == prompts
+
+    def dropped(share: float) -> list[str]:
+        trainer = build(*diffusion, f"diffusion.guidance_dropout={share}")
+        return trainer._drop(prompts, *trainer.micro_batches())
+
+    assert set(dropped(0.25)) == {"a cat", "bad"} and 60 < dropped(0.25).count("bad") < 140
+    assert dropped(0) == prompts

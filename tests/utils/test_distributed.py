@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 
 from utils.distributed import (
     Ranks,
+    StopRequest,
     all_reduce_mean,
+    any_process,
     barrier,
     broadcast_object,
     derive_seed,
@@ -19,6 +22,7 @@ from utils.distributed import (
     resolve_device,
     resolve_dtype,
     share,
+    share_cores,
     shutdown_distributed,
 )
 from utils.errors import UserError
@@ -26,10 +30,14 @@ from utils.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 WORKER = """
-import json, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
-from utils.distributed import all_reduce_mean, barrier, broadcast_object, init_distributed, share, shutdown_distributed
+from utils.distributed import (
+    StopRequest, all_reduce_mean, any_process, barrier, broadcast_object, device_mesh, init_distributed, share,
+    shutdown_distributed,
+)
+MESHES = [((2,), ("shard",)), ((2, 1), ("replicate", "shard"))]
 ranks = init_distributed("cpu")
 folder = Path(sys.argv[1])
 if ranks.rank == 1:
@@ -43,7 +51,13 @@ result = {
     "mean": all_reduce_mean(values).tolist(),
     "unchanged": values.tolist(),
     "share": share(list(range(5)), ranks.rank, ranks.world_size),
+    "any": [any_process(ranks.rank == 1), any_process(False)],
+    "mesh": [list(device_mesh(torch.device("cpu"), shape, names).shape) for shape, names in MESHES],
 }
+with StopRequest() as stop:
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    result["stop"] = stop.made()
 (folder / f"{ranks.rank}.json").write_text(json.dumps(result))
 shutdown_distributed()
 """
@@ -63,6 +77,19 @@ def test_two_processes_agree(tmp_path):
     assert first["mean"] == second["mean"] == [0.5, 10.0]
     assert first["unchanged"] == [0.0, 10.0] and second["unchanged"] == [1.0, 10.0]
     assert first["share"] == [0, 2, 4] and second["share"] == [1, 3]
+    assert first["any"] == second["any"] == [True, False]
+    assert first["mesh"] == second["mesh"] == [[2], [2, 1]]
+    assert first["stop"] and second["stop"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_request_remembers_its_signals_and_then_leaves_them_to_others(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.made()
+        os.kill(os.getpid(), number)
+        assert stop.made() and stop.made()
+    assert signal.getsignal(number) is before
 
 
 def test_one_process_needs_no_group(monkeypatch):
@@ -71,6 +98,7 @@ def test_one_process_needs_no_group(monkeypatch):
     assert not torch.distributed.is_initialized()
     barrier()
     value, tensor = object(), torch.ones(2)
+    assert any_process(True) and not any_process(False)
     assert broadcast_object(value) is value
     mean = all_reduce_mean(tensor)
     assert torch.equal(mean, tensor) and mean is not tensor
@@ -136,3 +164,17 @@ def test_dtypes_are_found_or_refused():
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
     with pytest.raises(UserError, match="unknown dtype 'half': choose auto, float32"):
         resolve_dtype("half", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, max(1, (os.cpu_count() or 1) // 2)), ("7", 3)])
+def test_two_computing_threads_share_the_cores_unless_told(monkeypatch, variable, threads):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    try:
+        torch.set_num_threads(3)
+        share_cores(torch.device("cpu"))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

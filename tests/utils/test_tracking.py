@@ -3,13 +3,14 @@
 import json
 import logging
 import sys
+import time
 import types
 
 import pytest
 import torch
 
 from utils.errors import UserError
-from utils.tracking import Tracker, progress, setup_logging
+from utils.tracking import Stopwatch, Tracker, peak_memory, progress, setup_logging
 from utils.video import VideoWriter
 
 
@@ -58,9 +59,56 @@ def test_each_step_is_a_line_that_is_on_disk_at_once(tmp_path):
     assert read_lines(tmp_path / "run") == [{"step": 1, "loss": 0.5, "norm": 2.0}]
     tracker.log(2, {"loss": float("nan"), "norm": float("inf")})
     tracker.close()
-    with Tracker(tmp_path / "run", config={}) as resumed:
+    with Tracker(tmp_path / "run", config={}, step=2) as resumed:
         resumed.log(3, {"loss": 0.25})
     assert read_lines(tmp_path / "run")[1:] == [{"step": 2, "loss": None, "norm": None}, {"step": 3, "loss": 0.25}]
+
+
+def test_a_resumed_run_drops_the_lines_that_will_come_again_and_a_torn_one(tmp_path):
+    with Tracker(tmp_path, config={}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    with Tracker(tmp_path, config={}, step=2) as resumed:
+        resumed.log(3, {"loss": 0.25})
+    assert read_lines(tmp_path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 0.25}]
+    Tracker(tmp_path, config={}).close()
+    assert read_lines(tmp_path) == []
+
+
+def test_a_full_disk_costs_a_line_and_a_warning_but_not_the_run(tmp_path, caplog):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Tracker(tmp_path, config={}) as tracker:
+        tracker.log(1, {"loss": 1})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+        try:
+            tracker.log(2, {"loss": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        tracker.log(3, {"loss": 3})
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 3]
+    assert "metrics not written" in caplog.text
+
+
+def test_a_stopwatch_books_each_moment_once():
+    clock = Stopwatch(torch.device("cpu"))
+    with clock.phase("outer"):
+        time.sleep(0.02)
+        with clock.phase("inner"):
+            time.sleep(0.05)
+    spent = clock.lap()
+    assert spent.keys() == {"outer", "inner"}
+    assert spent["inner"] >= 0.05 and 0.02 <= spent["outer"] < 0.05
+    assert clock.lap() == {}
+
+
+def test_memory_grows_with_what_is_held():
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(int((before + 0.1) * 2**28))  # float32: more than all that was ever held
+    assert peak_memory(torch.device("cpu")) >= before + 0.1 and held.sum() > 0
 
 
 def test_other_processes_write_nothing(tmp_path, wandb_runs):

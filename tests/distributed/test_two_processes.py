@@ -1,0 +1,190 @@
+"""Real gloo processes: sharded training equals that of one process, survives kills, and ends together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.kill_and_resume import compare, kill_often, launch, repeated_metrics, step_reached, wait
+from utils.checkpoint import latest_checkpoint, read_about
+
+pytest_plugins = ["tests.shapes_parts"]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GENTLE = ("optimizer.lr=1.0e-4", "critic_optimizer.lr=1.0e-4")
+DMD = ("dmd.replay_rollouts=2", "dmd.critic_head_start=1", "student.gradient_checkpointing=true", *GENTLE)
+OBJECTIVES = {
+    "gan": ("objective=self_forcing_gan", "gan.heads.depths=[1.0]", "gan.r1_weight=0.1", *DMD),
+    "diffusion": (
+        "objective=diffusion",
+        "optimizer.kind=muon",
+        "text_encoder.weights=null",
+        "diffusion.train_text_encoder=true",
+        *GENTLE,
+    ),
+}
+FOUR = ("trainer.total_batch_size=4",)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def train(release, tmp_path):
+    """Trains in so many processes into a folder of this name, which it returns."""
+
+    def train(name: str, processes: int, *overrides: str) -> Path:
+        wait(launch(flags(release, tmp_path / name, *overrides), processes), timeout=240)
+        return tmp_path / name
+
+    return train
+
+
+def flags(release, logdir: Path, *overrides: str) -> list[str]:
+    return ["--config_path", release.config_path, "--no_visualize", "--logdir", str(logdir), *overrides]
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    states = [torch.load(run / "model.pt", weights_only=True) for run in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    return max(
+        (tensor.float() - states[1][name][key].float()).abs().max().item()
+        for name in states[0].keys() - {"step", "config"}
+        for key, tensor in states[0][name].items()
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sharded_training_equals_that_of_one_process(train, objective):
+    options = (*OBJECTIVES[objective], "trainer.steps=2")
+    whole = train("whole", 1, "trainer.batch_size=4", *options)
+    both = train("both", 2, "trainer.batch_size=1", *FOUR, *options)
+    assert largest_difference(whole, both) <= 1e-5
+    state = torch.load(whole / "model.pt", weights_only=True)
+    moved = [(state["generator"][key] - average).abs().max() for key, average in state["generator_ema"].items()]
+    assert max(moved) > 5e-5  # so the equality says something
+
+
+def test_however_a_batch_is_divided_the_updates_are_the_same(train):
+    whole = train("whole", 1, "trainer.batch_size=4", "trainer.steps=2", *DMD)
+    for name, processes, micro in (("passes", 1, 1), ("halves", 2, 2)):
+        other = train(name, processes, f"trainer.batch_size={micro}", "trainer.steps=2", *FOUR, *DMD)
+        assert largest_difference(whole, other) <= 1e-5
+
+
+def test_other_ways_to_shard_give_the_same_updates(train):
+    whole = train("whole", 1, "trainer.batch_size=2", "trainer.steps=2", *DMD)
+    options = ("parallel.shard_size=1", "parallel.offload_teacher=true", "parallel.offload_trained=true")
+    hybrid_and_offloaded = train("other", 2, "trainer.batch_size=1", "trainer.steps=2", *DMD, *options)
+    assert largest_difference(whole, hybrid_and_offloaded) <= 1e-5
+
+
+def test_a_checkpoint_is_read_by_another_number_of_processes(train):
+    options = ("trainer.batch_size=1", "trainer.total_batch_size=2", "trainer.steps=2", *DMD)
+    for before, after in ((1, 2), (2, 1)):
+        run = train(f"from {before}", before, *options)
+        model = torch.load(run / "model.pt", weights_only=True)
+        (run / "model.pt").unlink()
+        train(f"from {before}", after, *options)  # nothing left to train: it loads and exports
+        again = torch.load(run / "model.pt", weights_only=True)
+        assert all(torch.equal(t, again[n][k]) for n in model.keys() - {"step", "config"} for k, t in model[n].items())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_end_as_one_left_alone_to_the_last_bit(train, release, tmp_path, processes):
+    background = f"trainer.save_in_background={processes == 2}"
+    options = ("trainer.steps=6", "trainer.save_every=2", "trainer.batch_size=1", background, *DMD)
+    whole = train("whole", processes, *options)
+    kills = 3 if processes == 1 else 1
+    kill_often(flags(release, tmp_path / "killed", *options), processes, kills, 3.0, seed=0)
+    assert compare(whole, tmp_path / "killed") == []
+    assert len(repeated_metrics(whole)) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_ends_all_well_with_a_checkpoint(release, tmp_path, number):
+    logdir = tmp_path / "run"
+    group = launch(flags(release, logdir, "trainer.steps=100000", "trainer.batch_size=1", *DMD), 2)
+    wait_for(lambda: (logdir / "metrics.jsonl").exists() and len(repeated_metrics(logdir)) >= 2)
+    os.kill(group[1].pid, number)
+    wait(group, timeout=60)
+    step = read_about(latest_checkpoint(logdir / "checkpoints"))["step"]
+    assert step == step_reached(logdir / "checkpoints") == repeated_metrics(logdir)[-1]["step"] >= 2
+    assert not (logdir / "model.pt").exists()
+
+
+UNLUCKY = """
+import os, sys, time
+sys.path.insert(0, {repository!r})
+import train
+from trainer.self_forcing import SelfForcingTrainer
+from trainer.trainer import Trainer
+
+report, critic_loss = Trainer.report, SelfForcingTrainer.critic_loss
+
+def poisoned(self, *arguments):
+    return critic_loss(self, *arguments) * (float("nan") if self.step == 1 else 1)
+
+def dying(self, *arguments):
+    report(self, *arguments)
+    if self.step == 3:
+        print(f"died at {{time.time()}}", flush=True)
+        raise RuntimeError("rank 1 is out of luck")
+
+if os.environ["RANK"] == "1":
+    SelfForcingTrainer.critic_loss, Trainer.report = poisoned, dying
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def unlucky(release, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
+    """A torchrun job in whose second step one process has a bad loss, and in whose third it dies; and its end."""
+    folder = tmp_path_factory.mktemp("unlucky")
+    (folder / "unlucky.py").write_text(UNLUCKY.format(repository=str(REPOSITORY)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    options = flags(release, folder / "run", "trainer.steps=100000", "trainer.batch_size=1", *DMD)
+    done = subprocess.run(
+        [*torchrun, str(folder / "unlucky.py"), *options], capture_output=True, text=True, timeout=240
+    )
+    return folder / "run", done, time.time()
+
+
+def test_a_process_that_dies_ends_the_job_with_its_message_within_seconds(unlucky):
+    _, done, ended = unlucky
+    assert done.returncode != 0 and "rank 1 is out of luck" in done.stderr
+    assert ended - float(done.stdout.partition("died at ")[2].split()[0]) < 20
+
+
+def test_a_bad_loss_of_one_process_skips_the_step_of_all(unlucky):
+    logdir, done, _ = unlucky
+    lines = repeated_metrics(logdir)
+    assert [line["skipped"] for line in lines[:3]] == [0, 1, 1]
+    assert lines[1]["critic_loss"] is None and lines[2]["critic_loss"] > 0
+    record = json.loads((logdir / "skipped" / "step_00000002.json").read_text())
+    assert len(record["prompts"]) == 2 and "step 2 skipped" in done.stderr
+
+
+def test_bfloat16_passes_train_close_to_float32(train):
+    whole = train("float32", 1, "trainer.batch_size=2", "trainer.steps=2", *DMD)
+    half = train("bfloat16", 2, "trainer.batch_size=1", "trainer.steps=2", "parallel.precision=bfloat16", *DMD)
+    states = torch.load(half / "model.pt", weights_only=True)
+    assert all(tensor.dtype == torch.float32 for tensor in states["generator"].values())
+    assert 0 < largest_difference(whole, half) < 1e-3
+    first, other = (json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, half))
+    assert other["critic_loss"] == pytest.approx(first["critic_loss"], rel=0.05)
+
+
+def wait_for(condition, timeout: float = 120) -> None:
+    limit = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.02)

@@ -1,0 +1,140 @@
+"""What goes wrong in a training: steps that must be skipped, a critic that lags behind, samples that collapse."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from trainer.micro_batch import MicroBatch
+from utils.errors import UserError
+from utils.files import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class HealthConfig:
+    """When to warn and when to stop."""
+
+    max_skipped: int = 10
+    """Steps in a row skipped for a loss or gradient that is not finite; so many end the run."""
+    window: int = 50
+    """Steps whose medians the alarms compare; 0 gives no alarm."""
+    critic_rise: float = 1.5
+    """The critic's loss may grow by this factor over its lowest median while the generator moves."""
+    variance_fall: float = 0.5
+    """The variance within generated videos may fall to this share of its highest median."""
+
+    def __post_init__(self) -> None:
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped={self.max_skipped} must be at least 1")
+        if self.window < 0:
+            raise ValueError(f"window={self.window} must not be negative")
+        if self.critic_rise <= 1:
+            raise ValueError(f"critic_rise={self.critic_rise} must be more than 1")
+        if not 0 < self.variance_fall < 1:
+            raise ValueError(f"variance_fall={self.variance_fall} must lie in (0, 1)")
+
+
+@dataclass
+class Alarm:
+    """Compares a metric's median over a window with the best of any window before; a warning starts a new one."""
+
+    metric: str
+    limit: float
+    """Share of the best median that may not be reached: more than 1 for what must not rise, else for a fall."""
+    advice: str
+    best: float | None = None
+    recent: list[float] = field(default_factory=list)
+
+    def watch(self, step: int, value: float, window: int) -> None:
+        """Take in the metric of a step."""
+        self.recent.append(value)
+        if len(self.recent) < window:
+            return
+        now, self.recent = median(self.recent), []
+        rising = self.limit > 1
+        if self.best is not None and (now > self.limit * self.best if rising else now < self.limit * self.best):
+            log.warning(
+                "step %d: %s %s from %.3g to %.3g: %s",
+                step, self.metric, "rose" if rising else "fell", self.best, now, self.advice,
+            )  # fmt: skip
+        self.best = now if self.best is None else (min if rising else max)(self.best, now)
+
+
+class Health:
+    """Counts skipped steps and watches the metrics of a run; its state is part of a checkpoint.
+
+    Args:
+        folder: where batches of skipped steps are recorded.
+    """
+
+    def __init__(self, config: HealthConfig, folder: Path, *, is_main: bool) -> None:
+        self.config = config
+        self.folder = folder
+        self.is_main = is_main
+        self.skipped = 0
+        self.in_a_row = 0
+        self.alarms = [
+            Alarm(
+                "critic_loss",
+                config.critic_rise,
+                "the critic lags behind the generator; raise dmd.critic_updates or critic_optimizer.lr, "
+                "or lower optimizer.lr",
+            ),
+            Alarm(
+                "sample_variance",
+                config.variance_fall,
+                "the samples collapse; go back to an earlier checkpoint and lower optimizer.lr, "
+                "or check dmd.real_guidance_scale",
+            ),
+        ]
+
+    def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in a step that was not skipped; warns where its metrics tell of trouble."""
+        self.in_a_row = 0
+        for alarm in self.alarms:
+            if self.config.window and alarm.metric in metrics and "generator_loss" in metrics:  # the generator moves
+                alarm.watch(step, metrics[alarm.metric], self.config.window)
+
+    def step_skipped(self, step: int, batch: MicroBatch, prompts: Sequence[str], metrics: Mapping[str, float]) -> None:
+        """Count a step that was skipped, and record what it was about; all processes call it.
+
+        Args:
+            batch: any part of the batch of the update that failed.
+            prompts: of the whole batch; only the main process needs them.
+
+        Raises:
+            UserError: too many in a row.
+        """
+        self.skipped += 1
+        self.in_a_row += 1
+        path = self.folder / f"step_{step:08d}.json"
+        if self.is_main:
+            record = {"step": step, "seed": batch.seed, "samples": list(batch.batch), "prompts": list(prompts)}
+            try:
+                atomic_write_text(path, json.dumps(record | {"metrics": dict(metrics)}, indent=1) + "\n")
+            except OSError as error:
+                log.warning("batch of the skipped step %d not recorded: %s", step, error.strerror or error)
+            log.warning("step %d skipped: a loss or gradient is not finite; its batch is in %s", step, path)
+        if self.in_a_row >= self.config.max_skipped:
+            raise UserError(
+                f"{self.in_a_row} steps in a row were skipped, the last one {step}: their loss or gradient is not "
+                f"finite. Their batches are in {self.folder}; lower optimizer.lr, or remove the newest checkpoints"
+            )
+
+    def state_dict(self) -> dict[str, object]:
+        """Counts, and what the alarms have seen."""
+        seen = {alarm.metric: [alarm.best, alarm.recent] for alarm in self.alarms}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "seen": seen}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        for alarm in self.alarms:
+            alarm.best, recent = state["seen"][alarm.metric]
+            alarm.recent = list(recent)

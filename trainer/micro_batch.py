@@ -1,0 +1,121 @@
+"""How a global batch is divided over processes and passes, and random numbers that do not depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.rollout import randn
+from utils.distributed import Ranks, derive_seed
+from utils.errors import UserError
+
+Rows = TypeVar("Rows", Tensor, Sequence)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Consecutive samples of one update's global batch: what one forward and backward pass is about.
+
+    Its random streams depend on the update, the purpose and a sample's place in the global batch, never on the process
+    that draws them: however a batch is divided, its samples see the same numbers.
+    """
+
+    seed: int
+    """Of the update."""
+    batch: range
+    """Of the whole global batch: indices in the training data."""
+    number: int
+    """Of this pass among those of the process."""
+    start: int
+    """Place of the first sample in the global batch."""
+    size: int
+    """Samples."""
+
+    @property
+    def total(self) -> int:
+        """Samples of the global batch."""
+        return len(self.batch)
+
+    @property
+    def indices(self) -> range:
+        """Of these samples in the training data."""
+        return self.of(self.batch)
+
+    def of(self, whole: Rows) -> Rows:
+        """The rows of this micro-batch, of a global batch's [total ...]."""
+        return whole[self.start : self.start + self.size]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """For what is drawn once for the whole global batch; equal in all its micro-batches."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, purpose))
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """One for each sample."""
+        places = range(self.start, self.start + self.size)
+        return [torch.Generator().manual_seed(derive_seed(self.seed, purpose, place)) for place in places]
+
+    def randn(self, purpose: str, like: Tensor) -> Tensor:
+        """Standard normal [size ...] in the shape, device and dtype of ``like``."""
+        return randn(like.shape, self.generators(purpose), like)
+
+    def each(self, draw: Callable[[Tensor, torch.Generator], Tensor], purpose: str, samples: Tensor) -> Tensor:
+        """``draw(samples[i : i + 1], generator of sample i)`` for every sample, joined."""
+        pairs = zip(samples.split(1), self.generators(purpose), strict=True)
+        return torch.cat([draw(sample, generator) for sample, generator in pairs])
+
+    def weight(self, counted: Tensor) -> float:
+        """The factor that makes the mean over the counted entries here part of the mean over those of the whole batch.
+
+        Micro-batches are averaged plainly, but hold different numbers of entries that count; ``counted`` is bool
+        [total ...].
+        """
+        everywhere = max(1, int(counted.sum()))
+        return int(self.of(counted).sum()) / everywhere * self.total / self.size
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Who computes what of a global batch: each process consecutive samples, in passes of ``micro`` of them."""
+
+    micro: int
+    """Samples a pass."""
+    passes: int
+    """Passes of each process, between which gradients accumulate."""
+    ranks: Ranks
+
+    @property
+    def local(self) -> int:
+        """Samples of each process."""
+        return self.micro * self.passes
+
+    @property
+    def total(self) -> int:
+        """Samples of the global batch."""
+        return self.local * self.ranks.world_size
+
+    def divide(self, batch: range, seed: int) -> list[MicroBatch]:
+        """The passes of this process over a global batch, in the update whose streams come from ``seed``."""
+        first = self.ranks.rank * self.local
+        return [
+            MicroBatch(seed, batch, number, first + number * self.micro, self.micro) for number in range(self.passes)
+        ]
+
+
+def plan_batches(micro: int, total: int | None, ranks: Ranks) -> BatchPlan:
+    """Divide a global batch of ``total`` samples (None: one pass a process) into passes of ``micro``.
+
+    Raises:
+        UserError: it does not divide.
+    """
+    at_once = micro * ranks.world_size
+    total = at_once if total is None else total
+    if total % at_once:
+        raise UserError(
+            f"trainer.total_batch_size={total} is not a multiple of {at_once} = trainer.batch_size={micro} x "
+            f"{ranks.world_size} processes; change one of them"
+        )
+    return BatchPlan(micro, total // at_once, ranks)

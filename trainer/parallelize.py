@@ -1,0 +1,197 @@
+"""Spreading a model over processes, from outside it: FSDP2, mixed precision, compilation, offload.
+
+Every transformer block and the transformer around them are units whose weights are whole only while they run. Small
+modules (codec, text encoder, discriminator heads) stay replicated; their gradients are averaged before the step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.denoiser import Denoiser
+from model.transformer import WanTransformer
+from utils.distributed import Ranks, device_mesh, resolve_dtype
+from utils.errors import UserError
+
+
+@dataclass
+class ParallelConfig:
+    """How models are spread over processes, and in what precision they compute."""
+
+    shard_size: int | None = None
+    """Processes that hold one copy of the weights between them; null is all of them, fewer is hybrid sharding."""
+    precision: str = "auto"
+    """Of the passes of trained and frozen transformers: auto (bfloat16 on CUDA, else float32), bfloat16 or float32.
+    Trained weights, their gradients' sums and the optimizers stay in float32."""
+    compile: bool = False
+    """Compile every block with torch.compile."""
+    offload_teacher: bool = False
+    """Keep the frozen teacher's shards in CPU memory."""
+    offload_trained: bool = False
+    """Keep the shards of trained transformers and their optimizers in CPU memory, and step there."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"precision={self.precision!r} must be auto, bfloat16 or float32")
+        if self.shard_size is not None and self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size} must be at least 1")
+
+
+class Parallelism:
+    """Applies a :class:`ParallelConfig` to denoisers.
+
+    One process that computes in float32 needs nothing and gets nothing: its modules stay what they are.
+
+    Raises:
+        UserError: the processes do not divide into groups of ``shard_size``.
+    """
+
+    def __init__(self, config: ParallelConfig, device: torch.device, ranks: Ranks) -> None:
+        self.config = config
+        self.dtype = resolve_dtype(config.precision, device)
+        self.device = device
+        size = config.shard_size or ranks.world_size
+        if ranks.world_size % size:
+            raise UserError(
+                f"parallel.shard_size={size} does not divide the {ranks.world_size} processes; "
+                "choose a divisor, such as the GPUs of one machine, or null"
+            )
+        offload = config.offload_teacher or config.offload_trained
+        self.active = ranks.world_size > 1 or self.dtype != torch.float32 or offload
+        if self.active:
+            shape = (size,) if size == ranks.world_size else (ranks.world_size // size, size)
+            self.mesh = device_mesh(device, shape, ("replicate", "shard")[-len(shape) :])
+
+    @property
+    def loading_device(self) -> torch.device:
+        """Where weights are read to: sharding moves them on, block by block."""
+        return torch.device("cpu") if self.active else self.device
+
+    def trained(self, denoiser: Denoiser) -> Denoiser:
+        """Prepare a denoiser to be trained: float32 weights in shards, gradients summed in float32."""
+        return self._apply(denoiser, offload=self.config.offload_trained)
+
+    def frozen(self, denoiser: Denoiser) -> Denoiser:
+        """Prepare a denoiser that is not trained, loaded in :attr:`dtype`."""
+        return self._apply(denoiser.requires_grad_(False), offload=self.config.offload_teacher)
+
+    def _apply(self, denoiser: Denoiser, *, offload: bool) -> Denoiser:
+        transformer = denoiser.transformer
+        if self.config.compile:
+            for block in transformer.blocks:
+                block.compile()
+        if self.active:
+            self._shard(transformer, offload=offload)
+        return denoiser
+
+    def _shard(self, transformer: WanTransformer, *, offload: bool) -> None:
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        # Inputs are not cast here: timesteps must stay in float32.
+        precision = {"param_dtype": self.dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        pinned = self.device.type == "cuda"
+        options = {
+            "mesh": self.mesh,
+            "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
+            # The outermost unit too: left whole after a pass without gradient, it would miss the next update.
+            "reshard_after_forward": True,
+        }
+        inner = MixedPrecisionPolicy(**precision)
+        # It warns of changing keys and values in place; they are only read.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for block in transformer.blocks:
+            text = block.cross_attn  # its keys and values of a prompt are made outside the block, once for all chunks
+            fully_shard([text.k, text.norm_k, text.v], mp_policy=inner, **options)
+            fully_shard(block, mp_policy=inner, **options)
+        fully_shard(transformer, mp_policy=MixedPrecisionPolicy(**precision, output_dtype=torch.float32), **options)
+        register_fsdp_forward_method(transformer, "features")
+        transformer.patch_embedding.register_forward_pre_hook(_to_weight_dtype)
+
+
+def _to_weight_dtype(layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return (arguments[0].to(layer.weight.dtype),)
+
+
+def synchronise_gradients(module: nn.Module, enabled: bool) -> None:
+    """Whether the next backward passes sum gradients over processes, or keep them for a later one that does."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(enabled, recurse=False)
+
+
+def average_replicated(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients of parameters that are not sharded by their means over the processes."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+    if not dist.is_initialized() or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a process's part of a larger one."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; an ordinary tensor is its own part."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on every process; an ordinary one as it is. Every process must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_rows(rows: Tensor) -> Tensor:
+    """The rows [b ...] of this process as part of [B ...] of all, process after process; as they are if it is alone."""
+    if not dist.is_initialized():
+        return rows
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = device_mesh(rows.device, (dist.get_world_size(),), ("rows",))
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False)
+
+
+def own_shape(rows: Tensor) -> tuple[int, ...]:
+    """Shape of this process's equal share of the rows of [B ...]."""
+    return (len(rows) // (dist.get_world_size() if dist.is_initialized() else 1), *rows.shape[1:])
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process holds whole, sharded as ``like`` is; as it is if ``like`` is not."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def full_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """State dict of whole tensors, copied to the CPU one by one where ``keep``; elsewhere empty. All must call it."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        gathered = whole(tensor)
+        if keep:
+            state[name] = gathered.to("cpu", copy=True)
+    return state
