@@ -22,13 +22,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["model*", "pipeline*", "trainer*", "utils*"]),
+    package_data={"pipeline.serving": ["page/*"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "flash": ["flash-attn>=2.7"],  # after torch, with --no-build-isolation
         "wandb": ["wandb>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
         "quant": ["torchao>=0.10"],
-        "demo": ["gradio>=6,<7", "websockets>=13"],
         "dev": requirements("requirements-dev.txt"),
     },
 )

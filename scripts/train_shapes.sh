@@ -13,8 +13,7 @@ stage() { # name: train configs/shapes/NAME.yaml unless its model is there
   if [ -d "$log/model" ]; then
     echo "$1: done already ($log/model)"
   else
-    echo "$1: training into $log"
-    rm -rf "$log" # what an interrupted run left
+    echo "$1: training into $log, from where it stopped"
     python train.py --config_path "configs/shapes/$1.yaml" --logdir "$log"
   fi
 }

@@ -18,10 +18,9 @@ from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
 from model.transformer import WanConfig, WanTransformer
 from model.weights import save_folder
 from trainer.config import Config
-from trainer.data import ShapesClips
 from trainer.objectives.codec import fit_linear_code
 from utils.config import load_config
-from utils.shapes import ShapesConfig, all_scenes
+from utils.shapes import all_scenes, render_clips, training_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZES = WanConfig(
@@ -34,7 +33,7 @@ generator: {{weights: {folder}/generator}}
 student: {{weights: {folder}/student, shift: 5.0}}
 real_score: {{weights: {folder}/teacher}}
 codec: {{weights: {folder}/codec}}
-text_encoder: {{weights: {folder}/text_encoder}}
+text_encoder: {{weights: {folder}/text_encoder, cache: null}}
 video: {{num_frames: 6, scale: 2}}
 sampling: {{steps: 2}}
 data: {{sample_prompts: {folder}/samples.txt}}
@@ -108,6 +107,7 @@ def tiny_transformer(seed: int) -> WanTransformer:
 def tiny_codec() -> TinyVAE:
     """The Shapes codec as its training starts: a linear code that already shows what is in a clip."""
     codec = TinyVAE(TINY_VAE_PRESETS["shapes"])
-    clips = ShapesClips(ShapesConfig(), torch.Generator().manual_seed(0))
-    fit_linear_code(clips.next(16, 5).frames, codec.config).write_to(codec)
+    scenes = training_scenes()[::30]
+    clips = render_clips(scenes, 5, torch.Generator().manual_seed(0))
+    fit_linear_code(clips, codec.config).write_to(codec)
     return codec

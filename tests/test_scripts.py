@@ -12,7 +12,7 @@ from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver, trajectory
 from scripts import evaluate, make_ode_pairs
 from scripts.make_ode_pairs import kept_states
-from trainer.data import read_ode_pairs
+from trainer.data import Draw, ODEData
 from utils.errors import UserError
 from utils.shapes import training_scenes
 
@@ -98,21 +98,22 @@ def test_the_kept_states_lie_on_the_warped_denoising_steps():
 def test_pairs_are_states_of_the_teachers_trajectories(release, tmp_path):
     flags = ["--config_path", release.config_path, "--count", "3", "--batch", "2"]
     assert make_ode_pairs.main([*flags, f"ode.pairs={tmp_path}"]) == 0
-    pairs = read_ode_pairs(tmp_path)
-    assert pairs.trajectories.shape == (3, 5, 6, 16, 12, 12)
-    assert pairs.timesteps == pytest.approx([*FlowMatching(5.0).warp(STEPS), 0.0], rel=1e-6)
+    data = ODEData(tmp_path)
+    pairs = data.samples([Draw(item, 0) for item in range(3)])
+    assert pairs.states.shape == (3, 5, 6, 16, 12, 12) and pairs.latents is None
+    assert data.timesteps == pytest.approx([*FlowMatching(5.0).warp(STEPS), 0.0], rel=1e-6)
     assert len(pairs.prompts) == 3 and set(pairs.prompts) <= {scene.prompt for scene in training_scenes()}
 
     config = release.config()
     teacher, encoder = load_denoiser(config.real_score), load_text_encoder(config.text_encoder)
-    noise = pairs.trajectories[:1, 0].float()
+    noise = pairs.states[:1, 0]
     assert noise.mean().abs() < 0.1 and noise.std() == pytest.approx(1, abs=0.05)
     with torch.no_grad():
         embeds, negative = encoder.encode(pairs.prompts[:1]), encoder.encode([""])
     sampling = SamplingConfig(steps=48, solver=Solver.euler, guidance_scale=config.sampling.guidance_scale)
     states = trajectory(teacher, noise, embeds, negative, sampling)
-    for stored, index in zip(pairs.trajectories[0], (0, 12, 24, 36, 48), strict=True):
-        assert torch.allclose(stored.float(), states[index][0], atol=0.02)
+    for stored, index in zip(pairs.states[0], (0, 12, 24, 36, 48), strict=True):
+        assert torch.allclose(stored, states[index][0], atol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from trainer.autoencoder import AutoencoderTrainer
 from trainer.config import Config, Objective
 from trainer.consistency import ConsistencyTrainer
 from trainer.diffusion import DiffusionTrainer
+from trainer.long_rollout import ContinuedTrainer, ImageTrainer, LongTrainer
 from trainer.regression import RegressionTrainer
 from trainer.self_forcing import SelfForcingTrainer
 from trainer.trainer import RunContext, Trainer
@@ -18,6 +19,9 @@ TRAINERS: dict[Objective, type[Trainer]] = {
     Objective.self_forcing_dmd: SelfForcingTrainer,
     Objective.self_forcing_sid: SelfForcingTrainer,
     Objective.self_forcing_gan: AdversarialTrainer,
+    Objective.self_forcing_long: LongTrainer,
+    Objective.self_forcing_continued: ContinuedTrainer,
+    Objective.self_forcing_image: ImageTrainer,
     Objective.causvid: CausVidTrainer,
     Objective.causal_consistency: ConsistencyTrainer,
 }

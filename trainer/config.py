@@ -7,10 +7,12 @@ from enum import Enum
 
 from model.discriminator import DiscriminatorConfig
 from pipeline.loading import DenoiserConfig, PartsConfig
-from pipeline.sampling import SamplingConfig
 from trainer.data import DataConfig
+from trainer.health import HealthConfig
+from trainer.lora import LoRAConfig
 from trainer.objectives.gan import AdversarialLoss
 from trainer.optimizer import OptimizerConfig
+from trainer.parallelize import ParallelConfig
 
 
 class Objective(Enum):
@@ -22,6 +24,9 @@ class Objective(Enum):
     self_forcing_dmd = "self_forcing_dmd"
     self_forcing_sid = "self_forcing_sid"
     self_forcing_gan = "self_forcing_gan"
+    self_forcing_long = "self_forcing_long"
+    self_forcing_continued = "self_forcing_continued"
+    self_forcing_image = "self_forcing_image"
     causvid = "causvid"
     causal_consistency = "causal_consistency"
 
@@ -92,13 +97,34 @@ class DMDConfig:
     """See diffusion.sigma_floor; of the critic's loss."""
     grad_start_frame: int = 0
     """First latent frame that carries gradient."""
+    regression_weight: float = 0.0
+    """Of the regression to stored trajectories (ode.pairs), added to the generator's loss; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         if self.critic_updates < 1:
             raise ValueError(f"critic_updates={self.critic_updates} must be at least 1")
-        for name in ("critic_head_start", "replay_rollouts"):
+        for name in ("critic_head_start", "replay_rollouts", "regression_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass
+class LongConfig:
+    """Rollouts longer than video.num_frames, which is what the scores see (DMD, as the dmd section says)."""
+
+    max_frames: int = 63
+    """self_forcing_long: each rollout has video.num_frames up to so many latent frames; its last are scored."""
+    windows: int = 4
+    """self_forcing_continued: a rollout goes on for so many steps, each adding video.num_frames, which are scored."""
+    switch_probability: float = 1.0
+    """self_forcing_continued: how often the prompt changes, before a random step of the rollout but the first."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_frames", "windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.switch_probability <= 1:
+            raise ValueError(f"switch_probability={self.switch_probability} must lie in [0, 1]")
 
 
 @dataclass
@@ -147,7 +173,9 @@ class LoopConfig:
     steps: int = 1000
     """Updates of the trained network."""
     batch_size: int = 1
-    """Clips an update."""
+    """Clips a process takes through the network at once."""
+    total_batch_size: int | None = None
+    """Clips an update, over all processes and passes; null is one pass of batch_size on each process."""
     seed: int = 0
     """Of every random stream."""
     ema_decay: float = 0.99
@@ -160,15 +188,27 @@ class LoopConfig:
     """Steps between sample videos; 0 makes them at the end only."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
+    save_in_background: bool = False
+    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this stay too; 0 is none."""
+    export_every: int = 0
+    """Steps between exports of model_<step>.pt, in the official layout; 0 exports at the end only, to model.pt."""
     export_dtype: str = "float32"
     """Of the final model's files: float32, float16 or bfloat16."""
     wandb: bool = False
     """Report to Weights & Biases too."""
+    tensorboard: bool = False
+    """Report to TensorBoard too."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
+        for name in ("steps", "batch_size", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.total_batch_size is not None and self.total_batch_size < 1:
+            raise ValueError(f"total_batch_size={self.total_batch_size} must be at least 1")
         if self.export_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"export_dtype={self.export_dtype!r} must be float32, float16 or bfloat16")
 
@@ -179,19 +219,25 @@ class Config(PartsConfig):
 
     objective: Objective = Objective.self_forcing_dmd
     """What train.py trains."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     student: DenoiserConfig = field(default_factory=DenoiserConfig)
     """What self-forcing starts from; generator is what it leaves for inference."""
     real_score: DenoiserConfig = field(default_factory=DenoiserConfig)
-    """The frozen teacher, and the critic's starting point."""
+    """The frozen teacher."""
+    fake_score: DenoiserConfig | None = None
+    """The critic's starting point; null is the teacher."""
     data: DataConfig = field(default_factory=DataConfig)
     trainer: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     ode: ODEConfig = field(default_factory=ODEConfig)
     dmd: DMDConfig = field(default_factory=DMDConfig)
+    long: LongConfig = field(default_factory=LongConfig)
     sid: SiDConfig = field(default_factory=SiDConfig)
     gan: GANConfig = field(default_factory=GANConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)

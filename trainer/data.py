@@ -1,21 +1,33 @@
-"""Training data: clips of the Shapes world rendered on the fly, and prompts."""
+"""Training data: prompts, prompt-image pairs, encoded videos, the Shapes world, and stored ODE trajectories.
+
+A dataset is a list of items; a :class:`Stream` numbers its endless shuffled passes over them. Sample i of a stream is a
+function of the seed and i alone, so any number of processes that share out the indices see the same samples.
+
+Shapes: B batch, F latent frames (pixel frames, of ``frames``), C channels, H W height and width, S stored states.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.codec import VideoCodec
+from model.text_encoder import PromptCache
+from pipeline.loading import TextConfig, VideoConfig, load_text_encoder
+from utils.distributed import derive_seed
 from utils.errors import UserError
-from utils.files import atomic_path, atomic_write_text
-from utils.prompts import read_prompts
+from utils.prompts import read_image_prompts, read_prompts
 from utils.shapes import Scene, ShapesConfig, render_clips, training_scenes
+from utils.shards import Shards
+from utils.video import load_image
+
+CACHED_PROMPTS = 4096
 
 
 class DataKind(Enum):
@@ -23,6 +35,16 @@ class DataKind(Enum):
 
     shapes = "shapes"
     prompts = "prompts"
+    images = "images"
+    videos = "videos"
+
+
+class Contents(Enum):
+    """What an objective needs of a sample, besides its prompt."""
+
+    prompts = "prompts"
+    first_frames = "first frames"
+    clips = "videos"
 
 
 @dataclass
@@ -30,103 +52,299 @@ class DataConfig:
     """What is trained on."""
 
     kind: DataKind = DataKind.prompts
-    """shapes: clips and prompts of the Shapes world; prompts: a text file, one prompt a line."""
+    """shapes: the Shapes world; prompts: a text file; images: prompt-image pairs; videos: encoded videos."""
     path: str | None = None
-    """The prompt file."""
+    """prompts: one a line; images: JSON lines {"image": ..., "prompt": ...}; videos: a folder of encode_videos.py."""
+    embeddings: str | None = None
+    """Folder of scripts/cache_embeddings.py, read in place of running the text encoder."""
     sample_prompts: str = "prompts/shapes.txt"
     """Prompts of the sample videos made during training."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     """The Shapes world."""
 
 
-class Clips(NamedTuple):
-    """Pixels [B F 3 H W] in [-1, 1] and their prompts."""
+class Draw(NamedTuple):
+    """One sample to be made: an item, and the seed of whatever is random about it."""
 
-    frames: Tensor
+    item: int
+    seed: int
+
+
+@dataclass
+class Samples:
+    """A batch: prompts, and what else the dataset has."""
+
     prompts: list[str]
+    frames: Tensor | None = None
+    """Pixels [B F 3 H W] in [-1, 1]."""
+    latents: Tensor | None = None
+    """Encoded already [B F C H W]."""
+    states: Tensor | None = None
+    """A teacher's trajectory from noise to clean [B S F C H W]."""
+
+    def encode(self, codec: VideoCodec, device: torch.device) -> Tensor:
+        """Latents [B F C H W] on ``device``."""
+        return codec.encode(self.frames.to(device)) if self.latents is None else self.latents.to(device)
 
 
-class ShapesClips:
-    """Endless batches of training clips; every training scene is seen once before any is seen again."""
+class Dataset(Protocol):
+    """Items that samples are made of."""
 
-    def __init__(self, config: ShapesConfig, generator: torch.Generator) -> None:
+    def __len__(self) -> int:
+        """How many items there are."""
+        ...
+
+    def samples(self, draws: Sequence[Draw]) -> Samples:
+        """One sample a draw; the same draw gives the same sample."""
+        ...
+
+
+class Stream:
+    """Endless samples of a dataset: every item comes once before any comes again, in a new order each time."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        if len(dataset) == 0:
+            raise ValueError("an empty dataset cannot be drawn from")
+        self.dataset = dataset
+        self.seed = seed
+        self.position = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def draw(self, count: int) -> range:
+        """Global indices of the next ``count`` samples, those of all processes together."""
+        self.position += count
+        return range(self.position - count, self.position)
+
+    def read(self, indices: Sequence[int]) -> Samples:
+        """The samples of global indices, whatever was read before."""
+        return self.dataset.samples([self._drawn(index) for index in indices])
+
+    def next(self, count: int) -> Samples:
+        """The next ``count`` samples, for a process that shares with no other."""
+        return self.read(self.draw(count))
+
+    def state_dict(self) -> dict[str, int]:
+        """Position, and what the order of the items depends on."""
+        return {"position": self.position, "seed": self.seed, "items": len(self.dataset)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            UserError: the dataset has another number of items now.
+        """
+        if state["items"] != len(self.dataset):
+            raise UserError(
+                f"the training data has {len(self.dataset)} items, but {state['items']} when the checkpoint was made; "
+                "put them back, or start in another logdir"
+            )
+        self.position, self.seed = state["position"], state["seed"]
+        self._order = (-1, [])
+
+    def _drawn(self, index: int) -> Draw:
+        epoch, place = divmod(index, len(self.dataset))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+            self._order = epoch, torch.randperm(len(self.dataset), generator=generator).tolist()
+        return Draw(self._order[1][place], derive_seed(self.seed, "sample", index))
+
+
+class PromptData:
+    """Prompts alone."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def samples(self, draws: Sequence[Draw]) -> Samples:
+        """Prompts."""
+        return Samples([self.prompts[draw.item] for draw in draws])
+
+
+class ShapesData:
+    """Clips of the training scenes of the Shapes world, rendered on the fly; ``num_frames`` pixel frames each."""
+
+    def __init__(self, config: ShapesConfig, num_frames: int) -> None:
         self.config = config
-        self.generator = generator
-        self.prompts = Deck(training_scenes(), generator)
+        self.num_frames = num_frames
+        self.scenes: list[Scene] = training_scenes()
+        self.prompts = [scene.prompt for scene in self.scenes]
 
-    def next(self, batch: int, num_frames: int) -> Clips:
-        """The next clips of ``num_frames`` pixel frames."""
-        scenes: list[Scene] = self.prompts.next(batch)
-        return Clips(render_clips(scenes, num_frames, self.generator, self.config), [scene.prompt for scene in scenes])
+    def __len__(self) -> int:
+        return len(self.scenes)
 
-
-class Deck:
-    """Endless draws from a list, reshuffled each time it has been dealt out."""
-
-    def __init__(self, items: list, generator: torch.Generator) -> None:
-        if not items:
-            raise ValueError("an empty list cannot be drawn from")
-        self.items = items
-        self.generator = generator
-        self.order: list[int] = []
-
-    def next(self, count: int) -> list:
-        """The next ``count`` items."""
-        while len(self.order) < count:
-            self.order += torch.randperm(len(self.items), generator=self.generator).tolist()
-        drawn, self.order = self.order[:count], self.order[count:]
-        return [self.items[index] for index in drawn]
+    def samples(self, draws: Sequence[Draw]) -> Samples:
+        """Prompts and frames; the seed decides where the object starts."""
+        scenes = [self.scenes[draw.item] for draw in draws]
+        clips = [
+            render_clips([scene], self.num_frames, torch.Generator().manual_seed(draw.seed), self.config)
+            for scene, draw in zip(scenes, draws, strict=True)
+        ]
+        return Samples([self.prompts[draw.item] for draw in draws], frames=torch.cat(clips))
 
 
-def training_clips(config: DataConfig, generator: torch.Generator) -> ShapesClips:
-    """The clips a video objective trains on.
+class ImageData:
+    """Prompt-image pairs; an image is a clip of one frame, scaled to cover the video's size."""
 
-    Raises:
-        UserError: ``data.kind`` has no videos.
-    """
-    if config.kind is not DataKind.shapes:
-        raise UserError(f"data.kind={config.kind.value} has no videos to train on; use data.kind=shapes")
-    return ShapesClips(config.shapes, generator)
+    def __init__(self, path: str | Path, video: VideoConfig) -> None:
+        self.images, self.prompts = read_image_prompts(path)
+        self.video = video
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def samples(self, draws: Sequence[Draw]) -> Samples:
+        """Prompts and frames [B 1 3 H W]."""
+        images = [load_image(self.images[draw.item], self.video.height, self.video.width) for draw in draws]
+        return Samples([self.prompts[draw.item] for draw in draws], frames=torch.stack(images)[:, None])
 
 
-def training_prompts(config: DataConfig, generator: torch.Generator) -> Deck:
-    """The prompts a text-only objective draws from.
+class VideoData:
+    """Videos that scripts/encode_videos.py has encoded, cut to their first ``num_frames`` latent frames.
 
     Raises:
-        UserError: ``data.kind`` is prompts and ``data.path`` is not a file with prompts.
+        UserError: they are of another size, or shorter.
     """
-    if config.kind is DataKind.shapes:
-        return Deck([scene.prompt for scene in training_scenes()], generator)
+
+    def __init__(self, folder: str | Path, video: VideoConfig, num_frames: int) -> None:
+        self.shards = Shards(folder, key="data.path", remedy="encode a folder of videos with scripts/encode_videos.py")
+        about = self.shards.about
+        for name, wanted in (("height", video.height), ("width", video.width)):
+            if about[name] != wanted:
+                raise UserError(f"data.path={folder}: its videos have {name} {about[name]}, but video.{name}={wanted}")
+        if about["num_frames"] < num_frames:
+            raise UserError(
+                f"data.path={folder}: its videos have {about['num_frames']} latent frames; {num_frames} are needed"
+            )
+        self.num_frames = num_frames
+        self.prompts = [record["prompt"] for record in self.shards.records]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def samples(self, draws: Sequence[Draw]) -> Samples:
+        """Prompts and latents [B F C H W]."""
+        latents = [self.shards.read(draw.item, "latents")[: self.num_frames].float() for draw in draws]
+        return Samples([self.prompts[draw.item] for draw in draws], latents=torch.stack(latents))
+
+
+class ODEData:
+    """Trajectories that scripts/make_ode_pairs.py has stored: ``states``, and ``latents`` where the context was given.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.shards = Shards(folder, key="ode.pairs", remedy="make pairs with scripts/make_ode_pairs.py")
+        self.timesteps: list[float] = self.shards.about["timesteps"]
+        """Of the S states; the last is 0."""
+        self.causal: bool = self.shards.about["causal"]
+        """Whether every chunk was solved after the clean chunks before it, which are the samples' ``latents``."""
+        self.num_frames: int = self.shards.read(0, "states").shape[1]
+        """Latent frames of every trajectory."""
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def samples(self, draws: Sequence[Draw]) -> Samples:
+        """Prompts, states [B S F C H W], and latents [B F C H W] if causal."""
+        states = torch.stack([self.shards.read(draw.item, "states").float() for draw in draws])
+        clean = [self.shards.read(draw.item, "clean").float() for draw in draws] if self.causal else None
+        prompts = [self.shards.records[draw.item]["prompt"] for draw in draws]
+        return Samples(prompts, states=states, latents=torch.stack(clean) if clean else None)
+
+
+class StoredEmbeddings:
+    """Prompt embeddings that scripts/cache_embeddings.py has stored, in place of a text encoder.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        self.shards = Shards(folder, key="data.embeddings", remedy="fill it with scripts/cache_embeddings.py")
+        self.places = {record["prompt"]: index for index, record in enumerate(self.shards.records)}
+        self.dim: int = self.shards.about["dim"]
+        """Embedding channels D."""
+        self.text_len: int = self.shards.about["text_len"]
+        """Tokens L per prompt."""
+        self.device = torch.device(device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B L D] float32 of B prompts, zero past each prompt's own length.
+
+        Raises:
+            UserError: a prompt is not stored.
+        """
+        embeds = torch.zeros(len(prompts), self.text_len, self.dim)
+        for row, prompt in zip(embeds, prompts, strict=True):
+            if prompt not in self.places:
+                raise UserError(f"{self.shards.source}: holds no embedding of {prompt!r}; {self.shards.remedy}")
+            stored = self.shards.read(self.places[prompt], "embeds")
+            row[: len(stored)] = stored
+        return embeds.to(self.device)
+
+
+def training_data(
+    config: DataConfig, contents: Contents, *, seed: int, video: VideoConfig, codec: VideoCodec
+) -> Stream:
+    """What an objective that needs ``contents`` trains on, from ``seed``.
+
+    Raises:
+        UserError: ``data.kind`` has no such contents, or ``data.path`` is missing or holds something else.
+    """
+    if contents not in CONTENTS[config.kind]:
+        kinds = " or ".join(kind.value for kind, held in CONTENTS.items() if contents in held)
+        raise UserError(f"data.kind={config.kind.value} has no {contents.value} to train on; use data.kind={kinds}")
+    if contents is Contents.prompts:
+        return Stream(PromptData(all_prompts(config, video)), seed)
+    frames = video.num_frames if contents is Contents.clips else 1
+    match config.kind:
+        case DataKind.shapes:
+            data = ShapesData(config.shapes, codec.num_frames(frames))
+        case DataKind.images:
+            data = ImageData(_path(config), video)
+        case DataKind.videos:
+            data = VideoData(_path(config), video, frames)
+    return Stream(data, seed)
+
+
+def all_prompts(config: DataConfig, video: VideoConfig) -> list[str]:
+    """Every prompt of the training data, in order.
+
+    Raises:
+        UserError: ``data.path`` is missing or holds something else.
+    """
+    match config.kind:
+        case DataKind.shapes:
+            return ShapesData(config.shapes, 1).prompts
+        case DataKind.prompts:
+            return read_prompts(_path(config))
+        case DataKind.images:
+            return ImageData(_path(config), video).prompts
+        case DataKind.videos:
+            return VideoData(_path(config), video, 1).prompts
+
+
+def _path(config: DataConfig) -> str:
     if config.path is None:
-        raise UserError("data.path is null; name a text file with one prompt a line")
-    return Deck(read_prompts(config.path), generator)
+        raise UserError(f"data.path is null; name what data.kind={config.kind.value} reads")
+    return config.path
 
 
-class ODEPairs(NamedTuple):
-    """Trajectories [N S F C H W] from noise to clean, the timesteps of their S states, and their N prompts."""
-
-    trajectories: Tensor
-    timesteps: list[float]
-    prompts: list[str]
-
-
-def write_ode_pairs(folder: str | Path, pairs: ODEPairs) -> None:
-    """Write pairs.safetensors and pairs.json, each whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "pairs.safetensors") as path:
-        save_file({"trajectories": pairs.trajectories.contiguous()}, path)
-    atomic_write_text(folder / "pairs.json", json.dumps({"timesteps": pairs.timesteps, "prompts": pairs.prompts}))
+CONTENTS = {
+    DataKind.shapes: {Contents.prompts, Contents.first_frames, Contents.clips},
+    DataKind.prompts: {Contents.prompts},
+    DataKind.images: {Contents.prompts, Contents.first_frames},
+    DataKind.videos: {Contents.prompts, Contents.first_frames, Contents.clips},
+}
 
 
-def read_ode_pairs(folder: str | Path) -> ODEPairs:
-    """Read what :func:`write_ode_pairs` wrote.
-
-    Raises:
-        UserError: there is nothing to read.
-    """
-    folder = Path(folder)
-    if not (folder / "pairs.json").is_file():
-        raise UserError(f"ode.pairs={folder}: holds no pairs; make them with scripts/make_ode_pairs.py")
-    listing = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
-    return ODEPairs(load_file(folder / "pairs.safetensors")["trajectories"], **listing)
+def text_source(config: DataConfig, text: TextConfig, device: torch.device) -> PromptCache | StoredEmbeddings:
+    """What turns prompts into embeddings [B L D]: stored ones where there are any, else the frozen text encoder."""
+    if config.embeddings is not None:
+        return StoredEmbeddings(config.embeddings, device)
+    return PromptCache(load_text_encoder(text, device=device), CACHED_PROMPTS)

@@ -1,18 +1,66 @@
-"""ODE regression: initialise a causal few-step student from trajectories of a bidirectional teacher."""
+"""Regression to a teacher's ODE trajectories: an objective that makes a causal student, and a term beside DMD.
+
+Trajectories of a bidirectional teacher train whole clips with one timestep a chunk (CausVid); those of a causal
+teacher, stored with the clean clips that were their context, train every chunk after the clean ones, at one timestep
+(Causal Forcing).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from model.attention import teacher_forcing_mask
+from model.denoiser import Denoiser
 from model.text_encoder import PromptCache
-from pipeline.loading import load_codec, load_denoiser, load_text_encoder
+from pipeline.loading import load_codec
 from trainer.config import Config
-from trainer.data import Deck, read_ode_pairs
+from trainer.data import ODEData, StoredEmbeddings, Stream, text_source
+from trainer.micro_batch import MicroBatch
+from trainer.objectives.consistency import in_context_loss
 from trainer.objectives.ode import ode_regression_loss, pick_states
-from trainer.optimizer import Optimizer
-from trainer.trainer import RunContext, Trainer
+from trainer.trainer import Loss, RunContext, Trainer, Update
+from utils.errors import UserError
+
+
+class PairRegression:
+    """The loss of stored trajectories: those that a micro-batch's indices fall on.
+
+    Raises:
+        UserError: there are none, or their length does not divide into chunks.
+    """
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.pairs = ODEData(config.ode.pairs)
+        self.data = Stream(self.pairs, seed)
+        frames = self.pairs.num_frames
+        try:
+            chunks = config.rollout.chunks(frames)
+        except ValueError as error:
+            raise UserError(f"ode.pairs={config.ode.pairs}: {error}") from None
+        self.chunks = [(0, frames)] if self.pairs.causal else chunks
+        self.mask = (
+            config.rollout.mask(frames, teacher_forcing_mask) if self.pairs.causal else config.rollout.mask(frames)
+        )
+
+    def loss(self, denoiser: Denoiser, batch: MicroBatch, text: PromptCache | StoredEmbeddings) -> Tensor:
+        """Error of the predicted endpoints of a batch's trajectories, one noisy state of each chunk given."""
+        samples = self.data.read(batch.indices)
+        frames = torch.arange(self.pairs.num_frames)
+        numbers = torch.arange(len(self.pairs.timesteps))[None, :, None].expand(batch.total, -1, len(frames))
+        chosen, timesteps = pick_states(numbers, self.pairs.timesteps, self.chunks, batch.generator("states"))
+        noisy = samples.states[torch.arange(batch.size)[:, None], batch.of(chosen), frames]
+        embeds = text.encode(samples.prompts)
+        noisy, told, target = (x.to(embeds.device) for x in (noisy, batch.of(timesteps), samples.states[:, -1]))
+        if self.pairs.causal:
+            clean = samples.latents.to(embeds.device)
+            loss = in_context_loss(denoiser, noisy, told, target, clean, embeds, self.mask)
+        else:
+            loss = ode_regression_loss(denoiser, noisy, told, target, embeds, self.mask)
+        return batch.weight(timesteps != 0) * loss
 
 
 class RegressionTrainer(Trainer):
@@ -20,32 +68,21 @@ class RegressionTrainer(Trainer):
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
-        self.pairs = read_ode_pairs(config.ode.pairs)
-        self.denoiser = load_denoiser(config.generator, device=self.device, generator=self.stream("weights"))
-        self.text_encoder = PromptCache(load_text_encoder(config.text_encoder, device=self.device), 4096)
+        self.regression = PairRegression(config, self.seed("data"))
+        self.data = self.regression.data
+        self.denoiser = self.load_trained(config.generator)
+        self.text_encoder = text_source(config.data, config.text_encoder, self.device)
         self.codec = load_codec(config.codec, device=self.device)
-        self.deck = Deck(list(range(len(self.pairs.prompts))), self.generator)
-        frames = self.pairs.trajectories.shape[2]
-        self.chunks = self.chunks_of(frames)
-        self.mask = config.rollout.mask(frames)
         self.track(generator=self.denoiser.transformer)
-        self.updater = Optimizer(self.denoiser, config.optimizer, config.trainer.steps)
+        self.updater = self.optimize("generator", self.denoiser, config.optimizer, config.trainer.steps)
 
-    def train_step(self) -> dict[str, float]:
-        chosen = self.deck.next(self.config.trainer.batch_size)
-        trajectory = self.pairs.trajectories[chosen].float()
-        noisy, timesteps = pick_states(trajectory, self.pairs.timesteps, self.chunks, self.generator)
-        loss = ode_regression_loss(
-            self.denoiser,
-            noisy.to(self.device),
-            timesteps.to(self.device),
-            trajectory[:, -1].to(self.device),
-            self.text_encoder.encode([self.pairs.prompts[index] for index in chosen]),
-            self.mask,
-        )
-        loss.backward()
-        lr = self.updater.lr
-        return {"loss": loss.item(), "gradient_norm": self.updater.step(), "lr": lr}
+    def updates(self) -> Iterator[Update]:
+        yield Update(self.updater, self.loss, self.micro_batches())
+
+    def loss(self, batch: MicroBatch) -> Loss:
+        """Regression to the endpoints of a batch's trajectories."""
+        loss = self.regression.loss(self.denoiser, batch, self.text_encoder)
+        return Loss(loss, {"loss": loss.detach()})
 
     def sample_frames(self, prompts: list[str]) -> Tensor:
         return self.sample_rollout(self.denoiser, self.text_encoder.encode(prompts), self.codec)

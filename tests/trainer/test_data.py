@@ -1,82 +1,155 @@
-"""Training data: fair draws, clips of training scenes only, and stored trajectories."""
+"""Training data: fair draws that do not depend on who draws, resumable; every kind of data names what it lacks."""
 
+import json
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
+from pipeline.loading import VideoConfig
+from tests.shapes_parts import tiny_codec
 from trainer.data import (
+    Contents,
     DataConfig,
     DataKind,
-    Deck,
-    ODEPairs,
-    ShapesClips,
-    read_ode_pairs,
-    training_clips,
-    training_prompts,
-    write_ode_pairs,
+    ODEData,
+    PromptData,
+    ShapesData,
+    StoredEmbeddings,
+    Stream,
+    all_prompts,
+    training_data,
 )
 from utils.errors import UserError
 from utils.shapes import Scene, ShapesConfig, held_out_scenes, measure
+from utils.shards import ShardWriter
+
+VIDEO = VideoConfig(height=48, width=48, num_frames=6, fps=12)
+SHAPES = DataConfig(kind=DataKind.shapes)
 
 
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+@pytest.fixture(scope="module")
+def codec():
+    return tiny_codec()
 
 
-def test_every_item_is_drawn_once_before_any_is_drawn_again():
-    deck = Deck(list("abcde"), stream())
-    drawn = [item for _ in range(10) for item in deck.next(2)]
-    assert all(Counter(drawn[start : start + 5]) == Counter("abcde") for start in range(0, 20, 5))
-    assert drawn[:5] != drawn[5:10] or drawn[5:10] != drawn[10:15]
+def letters(seed: int = 0, items: str = "abcde") -> Stream:
+    return Stream(PromptData(list(items)), seed)
 
 
-def test_a_deck_deals_more_than_it_holds_and_follows_its_generator():
-    assert Counter(Deck([1, 2], stream()).next(6)) == {1: 3, 2: 3}
-    assert Deck(list(range(50)), stream()).next(9) == Deck(list(range(50)), stream()).next(9)
-    assert Deck(list(range(50)), stream()).next(9) != Deck(list(range(50)), stream(1)).next(9)
+def test_every_item_comes_once_before_any_comes_again_in_a_new_order():
+    stream = letters()
+    drawn = [item for _ in range(10) for item in stream.next(2).prompts]
+    epochs = [drawn[start : start + 5] for start in range(0, 20, 5)]
+    assert all(Counter(epoch) == Counter("abcde") for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_batch_may_be_larger_than_the_data_and_follows_the_seed():
+    assert Counter(letters(items="ab").next(6).prompts) == {"a": 3, "b": 3}
+    many = "".join(map(chr, range(100, 150)))
+    assert letters(0, many).next(9) == letters(0, many).next(9)
+    assert letters(0, many).next(9) != letters(1, many).next(9)
     with pytest.raises(ValueError, match="empty"):
-        Deck([], stream())
+        letters(items="")
 
 
-def test_clips_show_their_prompts_and_never_a_held_out_scene():
-    clips = ShapesClips(ShapesConfig(), stream())
-    frames, prompts = clips.next(6, 13)
-    assert frames.shape == (6, 13, 3, 48, 48)
-    assert all(
-        measure(clip, Scene.from_prompt(prompt)).colour.all() for clip, prompt in zip(frames, prompts, strict=True)
+def test_a_sample_is_a_function_of_its_index_whoever_reads_it():
+    """However many processes share out the indices, over an epoch's end too, they see the same prompts and pixels."""
+    whole = Stream(ShapesData(ShapesConfig(), 2), 3)
+    batch = whole.read(range(476, 484))
+    for processes in (2, 4, 8):
+        parts = [Stream(ShapesData(ShapesConfig(), 2), 3).read(range(476, 484)[r::processes]) for r in range(processes)]
+        assert [parts[i % processes].prompts[i // processes] for i in range(8)] == batch.prompts
+        frames = [parts[i % processes].frames[i // processes] for i in range(8)]
+        assert torch.equal(torch.stack(frames), batch.frames)
+
+
+def test_resuming_goes_on_with_the_sample_after_the_last():
+    straight, stopped = letters(7), letters(7)
+    expected = straight.next(8).prompts + straight.next(9).prompts
+    first = stopped.next(8).prompts
+    resumed = letters(99)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert first + resumed.next(9).prompts == expected and resumed.state_dict() == straight.state_dict()
+    with pytest.raises(UserError, match="has 6 items, but 5 when the checkpoint was made"):
+        letters(items="abcdef").load_state_dict(stopped.state_dict())
+
+
+def test_clips_show_their_prompts_and_never_a_held_out_scene(codec):
+    stream = training_data(SHAPES, Contents.clips, seed=0, video=VIDEO, codec=codec)
+    samples = stream.next(6)
+    assert samples.frames.shape == (6, codec.num_frames(6), 3, 48, 48)
+    shown = zip(samples.frames, samples.prompts, strict=True)
+    assert all(measure(clip, Scene.from_prompt(prompt)).colour.all() for clip, prompt in shown)
+    assert samples.encode(codec, torch.device("cpu")).shape == (6, 6, 16, 12, 12)
+    assert not {scene.prompt for scene in held_out_scenes()} & set(all_prompts(SHAPES, VIDEO))
+
+
+def test_the_first_frame_of_a_sample_is_that_of_its_clip(codec):
+    first, clips = (
+        training_data(SHAPES, contents, seed=4, video=VIDEO, codec=codec).next(3)
+        for contents in (Contents.first_frames, Contents.clips)
     )
-    later = [prompt for _ in range(10) for prompt in clips.next(60, 1).prompts]
-    assert not {scene.prompt for scene in held_out_scenes()} & {*prompts, *later}
+    assert torch.equal(first.frames, clips.frames[:, :1]) and first.prompts == clips.prompts
 
 
-def test_the_same_seed_gives_the_same_clips():
-    first, again, other = (ShapesClips(ShapesConfig(), stream(seed)).next(2, 5) for seed in (0, 0, 1))
-    assert torch.equal(first.frames, again.frames) and first.prompts == again.prompts
-    assert not torch.equal(first.frames, other.frames)
-
-
-def test_prompts_come_from_the_shapes_world_or_from_a_file(tmp_path):
-    held_out = {scene.prompt for scene in held_out_scenes()}
-    assert not held_out & set(training_prompts(DataConfig(kind=DataKind.shapes), stream()).next(480))
+def test_prompts_and_prompt_image_pairs_are_read_from_files(tmp_path, codec):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    deck = training_prompts(DataConfig(path=str(tmp_path / "prompts.txt")), stream())
-    assert set(deck.next(2)) == {"a cat", "a dog"}
+    config = DataConfig(path=str(tmp_path / "prompts.txt"))
+    prompts = training_data(config, Contents.prompts, seed=0, video=VIDEO, codec=codec)
+    assert set(prompts.next(2).prompts) == {"a cat", "a dog"}
+
+    Image.new("RGB", (96, 64), (255, 0, 0)).save(tmp_path / "red.png")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "red.png", "prompt": "red"}\n')
+    config = DataConfig(kind=DataKind.images, path=str(tmp_path / "pairs.jsonl"))
+    samples = training_data(config, Contents.first_frames, seed=0, video=VIDEO, codec=codec).next(2)
+    assert samples.prompts == ["red", "red"] and samples.frames.shape == (2, 1, 3, 48, 48)
+    assert (samples.frames[:, 0, 0] == 1).all() and (samples.frames[:, 0, 1:] == -1).all()
 
 
-def test_missing_data_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"data\.path is null"):
-        training_prompts(DataConfig(), stream())
+def test_encoded_videos_are_cut_to_what_is_asked_for(tmp_path, codec):
+    latents = torch.randn(6, 16, 12, 12).half()
+    with ShardWriter(tmp_path, {"num_frames": 6, "height": 48, "width": 48, "fps": 12}) as writer:
+        writer.add(0, {"prompt": "a cat"}, {"latents": latents})
+    config = DataConfig(kind=DataKind.videos, path=str(tmp_path))
+    clips = training_data(config, Contents.clips, seed=0, video=VIDEO, codec=codec).next(1)
+    assert torch.equal(clips.encode(codec, torch.device("cpu")), latents.float()[None])
+    first = training_data(config, Contents.first_frames, seed=0, video=VIDEO, codec=codec).next(1)
+    assert torch.equal(first.latents, latents.float()[None, :1]) and all_prompts(config, VIDEO) == ["a cat"]
+    for video, message in (
+        (VideoConfig(height=48, width=96, num_frames=6), "have width 48, but video.width=96"),
+        (VideoConfig(height=48, width=48, num_frames=9), "have 6 latent frames; 9 are needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            training_data(config, Contents.clips, seed=0, video=video, codec=codec)
+
+
+def test_missing_data_is_named(tmp_path, codec):
+    options = {"seed": 0, "video": VIDEO, "codec": codec}
+    with pytest.raises(UserError, match=r"data\.path is null; name what data\.kind=prompts reads"):
+        training_data(DataConfig(), Contents.prompts, **options)
     with pytest.raises(UserError, match="no such prompt file"):
-        training_prompts(DataConfig(path=str(tmp_path / "nowhere.txt")), stream())
-    with pytest.raises(UserError, match=r"data\.kind=prompts has no videos"):
-        training_clips(DataConfig(), stream())
-    with pytest.raises(UserError, match=r"ode\.pairs=.*holds no pairs"):
-        read_ode_pairs(tmp_path)
+        training_data(DataConfig(path=str(tmp_path / "nowhere.txt")), Contents.prompts, **options)
+    with pytest.raises(UserError, match=r"data\.kind=prompts has no videos to train on; use .*shapes or videos"):
+        training_data(DataConfig(), Contents.clips, **options)
+    with pytest.raises(UserError, match=r"data\.path=.*holds no items; encode a folder of videos"):
+        training_data(DataConfig(kind=DataKind.videos, path=str(tmp_path)), Contents.clips, **options)
+    with pytest.raises(UserError, match=r"ode\.pairs=.*holds no items; make pairs with scripts/make_ode_pairs"):
+        ODEData(tmp_path)
+    with pytest.raises(UserError, match=r"data\.embeddings=.*holds no items; fill it with scripts/cache_embed"):
+        StoredEmbeddings(tmp_path)
 
 
-def test_stored_trajectories_read_back(tmp_path):
-    pairs = ODEPairs(torch.randn(2, 5, 3, 4, 2, 2).half(), [1000.0, 937.5, 833.25, 625.0, 0.0], ["a", "b 🐈"])
-    write_ode_pairs(tmp_path / "new" / "folder", pairs)
-    again = read_ode_pairs(tmp_path / "new" / "folder")
-    assert torch.equal(again.trajectories, pairs.trajectories) and again[1:] == pairs[1:]
+def test_stored_embeddings_are_padded_again_and_a_missing_prompt_is_named(tmp_path):
+    stored = torch.randn(3, 8).bfloat16()
+    with ShardWriter(tmp_path, {"dim": 8, "text_len": 5}) as writer:
+        writer.add(0, {"prompt": "a cat"}, {"embeds": stored})
+        writer.add(1, {"prompt": ""}, {"embeds": stored[:1]})
+    embeddings = StoredEmbeddings(tmp_path)
+    encoded = embeddings.encode(["", "a cat"])
+    assert encoded.shape == (2, embeddings.text_len, embeddings.dim)
+    assert torch.equal(encoded[1, :3], stored.float()) and not encoded[1, 3:].any() and not encoded[0, 1:].any()
+    with pytest.raises(UserError, match=r"holds no embedding of 'a dog'; fill it with scripts/cache_embeddings\.py"):
+        embeddings.encode(["a dog"])

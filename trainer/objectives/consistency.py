@@ -19,9 +19,8 @@ from torch import Tensor
 from model.attention import BlockMask
 from model.denoiser import Denoiser
 from model.flow_matching import expand_sigma
-from pipeline.rollout import full_timesteps
 from pipeline.sampling import SamplingConfig, integrate
-from trainer.objectives.diffusion import predict_in_context
+from trainer.objectives.diffusion import frame_mean, predict_in_context
 
 
 def sample_step_pairs(
@@ -93,7 +92,7 @@ def in_context_loss(
         prompt_embeds: [B L E].
     """
     x0 = predict_in_context(denoiser, noisy, timesteps, clean, prompt_embeds, block_mask).x0
-    return (x0.float() - target.float())[timesteps != 0].square().mean()
+    return frame_mean((x0.float() - target.float()).square(), timesteps != 0)
 
 
 @torch.no_grad()
@@ -112,7 +111,7 @@ def causal_trajectory(
     """
 
     def flow(latents: Tensor, timestep: float) -> Tensor:
-        timesteps = full_timesteps(timestep, latents)
+        timesteps = torch.full(latents.shape[:2], timestep, device=latents.device)
         return _guided_flow(
             teacher, latents, timesteps, clean, prompt_embeds, negative_embeds, config.guidance_scale, block_mask
         )

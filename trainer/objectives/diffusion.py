@@ -56,6 +56,15 @@ def flow_matching_loss(
     return error.mean()
 
 
+def frame_mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of [B F C H W] over the frames that count, bool [B F] or [F]; None counts all, and none at all gives 0."""
+    if counted is None:
+        return values.mean()
+    weights = counted.to(values).expand(values.shape[:2])
+    sums = (values.mean(dim=(2, 3, 4)) * weights).sum()
+    return sums / weights.sum().clamp_min(1)
+
+
 def predict_in_context(
     denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, clean: Tensor, prompt_embeds: Tensor, block_mask: BlockMask
 ) -> Prediction:

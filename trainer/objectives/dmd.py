@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching, add_noise
-from trainer.objectives.diffusion import flow_matching_loss, sample_levels
+from trainer.objectives.diffusion import flow_matching_loss, frame_mean, sample_levels
 
 MIN_TIMESTEP, MAX_TIMESTEP = 20, 980
 
@@ -56,6 +56,7 @@ def dmd_loss(
     timesteps: Tensor,
     noise: Tensor,
     real_guidance_scale: float,
+    counted: Tensor | None = None,
 ) -> GeneratorLoss:
     """Push generated videos along ``fake - real``, normalised per sample by ``mean|x - real|`` (DMD, Eq. 7, 8).
 
@@ -65,6 +66,7 @@ def dmd_loss(
         timesteps: [B 1], one noise level a video.
         noise: [B F C H W].
         real_guidance_scale: g of ``c + g (c - u)``: 0 is no guidance, 3 is CFG 4 in the usual convention.
+        counted: frames [F] bool the loss is taken over, such as all but a given first one; None takes all.
 
     Returns:
         loss and gradient norm; both are non-finite where a score is, so that the caller can skip the step.
@@ -77,7 +79,8 @@ def dmd_loss(
         scale = (x0.float() - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         gradient = (fake - real) / scale
         target = x0.float() - gradient
-    return GeneratorLoss(0.5 * (x0.float() - target).square().mean(), gradient.abs().mean())
+    loss = 0.5 * frame_mean((x0.float() - target).square(), counted)
+    return GeneratorLoss(loss, frame_mean(gradient.abs(), counted))
 
 
 def critic_loss(

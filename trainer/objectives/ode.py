@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.attention import BlockMask
 from model.denoiser import Denoiser
+from trainer.objectives.diffusion import frame_mean
 
 
 def pick_states(
@@ -44,5 +45,4 @@ def ode_regression_loss(
 ) -> Tensor:
     """MSE between the x0 prediction and the endpoint, over frames whose timestep is not 0; latents [B F C H W]."""
     x0 = denoiser(noisy, timesteps, prompt_embeds, block_mask=block_mask).x0
-    noised = timesteps != 0
-    return (x0.float() - target.float())[noised].square().mean()
+    return frame_mean((x0.float() - target.float()).square(), timesteps != 0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
+from trainer.objectives.diffusion import frame_mean
 from trainer.objectives.dmd import GeneratorLoss, guided_x0
 from trainer.objectives.frozen import through_frozen
 
@@ -24,6 +25,7 @@ def sid_loss(
     noise: Tensor,
     real_guidance_scale: float,
     alpha: float = 1.0,
+    counted: Tensor | None = None,
 ) -> GeneratorLoss:
     """``mean((real - fake) ((real - x) - alpha (real - fake)) / mean|x - real|)``, the mean of |x - real| a constant.
 
@@ -37,6 +39,7 @@ def sid_loss(
         noise: [B F C H W].
         real_guidance_scale: g of ``c + g (c - u)``: 0 is no guidance, 3 is CFG 4 in the usual convention.
         alpha: weight of the squared score difference that is taken off.
+        counted: frames [F] bool the loss is taken over, such as all but a given first one; None takes all.
 
     Returns:
         loss and gradient norm; both are non-finite where a score is, so that the caller can skip the step.
@@ -49,6 +52,6 @@ def sid_loss(
         real = guided_x0(real_score, noisy, timesteps, prompt_embeds, negative_embeds, real_guidance_scale).float()
         scale = (x.float() - real).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         difference = real - fake
-        return (difference * ((real - x.float()) - alpha * difference) / scale).mean()
+        return frame_mean(difference * ((real - x.float()) - alpha * difference) / scale, counted)
 
     return through_frozen(loss, x0)
