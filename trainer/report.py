@@ -34,7 +34,7 @@ PHASE = f"{SECONDS}_"
 SHOWN_STEPS, SHOWN_PROMPTS = 6, 6
 THUMBNAIL_PIXELS = 160
 CHART_POINTS = 300
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 190, 46, 22, 10
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 360, 190, 46, 16, 22, 10
 LOG_SCALE_RATIO = 50
 
 Point = tuple[int, float | None]
@@ -189,13 +189,13 @@ def chart(name: str, points: Sequence[Point]) -> str:
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
 
     def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - 8) * (step - first) / (last - first)
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
 
     def path(line: Sequence[tuple[float, float]]) -> str:
         return "M" + "L".join(f"{x(step):.1f} {axis.y(value):.1f}" for step, value in line)
 
     grid = "".join(
-        f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{axis.y(tick):.1f}" y2="{axis.y(tick):.1f}"/>'
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axis.y(tick):.1f}" y2="{axis.y(tick):.1f}"/>'
         f'<text x="{LEFT - 6}" y="{axis.y(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
         for tick in axis.ticks
     )
