@@ -1,4 +1,9 @@
-"""Tests marked `gpu` are skipped on machines without a CUDA device."""
+"""One thread a process, and tests marked `gpu` skipped on machines without a CUDA device."""
+
+import os
+
+# Tests start processes and threads side by side; tiny models on several OpenMP threads each would mostly wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
