@@ -180,7 +180,10 @@ class _ProgressBarHandler(logging.Handler):
     """Writes above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:  # stderr is a file on a full disk: no reason to stop working
+            self.handleError(record)
 
 
 def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:

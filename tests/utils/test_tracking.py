@@ -2,9 +2,11 @@
 
 import json
 import logging
+import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from utils.errors import UserError
 from utils.tracking import Stopwatch, Tracker, peak_memory, progress, setup_logging
 from utils.video import VideoWriter
+
+ROOT = Path(__file__).parents[2]
 
 
 class FakeRun:
@@ -173,3 +177,10 @@ def test_progress_is_shown_on_a_terminal_in_the_main_process_only(capsys, monkey
         bar.update(5)
     shown = capsys.readouterr().err
     assert "training" in shown and "5/5" in shown and "step/s" in shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_under_the_log_file_stops_nothing():
+    code = "from utils.tracking import setup_logging; import logging; setup_logging(); logging.warning('no room')"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code + "; print('on')"], stderr=full, cwd=ROOT).returncode == 0
