@@ -148,20 +148,24 @@ class StreamSession:
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks as they come. While one is decoded, on a thread of its own, the next is denoised, but no more.
 
+        The first is decoded before anything else is begun: somebody waits for it.
+
         Leaving the loop stops the session.
         """
         if self.pipeline.decode_last:
             yield from map(self.decode, list(iter(self.denoise, None)))
             return
         decoding: deque[Future[Chunk]] = deque()
+        first = True
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as worker:
             try:
                 while True:
                     alive, block = self._advance(wait=not decoding)
                     if block is not None:
                         decoding.append(worker.submit(self.decode, block))
-                    if decoding and (not alive or len(decoding) > 1 or decoding[0].done()):
+                    if decoding and (first or not alive or len(decoding) > 1 or decoding[0].done()):
                         chunk = decoding.popleft().result()
+                        first = False
                         yield chunk
                     elif not alive:
                         return
