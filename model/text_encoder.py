@@ -379,9 +379,7 @@ def _check_vocabulary(model: "UMT5EncoderModel", tokenizer: "PreTrainedTokenizer
     """Raise UserError where the tokenizer has ids that the model has no embedding of."""
     rows, ids = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if ids > rows:
-        raise UserError(
-            f"{source}: has embeddings of {rows} tokens, the tokenizer has {ids}; use its own tokenizer"
-        )
+        raise UserError(f"{source}: has embeddings of {rows} tokens, the tokenizer has {ids}; use its own tokenizer")
 
 
 def _build_umt5(
