@@ -209,3 +209,13 @@ def test_stop_frees_the_seat(demo, open_page):
     wait_for_frame(page, 1)
     page.click("#stop")
     wait_until(lambda: b"self_forcing_viewers 0" in urllib.request.urlopen(f"{demo}/metrics").read(), 10)
+
+
+def test_enter_while_the_model_loads_starts_as_soon_as_it_is_there(demo, open_page):
+    page = open_page(demo)
+    page.evaluate("selfForcing.setState('loading')")  # until the server says again how it is
+    assert page.evaluate("getComputedStyle(selfForcing.player.canvas).visibility") == "hidden"
+    write(page, RED_CIRCLE.prompt)
+    wait_for_frame(page, 3)
+    assert page.evaluate("getComputedStyle(selfForcing.player.canvas).visibility") == "visible"
+    page.click("#stop")

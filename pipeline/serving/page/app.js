@@ -19,6 +19,7 @@ class Page {
   constructor(root) {
     this.root = root.querySelector(".demo");
     this.state = "loading"; // or ready, starting, waiting, running, paused, failed
+    this.eager = false; // whether to start as soon as the model is there
     this.options = null;
     this.chunks = [];
     this.asked = null; // the prompt last asked for, when, and the latest chunk there was; null once it is seen
@@ -84,6 +85,7 @@ class Page {
   submit() {
     const prompt = this.get("prompt").value.trim();
     if (!prompt || this.get("start").disabled) return;
+    if (this.state === "loading") { this.eager = true; this.draw(); return; }
     this.say("");
     if (["running", "paused"].includes(this.state)) this.switchTo(prompt);
     else if (!this.active) this.begin(prompt);
@@ -168,7 +170,11 @@ class Page {
   on_status(status) {
     this.status = status;
     if (status.options) this.offer(status.options);
-    if (status.model.state === "ready" && this.state === "loading") this.setState("ready");
+    if (status.model.state === "ready" && this.state === "loading") {
+      this.setState("ready");
+      if (this.eager) this.submit();
+      this.eager = false;
+    }
     if (status.model.state === "failed") this.setState("failed");
     this.draw();
   }
@@ -287,7 +293,7 @@ class Page {
   draw() {
     const { model } = this.status ?? { model: { stage: "Connecting", progress: 0 } };
     const texts = {
-      loading: ["Loading", `${model.stage} …`],
+      loading: ["Loading", this.eager ? `${model.stage}, then your video …` : `${model.stage} …`],
       ready: ["Ready", "Write what the video should show, then press Enter"],
       waiting: [`Waiting, place ${this.place}`, `All seats are taken: you are number ${this.place} in line`],
       starting: ["Starting", "Starting …"],
@@ -306,7 +312,8 @@ class Page {
     this.get("pause").ariaLabel = this.state === "paused" ? "Resume" : "Pause";
     this.get("stop").disabled = !this.active;
     this.get("start").textContent = ["running", "paused"].includes(this.state) ? "Switch" : "Start";
-    this.get("start").disabled = ["loading", "failed", "starting", "waiting"].includes(this.state) || !this.get("prompt").value.trim();
+    const busy = ["failed", "starting", "waiting"].includes(this.state) || (this.state === "loading" && this.eager);
+    this.get("start").disabled = busy || !this.get("prompt").value.trim();
     this.get("style-field").hidden = !["running", "paused"].includes(this.state);
   }
 
