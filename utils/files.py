@@ -1,8 +1,12 @@
 """Files that appear whole or not at all, and names that every file system takes."""
 
+import errno
 import hashlib
+import itertools
+import logging
 import os
 import re
+import stat
 import tempfile
 import unicodedata
 import uuid
@@ -12,31 +16,91 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 WINDOWS_RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix, that becomes `path` on success and vanishes on failure."""
+    """Yield a temporary path beside `path`, with the same suffix.
+
+    It becomes `path` on success and is deleted on failure.
+    The content and the new name are on the disk (fsync) when the block ends. A symlink at `path` is replaced, never
+    followed. The temporary name cannot be guessed, so nobody can put a symlink there first.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
+        fsync_file(temporary)
         os.replace(temporary, path)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8: readers see the old file or the new one, never a part."""
+    """Write `text` as UTF-8. A reader sees the old file or the new one, never a part."""
     atomic_write_bytes(path, text.encode())
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data`: readers see the old file or the new one, never a part."""
+    """Write `data`. A reader sees the old file or the new one, never a part."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def fsync_file(path: str | Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: str | Path) -> None:
+    """Wait until the names in a folder are on the disk. A file system that cannot do this for folders is no error."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: str | Path) -> None:
+    """Wait until all files and folders below `folder`, and `folder` itself, are on the disk."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            fsync_file(Path(place) / name)
+        fsync_folder(place)
+
+
+def is_own_file(path: str | Path) -> bool:
+    """Whether `path` is a regular file and not a symlink. Using it then cannot lead out of its folder."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def set_aside(path: str | Path, reason: str, log: logging.Logger) -> Path:
+    """Rename a damaged file or folder to `NAME.damaged` (`.damaged-2`, ... if that exists) and return the new path.
+
+    One warning names the old path, the new path and the reason. Nothing is deleted.
+    """
+    path = Path(path)
+    for count in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged" + (f"-{count}" if count > 1 else ""))
+        if not os.path.lexists(aside):
+            break
+    os.rename(path, aside)
+    log.warning("%s: %s; it was set aside as %s", path, reason, aside.name)
+    return aside
 
 
 def safe_stem(text: str, max_length: int = 80) -> str:

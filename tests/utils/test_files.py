@@ -1,9 +1,18 @@
 """Files appear whole or not at all, and any text makes a file name."""
 
+import logging
+
 import pytest
 
 from utils.errors import UserError
-from utils.files import atomic_path, atomic_write_bytes, atomic_write_text, ensure_writable_folder, safe_stem
+from utils.files import (
+    atomic_path,
+    atomic_write_bytes,
+    atomic_write_text,
+    ensure_writable_folder,
+    safe_stem,
+    set_aside,
+)
 
 PROMPTS = [
     "a large red circle moving up",
@@ -85,3 +94,20 @@ def test_a_folder_is_made_or_refused(tmp_path):
         with pytest.raises(UserError, match=r"cannot write to the folder .*file.*choose another"):
             ensure_writable_folder(path)
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_symlink_at_the_name_is_replaced_and_its_target_untouched(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    link = tmp_path / "config.yaml"
+    link.symlink_to(target)
+    atomic_write_text(link, "new")
+    assert target.read_text() == "precious" and link.read_text() == "new" and not link.is_symlink()
+
+
+def test_damaged_files_are_set_aside_under_names_of_their_own(tmp_path, caplog):
+    for _ in range(2):
+        (tmp_path / "latest").write_text("?")
+        set_aside(tmp_path / "latest", "is damaged", logging.getLogger("test"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.damaged", "latest.damaged-2"]
+    assert len(caplog.records) == 2 and "latest.damaged-2" in caplog.text

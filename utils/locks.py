@@ -1,0 +1,70 @@
+"""One writer a folder: a lock that a crash releases."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.files import NO_FOLLOW, is_own_file
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def folder_lock(folder: str | Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder; the operating system releases it when the process ends, however it ends.
+
+    Args:
+        folder: it must exist.
+        what: who holds the lock, such as "training"; the process that is refused reads it.
+
+    Raises:
+        UserError: one line that names the folder, the process that holds the lock, and the remedy.
+    """
+    path = Path(folder) / LOCK_FILE
+    if os.path.lexists(path) and not is_own_file(path):
+        raise UserError(f"{path}: is a link or a folder, and the lock of this folder belongs there; move it away")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW | getattr(os, "O_CLOEXEC", 0), 0o666)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder") from error
+    try:
+        if not _try_lock(descriptor):
+            raise UserError(
+                f"{folder} is in use by {_holder(descriptor)}; wait for it to end, or choose another folder"
+            )
+        holder = {"what": what, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"{holder['what']} (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,54 @@
+"""Signals that ask a program to end, counted instead of obeyed at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+ENDING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if hasattr(signal, name)  # Windows has no SIGHUP
+)
+
+
+class StopSignals:
+    """While the block runs, a signal is recorded and the work goes on to a point where it can end in order.
+
+    `received` is the first signal, or None. A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread,
+    where Python allows no handlers, the block changes nothing.
+    """
+
+    def __init__(
+        self, *, more: Sequence[signal.Signals] = (), on_signal: Callable[[signal.Signals], None] | None = None
+    ) -> None:
+        """`more` signals are recorded besides SIGINT, SIGTERM and SIGHUP; `on_signal` is called with the first one."""
+        self.received: signal.Signals | None = None
+        self._numbers = (*ENDING, *more)
+        self._on_signal = on_signal
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers:
+                if signal.getsignal(number) is signal.SIG_IGN and number != signal.SIGINT:
+                    continue  # such as SIGHUP under nohup: it was asked to be ignored
+                self._before[number] = signal.signal(number, self._record)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+    def _record(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            if self._on_signal is not None:
+                self._on_signal(self.received)
+        elif number == signal.SIGINT:
+            sys.stderr.write("\n")
+            raise KeyboardInterrupt
