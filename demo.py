@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
-    from pipeline.loading import PartsConfig
+    from pipeline.config import PipelineConfig
     from pipeline.serving.server import Server
 
 log = logging.getLogger("demo")
@@ -140,7 +140,7 @@ def build_server(args: argparse.Namespace) -> Server:
     return Server(models, Hub(args.max_viewers, gallery, denoise_together if args.batch else None), gallery)
 
 
-def read_config(args: argparse.Namespace) -> PartsConfig:
+def read_config(args: argparse.Namespace) -> PipelineConfig:
     """The configuration; imports torch."""
     from trainer.config import Config
     from utils.config import load_config

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from model.codec import VideoCodec
-    from pipeline.loading import PartsConfig, VideoConfig
+    from pipeline.config import PipelineConfig, VideoConfig
     from pipeline.rollout import RolloutConfig
     from pipeline.session import StreamSession
     from pipeline.storyboard import Cue
@@ -172,9 +172,9 @@ def run(args: argparse.Namespace) -> None:
         shutdown_distributed()
 
 
-def check_frames(args: argparse.Namespace, config: PartsConfig) -> None:
+def check_frames(args: argparse.Namespace, config: PipelineConfig) -> None:
     """Refuse a length that does not divide into chunks; with an image, the default length makes room for it."""
-    from pipeline.loading import Sampler
+    from pipeline.config import Sampler
     from utils.errors import UserError
 
     starts = [flag for flag, given in (("--i2v", args.i2v), ("--extend", args.extend), ("--v2v", args.v2v)) if given]
@@ -198,7 +198,7 @@ def check_frames(args: argparse.Namespace, config: PartsConfig) -> None:
         raise UserError(f"video.num_frames={config.video.num_frames} (--num_output_frames): {error}{image}") from None
 
 
-def plan(args: argparse.Namespace, config: PartsConfig, is_main: bool) -> list[Job]:
+def plan(args: argparse.Namespace, config: PipelineConfig, is_main: bool) -> list[Job]:
     """Every video of this run, in order."""
     from pipeline.text_to_video import VideoSeed
     from utils.errors import UserError
@@ -237,9 +237,10 @@ def plan(args: argparse.Namespace, config: PartsConfig, is_main: bool) -> list[J
     return list(jobs.values())
 
 
-def storyboard(args: argparse.Namespace, config: PartsConfig) -> tuple[list[str], tuple[Cue, ...]]:
+def storyboard(args: argparse.Namespace, config: PipelineConfig) -> tuple[list[str], tuple[Cue, ...]]:
     """The prompt a storyboard opens with, if it does, and the prompts to come."""
-    from pipeline.loading import Sampler, codec_sizes
+    from pipeline.config import Sampler
+    from pipeline.sizes import codec_sizes
     from pipeline.storyboard import check_cues, parse_style, parse_switch, read_storyboard
     from utils.errors import UserError
 
@@ -284,7 +285,7 @@ def all_prompts(jobs: list[Job]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def long_prompts(args: argparse.Namespace, config: PartsConfig, names: list[str], is_main: bool) -> list[str]:
+def long_prompts(args: argparse.Namespace, config: PipelineConfig, names: list[str], is_main: bool) -> list[str]:
     """What to generate from: the prompts themselves, those of another file, or what a text model makes of them."""
     from utils.distributed import broadcast_object
     from utils.errors import UserError
@@ -305,13 +306,14 @@ def long_prompts(args: argparse.Namespace, config: PartsConfig, names: list[str]
     return prompts
 
 
-def check_weights(config: PartsConfig, prompts: list[str], dtype) -> None:
+def check_weights(config: PipelineConfig, prompts: list[str], dtype) -> None:
     """Refuse missing weights, and sizes they cannot make, before anything heavy loads.
 
     The text encoder may be missing where the embeddings of all prompts are on disk.
     """
     from model.weights import not_found
-    from pipeline.loading import needs_text_encoder, token_size
+    from pipeline.loading import needs_text_encoder
+    from pipeline.sizes import token_size
     from utils.errors import UserError
 
     for key, section in (
@@ -330,7 +332,7 @@ def check_weights(config: PartsConfig, prompts: list[str], dtype) -> None:
         raise UserError(f"video.height={height}, video.width={width}: must be multiples of {rows} and {columns}")
 
 
-def make_videos(config: PartsConfig, jobs: list[Job], device, dtype, use_ema: bool, ranks) -> None:
+def make_videos(config: PipelineConfig, jobs: list[Job], device, dtype, use_ema: bool, ranks) -> None:
     """Load the pipeline and make this process's videos."""
     from pipeline import memory
     from pipeline.loading import generator_hash, needs_text_encoder
@@ -362,7 +364,7 @@ def make_videos(config: PartsConfig, jobs: list[Job], device, dtype, use_ema: bo
                 raise Interrupted(signals[0])
 
 
-def request(job: Job, config: PartsConfig, codec: VideoCodec) -> StreamRequest:
+def request(job: Job, config: PipelineConfig, codec: VideoCodec) -> StreamRequest:
     """What a job asks of the pipeline. The times of its cues count from where its own frames begin."""
     from pipeline.storyboard import schedule
     from pipeline.stream import StreamRequest
@@ -443,7 +445,7 @@ def write_video(session: StreamSession, job: Job, video: VideoConfig, bar: tqdm)
     return frames
 
 
-def append_record(config: PartsConfig, job: Job, figures: dict) -> None:
+def append_record(config: PipelineConfig, job: Job, figures: dict) -> None:
     """Add one JSON line about a finished video; one write, so that processes do not mix."""
     from utils.config import to_dict
 
@@ -465,7 +467,7 @@ def append_record(config: PartsConfig, job: Job, figures: dict) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def finish(config: PartsConfig, jobs: list[Job], ranks) -> None:
+def finish(config: PipelineConfig, jobs: list[Job], ranks) -> None:
     """Once every process is done, draw the contact sheet and keep the latest record of each video."""
     from utils.config import save_config
     from utils.distributed import barrier

@@ -3,206 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from model.attention import AttentionBackend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
 from model.lora import load_lora, merge_lora
 from model.prompt_files import PromptFiles
 from model.text_encoder import PromptCache, TextEncoder, clean_prompt, open_prompt_files
-from model.transformer import PRESETS, WanConfig, WanTransformer
-from model.transformer_files import read_declared_config, read_transformer
-from model.weights import load_state_dict, not_found, read_config, weights_hash
-from pipeline.optimize import OptimizeConfig
-from pipeline.rollout import RolloutConfig
-from pipeline.sampling import SamplingConfig
+from model.transformer import PRESETS, WanTransformer
+from model.transformer_files import read_transformer
+from model.weights import load_state_dict, not_found, weights_hash
+from pipeline.config import CodecConfig, CodecKind, DenoiserConfig, PipelineConfig, TextConfig
 from utils.errors import UserError
 
-if TYPE_CHECKING:
-    from model.tiny_vae import TinyVAEConfig
-
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class DenoiserConfig:
-    """One denoiser: sizes, weights, schedule."""
-
-    preset: str = "wan2.1-t2v-1.3b"
-    """Sizes without weights; with them, what their shapes do not show and no config.json says, if the sizes agree."""
-    weights: str | None = None
-    """Folder or file of weights in any format; null starts from random ones."""
-    lora: str | None = None
-    """Folder or file of a LoRA to merge into the weights."""
-    lora_scale: float = 1.0
-    """How much of the LoRA to merge."""
-    shift: float = 5.0
-    """Timestep shift of its schedule."""
-    attention: AttentionBackend = AttentionBackend.auto
-    """Attention kernel."""
-    gradient_checkpointing: bool = False
-    """Recompute blocks in backward instead of keeping their activations."""
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r} is none of {', '.join(PRESETS)}")
-
-
-class CodecKind(Enum):
-    """Which video codec."""
-
-    tiny = "tiny"
-    wan = "wan"
-
-
-@dataclass
-class CodecConfig:
-    """The video codec."""
-
-    kind: CodecKind = CodecKind.wan
-    """wan: the Wan VAE; tiny: a TinyVAE (TAEHV)."""
-    weights: str = "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"
-    """Folder or file of weights."""
-
-
-@dataclass
-class TextConfig:
-    """The text encoder."""
-
-    weights: str | None = "wan_models/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth"
-    """A saved text-encoder folder, or Wan's .pth; null starts one from nothing (training a teacher with its own)."""
-    tokenizer: str | None = "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl"
-    """Tokenizer folder; null takes the one beside the weights."""
-    cache: str | None = "~/.cache/self-forcing/prompts"
-    """Folder where a run finds the embeddings of prompts that were seen before; null keeps none."""
-
-
-@dataclass
-class VideoConfig:
-    """What a clip is."""
-
-    height: int = 480
-    """Pixels."""
-    width: int = 832
-    """Pixels."""
-    num_frames: int = 21
-    """Latent frames of a training clip, and of a generated one unless asked otherwise."""
-    fps: int = 16
-    """Frames per second of the written video."""
-    scale: int = 1
-    """Whole-number enlargement of the written video, for worlds of few pixels."""
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width", "num_frames", "fps", "scale"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-    def latent_shape(self, codec: VideoCodec, num_frames: int | None = None) -> tuple[int, int, int, int]:
-        """F C H W of a clip's latents; ``num_frames`` stands in for the configured length."""
-        height, width = self.height // codec.spatial_scale, self.width // codec.spatial_scale
-        return num_frames or self.num_frames, codec.latent_channels, height, width
-
-
-@dataclass
-class InferenceConfig:
-    """What inference.py makes."""
-
-    data_path: str = "prompts/shapes.txt"
-    """Prompts, one a line; with i2v, JSON lines {"image": ..., "prompt": ...}."""
-    output_folder: str = "videos"
-    """Where videos go."""
-    seed: int = 0
-    """With the prompt and the sample index it decides every random number."""
-    num_samples: int = 1
-    """Videos a prompt."""
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples={self.num_samples} must be at least 1")
-
-
-class Sampler(Enum):
-    """How the generator turns noise into videos."""
-
-    rollout = "rollout"
-    many_step = "many_step"
-    causal_many_step = "causal_many_step"
-
-
-@dataclass
-class PartsConfig:
-    """Everything needed to turn prompts into videos."""
-
-    sampler: Sampler = Sampler.rollout
-    """rollout: few steps, chunk by chunk; many_step: a bidirectional teacher, the whole clip at once, with guidance;
-    causal_many_step: a causal many-step denoiser, chunk by chunk, with guidance."""
-    generator: DenoiserConfig = field(default_factory=DenoiserConfig)
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    text_encoder: TextConfig = field(default_factory=TextConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Of the many-step samplers, also where training samples a teacher."""
-    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu."""
-    dtype: str = "auto"
-    """auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16."""
-    vram: float | None = None
-    """Gigabytes of the device's memory (of RAM on a CPU) that generation may take; null is what is free."""
-
-    def __post_init__(self) -> None:
-        if self.vram is not None and self.vram <= 0:
-            raise ValueError(f"vram={self.vram} gigabytes must be above 0")
-
-
-def transformer_config(path: Path | None, preset: str) -> WanConfig:
-    """What is known before weights load: the config.json with them, else the preset."""
-    declared = None if path is None else read_declared_config(path)
-    if declared is None:
-        return PRESETS[preset]
-    try:
-        return WanConfig(**(asdict(PRESETS[preset]) | declared))
-    except ValueError as error:
-        raise UserError(f"{path}: config.json: {error}") from error
-
-
-def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
-    """Sizes of a TinyVAE, known before weights load; of the Wan VAE those it shares with the published TAEHV."""
-    from model.tiny_vae import TinyVAEConfig
-
-    path = Path(config.weights)
-    if config.kind is CodecKind.tiny and path.is_dir():
-        try:
-            return TinyVAEConfig(**read_config(path))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: config.json is not a TinyVAE's: {error}") from error
-    return TinyVAEConfig()
-
-
-def token_size(config: PartsConfig) -> tuple[int, int]:
-    """Pixel rows and columns of a token, from the configurations beside the weights: known before weights load."""
-    sizes = codec_sizes(config.codec)
-    scale = sizes.patch_size * math.prod(sizes.spatial_strides)
-    generator = Path(config.generator.weights) if config.generator.weights else None
-    _, rows, columns = transformer_config(generator, config.generator.preset).patch_size
-    return scale * rows, scale * columns
-
-
-def all_prompts(config: PartsConfig, prompts: Sequence[str]) -> list[str]:
-    """The prompts that making videos of ``prompts`` embeds: with a many-step sampler, the negative one too."""
-    return [*prompts, *([] if config.sampler is Sampler.rollout else [config.sampling.negative_prompt])]
 
 
 def load_transformer(
@@ -335,10 +154,10 @@ def stored_prompts(config: TextConfig, dtype: torch.dtype) -> PromptFiles | None
     return open_prompt_files(config.cache, config.weights, config.tokenizer, dtype)
 
 
-def needs_text_encoder(config: PartsConfig, prompts: Sequence[str], dtype: torch.dtype) -> bool:
+def needs_text_encoder(config: PipelineConfig, prompts: Sequence[str], dtype: torch.dtype) -> bool:
     """Whether a prompt that making these videos embeds is not on disk."""
     files = stored_prompts(config.text_encoder, dtype)
-    return files is None or not all(files.holds(clean_prompt(prompt)) for prompt in all_prompts(config, prompts))
+    return files is None or not all(files.holds(clean_prompt(prompt)) for prompt in config.prompts_to_embed(prompts))
 
 
 def load_prompt_cache(

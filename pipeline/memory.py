@@ -18,14 +18,9 @@ from torch import Tensor
 from model.transformer import WanConfig
 from model.transformer_files import open_transformer
 from model.weights import find_part, load_state_dict
-from pipeline.loading import (
-    CodecKind,
-    PartsConfig,
-    Sampler,
-    codec_sizes,
-    token_size,
-    waiting_dtype,
-)
+from pipeline.config import CodecKind, PipelineConfig, Sampler
+from pipeline.loading import waiting_dtype
+from pipeline.sizes import codec_sizes, token_size
 from utils.errors import UserError
 
 GB = 10**9
@@ -172,7 +167,7 @@ def need(profile: Profile, of: Sizes, *, one_memory: bool) -> Need:
     return Need(int(device + of.overhead), 0 if one_memory else ram)
 
 
-def measure(config: PartsConfig, *, device: torch.device, dtype: torch.dtype, use_ema: bool, text: bool) -> Sizes:
+def measure(config: PipelineConfig, *, device: torch.device, dtype: torch.dtype, use_ema: bool, text: bool) -> Sizes:
     """Sizes of everything, from the headers of the weights and the configuration.
 
     Args:
@@ -187,7 +182,7 @@ def measure(config: PartsConfig, *, device: torch.device, dtype: torch.dtype, us
 
 
 def sizes(
-    config: PartsConfig,
+    config: PipelineConfig,
     transformer: WanConfig,
     generator: Mapping[str, Tensor],
     encoder: Mapping[str, Tensor],
@@ -214,7 +209,7 @@ def sizes(
     )
 
 
-def generator_bytes(config: PartsConfig, transformer: WanConfig, dtype: torch.dtype) -> tuple[int, int]:
+def generator_bytes(config: PipelineConfig, transformer: WanConfig, dtype: torch.dtype) -> tuple[int, int]:
     """The cache, and the activations of one pass: of the feed-forward layer, or of attention with its rotation."""
     rows, columns = token_size(config)
     tokens = (config.video.height // rows) * (config.video.width // columns)
@@ -243,7 +238,7 @@ def _shapes(state: Mapping[str, Tensor], suffix: str) -> list[torch.Size]:
     return [tensor.shape for name, tensor in state.items() if name.endswith(suffix) and tensor.ndim]
 
 
-def check_parts(config: PartsConfig, transformer: WanConfig, encoder: Mapping[str, Tensor]) -> None:
+def check_parts(config: PipelineConfig, transformer: WanConfig, encoder: Mapping[str, Tensor]) -> None:
     """Refuse parts that were not made for each other."""
     weights, channels = config.generator.weights, codec_sizes(config.codec).latent_channels
     if not transformer.in_dim == transformer.out_dim == channels:
@@ -261,7 +256,7 @@ def check_parts(config: PartsConfig, transformer: WanConfig, encoder: Mapping[st
 
 
 def decoder_bytes(
-    config: PartsConfig, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    config: PipelineConfig, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[int, int, int]:
     """What decoding a chunk takes whole, and in tiles, and what of the other tiles waits in a GPU's RAM."""
     size, latents = (config.video.height, config.video.width), config.rollout.frames_per_chunk
@@ -293,7 +288,7 @@ class Plan:
 
 
 def plan(
-    config: PartsConfig,
+    config: PipelineConfig,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -339,7 +334,7 @@ def plan(
     )
 
 
-def check_disk(config: PartsConfig, videos: int) -> None:
+def check_disk(config: PipelineConfig, videos: int) -> None:
     """Refuse an output folder whose disk does not hold the files of so many videos."""
     video, folder = config.video, config.inference.output_folder
     frames = 1 + (video.num_frames - 1) * math.prod(codec_sizes(config.codec).temporal_strides)
@@ -372,7 +367,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / GB:.2f} GB" if num_bytes >= GB else f"{num_bytes / GB * 1000:.1f} MB"
 
 
-def _advice(config: PartsConfig, profile: Profile) -> str:
+def _advice(config: PipelineConfig, profile: Profile) -> str:
     """The smaller decoder, where it is at hand and would help."""
     if config.codec.kind is CodecKind.tiny or not profile.tile_codec or not TAEHV.exists():
         return ""

@@ -19,7 +19,7 @@ from torch import Tensor
 from model.denoiser import Denoiser, Prediction
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
-from pipeline.loading import Sampler
+from pipeline.config import Sampler
 from pipeline.rollout import Block, ChunkInput, Pass, SwitchStyle, full_timesteps, rollout_passes
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch import Tensor
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.text_encoder import PromptCache
-from pipeline.loading import PartsConfig, Sampler, all_prompts, load_codec, load_denoiser, load_prompt_cache
+from pipeline.config import PipelineConfig, Sampler
+from pipeline.loading import load_codec, load_denoiser, load_prompt_cache
 from pipeline.memory import PROFILES, Profile, TextPlacement
 from pipeline.optimize import optimize
 from pipeline.rollout import Block, RolloutConfig, randn
@@ -57,7 +58,7 @@ class TextToVideo:
     @classmethod
     def from_config(
         cls,
-        config: PartsConfig,
+        config: PipelineConfig,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -83,7 +84,7 @@ class TextToVideo:
         if prompts is None:
             text_encoder.load()
         else:
-            text_encoder.prepare(all_prompts(config, prompts))
+            text_encoder.prepare(config.prompts_to_embed(prompts))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what a freed encoder took, for the parts to come
         denoiser = load_denoiser(config.generator, use_ema=use_ema, streamed=profile.stream_generator, **options)

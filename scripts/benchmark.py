@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from model.codec import VideoCodec
     from model.denoiser import Denoiser
     from model.transformer import WanConfig
-    from pipeline.loading import PartsConfig
+    from pipeline.config import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOOR_SIZES = {"dim": 384, "ffn_dim": 1536, "num_heads": 6, "num_layers": 6, "text_dim": 64, "text_len": 32}
@@ -111,7 +111,7 @@ class Bench:
     """What every measurement is told."""
 
     args: argparse.Namespace
-    config: PartsConfig
+    config: PipelineConfig
     device: torch.device
     spans: dict[str, list[float]] = field(default_factory=dict)
 
@@ -167,7 +167,8 @@ class Bench:
 
     def codec(self) -> VideoCodec:
         """The video codec."""
-        from pipeline.loading import CodecKind, load_codec
+        from pipeline.config import CodecKind
+        from pipeline.loading import load_codec
 
         if not self.args.random_weights:
             return load_codec(self.config.codec, device=self.device, dtype=self.dtype)

@@ -22,7 +22,7 @@ from utils.cli import exit_code
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.loading import VideoConfig
+    from pipeline.config import VideoConfig
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 

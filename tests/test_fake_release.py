@@ -11,15 +11,8 @@ import torch
 from PIL import Image
 
 import inference
-from pipeline.loading import (
-    CodecConfig,
-    CodecKind,
-    DenoiserConfig,
-    TextConfig,
-    load_codec,
-    load_text_encoder,
-    load_transformer,
-)
+from pipeline.config import CodecConfig, CodecKind, DenoiserConfig, TextConfig
+from pipeline.loading import load_codec, load_text_encoder, load_transformer
 from pipeline.memory import PROFILES, Profile
 from pipeline.text_to_video import TextToVideo, VideoSeed
 from tests.fake_release import LARGE, SMALL, TAEHV, FakeRelease, write_diffusers_release, write_fake_release

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from model.discriminator import DiscriminatorConfig
-from pipeline.loading import DenoiserConfig, PartsConfig
+from pipeline.config import DenoiserConfig, PipelineConfig
 from trainer.data import DataConfig
 from trainer.health import HealthConfig
 from trainer.lora import LoRAConfig
@@ -214,7 +214,7 @@ class LoopConfig:
 
 
 @dataclass
-class Config(PartsConfig):
+class Config(PipelineConfig):
     """Everything. A YAML file sets what differs from these defaults."""
 
     objective: Objective = Objective.self_forcing_dmd

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from model.codec import VideoCodec
 from model.text_encoder import PromptCache
-from pipeline.loading import TextConfig, VideoConfig, load_text_encoder
+from pipeline.config import TextConfig, VideoConfig
+from pipeline.loading import load_text_encoder
 from utils.distributed import derive_seed
 from utils.errors import UserError
 from utils.prompts import read_image_prompts, read_prompts

@@ -22,7 +22,8 @@ from model.kv_cache import KVCache
 from model.lora import save_lora
 from model.weight_writers import save_torch
 from model.weights import save_folder
-from pipeline.loading import DenoiserConfig, load_denoiser
+from pipeline.config import DenoiserConfig
+from pipeline.loading import load_denoiser
 from pipeline.rollout import rollout
 from trainer.config import Config
 from trainer.data import Stream

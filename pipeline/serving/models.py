@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from model.codec import VideoCodec
     from model.denoiser import Denoiser
-    from pipeline.loading import PartsConfig
+    from pipeline.config import PipelineConfig
     from pipeline.session import LatentChunk, StreamSession
     from pipeline.text_to_video import TextToVideo
 
@@ -42,7 +42,7 @@ STYLES = {  # of a prompt switch, with what each does
 class Source:
     """Where a model comes from, as the command line said it: what a clip's command repeats."""
 
-    read_config: Callable[[], PartsConfig]
+    read_config: Callable[[], PipelineConfig]
     """Reads the configuration; called on the loading thread, as it imports torch."""
     arguments: list[str]
     """Of inference.py, for the same model: --config_path and so on."""
@@ -58,7 +58,7 @@ class Models:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._lock = threading.Lock()
-        self._config: PartsConfig
+        self._config: PipelineConfig
         self._base: TextToVideo
         self._device: torch.device
         self._dtype: torch.dtype
@@ -200,7 +200,7 @@ class Models:
 
     def _sizes(self) -> list[tuple[int, int]]:
         """Heights and widths on offer: the model's own, turned, square, and half as large where that is not tiny."""
-        from pipeline.loading import token_size
+        from pipeline.sizes import token_size
 
         rows, columns = token_size(self._config)
         height, width = self._config.video.height, self._config.video.width
@@ -215,7 +215,8 @@ class Models:
         return StreamSpec(self._examples[0], video.height, video.width, video.fps, decoder=decoder, scale=video.scale)
 
     def _load_codecs(self) -> None:
-        from pipeline.loading import CodecConfig, CodecKind, load_codec
+        from pipeline.config import CodecConfig, CodecKind
+        from pipeline.loading import load_codec
 
         self._codecs = {"Wan VAE" if self._config.codec.kind is CodecKind.wan else "TinyVAE": self._base.codec}
         if self._source.tiny_decoder is not None:

@@ -10,7 +10,8 @@ from model.lora import LoRA, LowRank, load_lora, merge_lora, save_lora, unmerge_
 from model.transformer import WanTransformer
 from model.transformer_files import read_transformer
 from model.weights import diffusers_to_wan, wan_to_diffusers
-from pipeline.loading import DenoiserConfig, load_transformer
+from pipeline.config import DenoiserConfig
+from pipeline.loading import load_transformer
 from tests.fake_release import SMALL, transformer_state
 from utils.errors import UserError
 

@@ -7,18 +7,8 @@ import torch
 
 from model.lora import LoRA, LowRank, save_lora
 from model.weights import load_state_dict, weights_hash
-from pipeline.loading import (
-    DenoiserConfig,
-    PartsConfig,
-    Sampler,
-    TextConfig,
-    all_prompts,
-    generator_hash,
-    load_prompt_cache,
-    load_text_encoder,
-    load_transformer,
-    needs_text_encoder,
-)
+from pipeline.config import DenoiserConfig, PipelineConfig, Sampler, TextConfig
+from pipeline.loading import generator_hash, load_prompt_cache, load_text_encoder, load_transformer, needs_text_encoder
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -74,11 +64,11 @@ def test_the_hash_is_that_of_the_stored_weights_and_follows_ema_and_lora(release
 
 
 def test_guided_samplers_embed_the_negative_prompt_too():
-    config = PartsConfig()
-    assert all_prompts(config, PROMPTS) == PROMPTS
+    config = PipelineConfig()
+    assert config.prompts_to_embed(PROMPTS) == PROMPTS
     config.sampler = Sampler.many_step
     config.sampling.negative_prompt = "blurry"
-    assert all_prompts(config, PROMPTS) == [*PROMPTS, "blurry"]
+    assert config.prompts_to_embed(PROMPTS) == [*PROMPTS, "blurry"]
 
 
 def test_no_text_encoder_is_needed_once_every_prompt_is_on_disk(release, tmp_path):

@@ -18,7 +18,8 @@ from model.transformer import PRESETS, WanConfig, WanTransformer
 from model.wan_vae import WanAutoencoder, WanVAEConfig
 from model.weights import save_folder
 from pipeline import memory
-from pipeline.loading import CodecKind, Sampler, load_denoiser, load_text_encoder
+from pipeline.config import CodecKind, Sampler
+from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.memory import GB, PROFILES, Sizes, TextPlacement, check_disk, measure, need, plan
 from pipeline.text_to_video import TextToVideo, VideoSeed
 from trainer.config import Config

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.loading import VideoConfig
+from pipeline.config import VideoConfig
 from tests.shapes_parts import tiny_codec
 from trainer.data import (
     Contents,

@@ -1,0 +1,152 @@
+"""The schema of a pipeline: what inference.py, demo.py and the scripts need to know to make a video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from model.attention import AttentionBackend
+from model.codec import VideoCodec
+from model.transformer import PRESETS
+from pipeline.optimize import OptimizeConfig
+from pipeline.rollout import RolloutConfig
+from pipeline.sampling import SamplingConfig
+
+
+@dataclass
+class DenoiserConfig:
+    """One denoiser: sizes, weights, schedule."""
+
+    preset: str = "wan2.1-t2v-1.3b"
+    """Sizes of a model that starts from random weights. With weights, their shapes and their config.json decide; the
+    preset then fills in what neither of them says, and must agree with the rest."""
+    weights: str | None = None
+    """Folder or file of weights in any format; null starts from random ones."""
+    lora: str | None = None
+    """Folder or file of a LoRA to merge into the weights."""
+    lora_scale: float = 1.0
+    """How much of the LoRA to merge."""
+    shift: float = 5.0
+    """Timestep shift of its schedule."""
+    attention: AttentionBackend = AttentionBackend.auto
+    """Attention kernel."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in backward instead of keeping their activations."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is none of {', '.join(PRESETS)}")
+
+
+class CodecKind(Enum):
+    """Which video codec."""
+
+    tiny = "tiny"
+    wan = "wan"
+
+
+@dataclass
+class CodecConfig:
+    """The video codec."""
+
+    kind: CodecKind = CodecKind.wan
+    """wan: the Wan VAE; tiny: a TinyVAE (TAEHV)."""
+    weights: str = "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"
+    """Folder or file of weights."""
+
+
+@dataclass
+class TextConfig:
+    """The text encoder."""
+
+    weights: str | None = "wan_models/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth"
+    """A saved text-encoder folder, or Wan's .pth; null starts one from nothing (training a teacher with its own)."""
+    tokenizer: str | None = "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl"
+    """Tokenizer folder; null takes the one beside the weights."""
+    cache: str | None = "~/.cache/self-forcing/prompts"
+    """Folder where a run finds the embeddings of prompts that were seen before; null keeps none."""
+
+
+@dataclass
+class VideoConfig:
+    """What a clip is."""
+
+    height: int = 480
+    """Pixels."""
+    width: int = 832
+    """Pixels."""
+    num_frames: int = 21
+    """Latent frames of a training clip, and of a generated one unless asked otherwise."""
+    fps: int = 16
+    """Frames per second of the written video."""
+    scale: int = 1
+    """Whole-number enlargement of the written video, for worlds of few pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "fps", "scale"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def latent_shape(self, codec: VideoCodec, num_frames: int | None = None) -> tuple[int, int, int, int]:
+        """F C H W of a clip's latents; ``num_frames`` stands in for the configured length."""
+        height, width = self.height // codec.spatial_scale, self.width // codec.spatial_scale
+        return num_frames or self.num_frames, codec.latent_channels, height, width
+
+
+@dataclass
+class InferenceConfig:
+    """What inference.py makes."""
+
+    data_path: str = "prompts/shapes.txt"
+    """Prompts, one a line; with i2v, JSON lines {"image": ..., "prompt": ...}."""
+    output_folder: str = "videos"
+    """Where videos go."""
+    seed: int = 0
+    """With the prompt and the sample index it decides every random number."""
+    num_samples: int = 1
+    """Videos a prompt."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples={self.num_samples} must be at least 1")
+
+
+class Sampler(Enum):
+    """How the generator turns noise into videos."""
+
+    rollout = "rollout"
+    many_step = "many_step"
+    causal_many_step = "causal_many_step"
+
+
+@dataclass
+class PipelineConfig:
+    """Everything needed to turn prompts into videos."""
+
+    sampler: Sampler = Sampler.rollout
+    """rollout: few steps, chunk by chunk; many_step: a bidirectional teacher, the whole clip at once, with guidance;
+    causal_many_step: a causal many-step denoiser, chunk by chunk, with guidance."""
+    generator: DenoiserConfig = field(default_factory=DenoiserConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    text_encoder: TextConfig = field(default_factory=TextConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Options of the many-step samplers. Training uses them too when it samples a teacher."""
+    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu."""
+    dtype: str = "auto"
+    """auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16."""
+    vram: float | None = None
+    """Gigabytes of the device's memory (of RAM on a CPU) that generation may take; null is what is free."""
+
+    def __post_init__(self) -> None:
+        if self.vram is not None and self.vram <= 0:
+            raise ValueError(f"vram={self.vram} gigabytes must be above 0")
+
+    def prompts_to_embed(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that making videos of ``prompts`` embeds: with a many-step sampler, the negative one too."""
+        return [*prompts, *([] if self.sampler is Sampler.rollout else [self.sampling.negative_prompt])]

@@ -1,0 +1,50 @@
+"""Sizes that are known before any weight is loaded, from the configurations beside the weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.transformer import PRESETS, WanConfig
+from model.transformer_files import read_declared_config
+from model.weights import read_config
+from pipeline.config import CodecConfig, CodecKind, PipelineConfig
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from model.tiny_vae import TinyVAEConfig
+
+
+def transformer_config(path: Path | None, preset: str) -> WanConfig:
+    """What is known before weights load: the config.json with them, else the preset."""
+    declared = None if path is None else read_declared_config(path)
+    if declared is None:
+        return PRESETS[preset]
+    try:
+        return WanConfig(**(asdict(PRESETS[preset]) | declared))
+    except ValueError as error:
+        raise UserError(f"{path}: config.json: {error}") from error
+
+
+def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
+    """Sizes of a TinyVAE, known before weights load; of the Wan VAE those it shares with the published TAEHV."""
+    from model.tiny_vae import TinyVAEConfig
+
+    path = Path(config.weights)
+    if config.kind is CodecKind.tiny and path.is_dir():
+        try:
+            return TinyVAEConfig(**read_config(path))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: config.json is not a TinyVAE's: {error}") from error
+    return TinyVAEConfig()
+
+
+def token_size(config: PipelineConfig) -> tuple[int, int]:
+    """Pixel rows and columns of a token, from the configurations beside the weights: known before weights load."""
+    sizes = codec_sizes(config.codec)
+    scale = sizes.patch_size * math.prod(sizes.spatial_strides)
+    generator = Path(config.generator.weights) if config.generator.weights else None
+    _, rows, columns = transformer_config(generator, config.generator.preset).patch_size
+    return scale * rows, scale * columns
