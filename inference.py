@@ -259,7 +259,7 @@ def storyboard(args: argparse.Namespace, config: PipelineConfig) -> tuple[list[s
         raise UserError(
             "a prompt at 0s is the video's first; leave out --prompt, --data_path, --i2v and --prompt-extend"
         )
-    scale = math.prod(codec_sizes(config.codec).temporal_strides)
+    scale = codec_sizes(config.codec).temporal_scale
     frames = (
         math.inf
         if args.v2v

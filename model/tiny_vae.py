@@ -66,9 +66,19 @@ class TinyVAEConfig:
         if min(self.encoder_blocks, self.decoder_blocks) < 0:
             raise ValueError(f"{self.encoder_blocks=} and {self.decoder_blocks=} must not be negative")
 
+    @property
+    def spatial_scale(self) -> int:
+        """Pixels along a latent's side."""
+        return self.patch_size * math.prod(self.spatial_strides)
+
+    @property
+    def temporal_scale(self) -> int:
+        """Frames of a latent after the first."""
+        return math.prod(self.temporal_strides)
+
     def decode_bytes(self, height: int, width: int, latents: int, dtype: torch.dtype) -> int:
         """Estimate of what decoding chunks of so many latents to frames of H x W takes beside the weights."""
-        area = height * width // (self.patch_size * math.prod(self.spatial_strides)) ** 2
+        area = height * width // self.spatial_scale**2
         kept = peak = 0
         strides = zip(reversed(self.spatial_strides), reversed(self.temporal_strides), strict=True)
         for index, (scale, stride) in enumerate(strides):
@@ -232,8 +242,8 @@ class TinyVAE(nn.Module):
         super().__init__()
         self.config = config
         self.latent_channels = config.latent_channels
-        self.spatial_scale = config.patch_size * math.prod(config.spatial_strides)
-        self.temporal_scale = math.prod(config.temporal_strides)
+        self.spatial_scale = config.spatial_scale
+        self.temporal_scale = config.temporal_scale
         self.encoder = _build_encoder(config)
         self.decoder = _build_decoder(config)
         self.to(memory_format=torch.channels_last)

@@ -5,7 +5,6 @@ Letters: T tokens of a latent frame, D model width, GB are 10^9 bytes.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -337,7 +336,7 @@ def plan(
 def check_disk(config: PipelineConfig, videos: int) -> None:
     """Refuse an output folder whose disk does not hold the files of so many videos."""
     video, folder = config.video, config.inference.output_folder
-    frames = 1 + (video.num_frames - 1) * math.prod(codec_sizes(config.codec).temporal_strides)
+    frames = 1 + (video.num_frames - 1) * codec_sizes(config.codec).temporal_scale
     pixels = frames * video.height * video.width * video.scale**2
     needed, free = int(videos * pixels * VIDEO_BYTES_PER_PIXEL), shutil.disk_usage(folder).free
     if needed > free:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +43,7 @@ def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
 def token_size(config: PipelineConfig) -> tuple[int, int]:
     """Pixel rows and columns of a token, from the configurations beside the weights: known before weights load."""
     sizes = codec_sizes(config.codec)
-    scale = sizes.patch_size * math.prod(sizes.spatial_strides)
+    scale = sizes.spatial_scale
     generator = Path(config.generator.weights) if config.generator.weights else None
     _, rows, columns = transformer_config(generator, config.generator.preset).patch_size
     return scale * rows, scale * columns

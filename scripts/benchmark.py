@@ -228,6 +228,7 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
 
     from model.kv_cache import KVCache
     from pipeline.rollout import Block, Stage, rollout_passes
+    from utils.video import to_uint8
 
     begin, first, denoised, before = bench.now(), None, 0.0, 0.0
     with bench.stage("text"):
@@ -245,7 +246,7 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
             with bench.stage("decode"):
                 pixels = decoder.decode(event.latents)
             with bench.stage("host copy"):
-                pixels.add(1).mul_(127.5).to(torch.uint8).cpu()
+                to_uint8(pixels[0]).cpu()
             first = first or bench.now() - begin
             event = next(passes, None)
             continue

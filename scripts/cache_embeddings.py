@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     about = {"dim": encoder.dim, "text_len": encoder.text_len, "encoder": Path(config.text_encoder.weights).name}
     with ShardWriter(folder, about, shard_size=args.shard_size) as writer, torch.no_grad():
         mine = {derive_seed(prompt): prompt for prompt in share(prompts, ranks.rank, ranks.world_size)}
-        missing = {item: prompt for item, prompt in mine.items() if item not in writer.stored}
+        missing = {item: mine[item] for item in writer.remaining(mine)}
         for item, prompt in progress(missing.items(), "prompts", unit="prompt", is_main=ranks.is_main):
             (embeds,) = encoder.encode([prompt])
             length = int(embeds.any(dim=1).nonzero().max()) + 1

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     skipped = 0
     with ShardWriter(folder, about, shard_size=args.shard_size) as writer, torch.no_grad():
         mine = {derive_seed(name): name for name in share(sorted(prompts), ranks.rank, ranks.world_size)}
-        missing = {item: name for item, name in mine.items() if item not in writer.stored}
+        missing = {item: mine[item] for item in writer.remaining(mine)}
         for item, name in progress(missing.items(), "videos", unit="video", is_main=ranks.is_main):
             try:
                 frames = read_clip(args.videos / name, codec.num_frames(video.num_frames), video)
@@ -129,31 +129,24 @@ def read_clip(path: Path, num_frames: int, video: VideoConfig) -> Tensor:
     Frame k is the one shown at k / fps seconds, so that other frame rates keep their speed; only what is needed is
     decoded. UserError if the video is too short or damaged.
     """
-    import av
-    import numpy as np
     import torch
-    from PIL import Image, ImageOps
 
     from utils.errors import UserError
+    from utils.video import fit_image, open_video
 
-    images: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or video.fps)
-            for number, frame in enumerate(container.decode(stream), start=1):
-                wanted = math.ceil(number / rate * video.fps - 1e-6)  # frames begun before this one ends
-                if wanted > len(images):
-                    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                    picture = ImageOps.fit(picture, (video.width, video.height), method=Image.Resampling.LANCZOS)
-                    images += [np.asarray(picture)] * (wanted - len(images))
-                if len(images) >= num_frames:
-                    break
-    except (OSError, ValueError, IndexError) as error:  # av's errors derive from the first two; no video: the last
-        raise UserError(f"cannot read a video from {path}: {error}") from error
+    images: list[Tensor] = []
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or video.fps)
+        for number, frame in enumerate(container.decode(stream), start=1):
+            wanted = math.ceil(number / rate * video.fps - 1e-6)  # frames begun before this one ends
+            if wanted > len(images):
+                images += [fit_image(frame.to_image(), video.height, video.width)] * (wanted - len(images))
+            if len(images) >= num_frames:
+                break
     if len(images) < num_frames:
         raise UserError(f"{path}: has {len(images)} frames at {video.fps} fps; {num_frames} are needed")
-    return torch.from_numpy(np.stack(images[:num_frames])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.stack(images[:num_frames])
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     }
     shape = config.video.latent_shape(codec)
     with ShardWriter(config.ode.pairs, about, shard_size=args.shard_size) as writer:
-        items = [item for item in share(range(args.count), ranks.rank, ranks.world_size) if item not in writer.stored]
+        items = writer.remaining(share(range(args.count), ranks.rank, ranks.world_size))
         for start in progress(range(0, len(items), args.batch), "trajectories", unit="batch", is_main=ranks.is_main):
             chosen = items[start : start + args.batch]
             samples = data.read(chosen)

@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,9 +45,9 @@ class ShardWriter:
             raise UserError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
         self.stored = {number for path in _listings(self.folder) for number in _read_listing(path)}
 
-    def remaining(self, count: int) -> list[int]:
-        """Which of the items 0 ... count - 1 are not stored yet."""
-        return [item for item in range(count) if item not in self.stored]
+    def remaining(self, items: Iterable[int]) -> list[int]:
+        """Which of the items are not stored yet."""
+        return [item for item in items if item not in self.stored]
 
     def add(self, item: int, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Add an item: a JSON-ready record and tensors of any shapes, by name."""

@@ -4,8 +4,8 @@ Shapes: F frames, H height, W width. Pixels are float in [-1, 1] as [F 3 H W] or
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ THUMBNAIL_HEIGHT = 144
 MARGIN = 12
 GAP = 3
 FONT_SIZE = 16
+NO_FRAMES = "it has no frames"
 BACKGROUND, INK = "white", "#222222"
 
 
@@ -124,20 +125,20 @@ def enlarge(frames: Tensor, scale: int) -> Tensor:
     return frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2) if scale > 1 else frames
 
 
-def read_video(path: str | Path) -> Tensor:
-    """All frames of a video file, uint8 [F H W 3]. Raises UserError if it is missing or not a video."""
+@contextmanager
+def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """A video file to decode. Raises UserError if it is missing or, now or while it is read, no video."""
     try:
         with av.open(str(path)) as container:
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    except (
-        OSError,
-        ValueError,
-        IndexError,
-    ) as error:  # av's errors derive from the first two; no video stream: the last
+            yield container
+    except (OSError, ValueError, IndexError) as error:  # av's derive from the first two; no video stream: the last
         raise UserError(f"cannot read a video from {path}: {_reason(error)}") from error
-    if not frames:
-        raise UserError(f"cannot read a video from {path}: it has no frames")
-    return torch.stack(frames)
+
+
+def read_video(path: str | Path) -> Tensor:
+    """All frames of a video file, uint8 [F H W 3]. Raises UserError if it is missing or not a video."""
+    with open_video(path) as container:
+        return _stack(container.decode(video=0))
 
 
 def sample_frames(path: str | Path, count: int) -> Tensor:
@@ -145,13 +146,17 @@ def sample_frames(path: str | Path, count: int) -> Tensor:
 
     Raises UserError if it is missing or not a video.
     """
-    try:
-        with av.open(str(path)) as container:
-            wanted = evenly_spaced(container.streams.video[0].frames, count)
-            frames = (frame for index, frame in enumerate(container.decode(video=0)) if index in wanted)
-            return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in frames])
-    except (OSError, ValueError, IndexError, RuntimeError) as error:  # as in read_video; no frames: the last
-        raise UserError(f"cannot read a video from {path}: {_reason(error)}") from error
+    with open_video(path) as container:
+        wanted = evenly_spaced(container.streams.video[0].frames, count)
+        return _stack(frame for index, frame in enumerate(container.decode(video=0)) if index in wanted)
+
+
+def _stack(frames: Iterable[av.VideoFrame]) -> Tensor:
+    """uint8 [F H W 3]. Raises ValueError where there are none."""
+    pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in frames]
+    if not pictures:
+        raise ValueError(NO_FRAMES)
+    return torch.stack(pictures)
 
 
 def stream_video(path: str | Path, height: int, width: int, fps: float) -> Iterator[Tensor]:
@@ -160,19 +165,16 @@ def stream_video(path: str | Path, height: int, width: int, fps: float) -> Itera
     Frames are repeated or left out to keep the speed, and fitted as by :func:`load_image`. Raises UserError if the file
     is missing or not a video.
     """
-    try:
-        with av.open(str(path)) as container:
-            shown = 0
-            for number, frame in enumerate(container.decode(video=0)):
-                seconds = number / fps if frame.time is None else frame.time - (container.start_time or 0) / 1e6
-                picture = _fit(frame.to_image(), height, width)[None]
-                while shown <= seconds * fps + 1e-6:
-                    shown += 1
-                    yield picture
-    except (OSError, ValueError, IndexError) as error:  # as in read_video
-        raise UserError(f"cannot read a video from {path}: {_reason(error)}") from error
-    if not shown:
-        raise UserError(f"cannot read a video from {path}: it has no frames")
+    with open_video(path) as container:
+        shown = 0
+        for number, frame in enumerate(container.decode(video=0)):
+            seconds = number / fps if frame.time is None else frame.time - (container.start_time or 0) / 1e6
+            picture = fit_image(frame.to_image(), height, width)[None]
+            while shown <= seconds * fps + 1e-6:
+                shown += 1
+                yield picture
+        if not shown:
+            raise ValueError(NO_FRAMES)
 
 
 def write_gif(path: str | Path, frames: Tensor, fps: float, *, scale: int = 1) -> None:
@@ -243,10 +245,10 @@ def load_image(path: str | Path, height: int, width: int) -> Tensor:
             image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # broken PNGs: SyntaxError
         raise UserError(f"cannot read an image from {path}: {_reason(error)}") from error
-    return _fit(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), height, width)
+    return fit_image(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), height, width)
 
 
-def _fit(image: Image.Image, height: int, width: int) -> Tensor:
+def fit_image(image: Image.Image, height: int, width: int) -> Tensor:
     """An RGB image scaled to cover H x W and cropped around the centre, [3 H W] in [-1, 1]."""
     pixels = np.array(ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS))
     return rearrange(torch.from_numpy(pixels).float() / 127.5 - 1, "h w c -> c h w")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import secrets
 import sys
 import threading
@@ -11,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import psutil
 
 from pipeline.serving import messages
 from pipeline.serving.clips import Gallery
@@ -118,7 +119,7 @@ class Server:
 
 
 def memory_use() -> dict[str, float | None]:
-    """Gigabytes in use: ``ram`` of this process (its peak where the system does not tell more), ``vram`` of the GPU."""
+    """Gigabytes in use: ``ram`` of this process, ``vram`` of the GPU."""
     torch = sys.modules.get("torch")  # not worth waiting for its import
     vram = total = None
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_available():
@@ -129,9 +130,4 @@ def memory_use() -> dict[str, float | None]:
 
 def resident_bytes() -> int:
     """Memory of this process."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    return psutil.Process().memory_info().rss

@@ -48,7 +48,7 @@ def test_writing_goes_on_where_it_stopped_and_an_error_loses_nothing_that_was_ad
             writer.add(item, {"prompt": ""}, tensors(item))
         raise RuntimeError
     with ShardWriter(tmp_path, {"kind": "test"}) as writer:
-        assert writer.remaining(8) == [5, 6, 7]
+        assert writer.remaining(range(8)) == [5, 6, 7]
         with pytest.raises(ValueError, match="item 4 is already"):
             writer.add(4, {}, tensors(4))
     write(tmp_path, [5, 6, 7])
@@ -60,7 +60,7 @@ def test_a_shard_without_its_records_does_not_count_and_is_written_again(tmp_pat
     (tmp_path / "shard_00000003.json").unlink()  # as if killed between the two files
     (tmp_path / "shard_00000003.safetensors").write_bytes(b"half")
     assert len(read(tmp_path)) == 3
-    write(tmp_path, ShardWriter(tmp_path, {"kind": "test"}).remaining(6))
+    write(tmp_path, ShardWriter(tmp_path, {"kind": "test"}).remaining(range(6)))
     assert [float(read(tmp_path).read(item, "states")[0, 0]) for item in range(6)] == [0, 1, 2, 3, 4, 5]
 
 
@@ -88,7 +88,7 @@ def test_a_writer_killed_again_and_again_ends_with_every_item(tmp_path):
         from utils.shards import ShardWriter
         with ShardWriter(sys.argv[1], {}, shard_size=4) as writer:
             print("ready", flush=True)
-            for item in writer.remaining(400):
+            for item in writer.remaining(range(400)):
                 writer.add(item, {"item": item}, {"x": torch.full((1000,), item)})
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
