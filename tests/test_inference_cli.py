@@ -261,7 +261,7 @@ def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
     )
-    video, part = tmp_path / "a cat-0.mp4", tmp_path / "a cat-0.mp4.part"
+    video, part = tmp_path / "a cat-0.mp4", tmp_path / "a cat-0.partial.mp4"
     while not (part.exists() and part.stat().st_size > 20_000):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)

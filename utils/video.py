@@ -3,9 +3,10 @@
 Shapes: F frames, H height, W width. Pixels are float in [-1, 1] as [F 3 H W] or uint8 in [0, 255] as [F H W 3].
 """
 
+import itertools
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from utils.files import atomic_path
 BT709 = 1  # the same number names its matrix, primaries and transfer curve in H.264 (ITU-T H.273)
 QUALITY = "12"  # x264's constant rate factor: visually lossless; 23, its default, smears small clips
 FRAGMENTED = {"movflags": "delay_moov+default_base_moof", "frag_duration": "1000000", "flush_packets": "1"}
+NTSC_TOLERANCE = 0.001  # frames per second
 THUMBNAIL_HEIGHT = 144
 MARGIN = 12
 GAP = 3
@@ -33,31 +35,49 @@ BACKGROUND, INK = "white", "#222222"
 
 
 class VideoWriter:
-    """Writes an H.264 mp4 frame by frame; the file appears when the writer closes without an error.
+    """Write an H.264 mp4 frame by frame. The file gets its name when the writer closes without an error.
 
-    Until then `<path>.part` grows second by second. It plays at any time, so that even a killed process leaves a video.
-    Odd sizes are padded to even ones with copies of the last row and column, which H.264 in yuv420p needs.
+    Until then `NAME.partial.mp4` grows beside it, second by second. It plays at any time, so a process that is killed
+    leaves a video too. An earlier partial file is kept; the new one is then `NAME.partial-2.mp4`, and so on.
+    Odd sizes are padded to even ones with copies of the last row and column, because H.264 in yuv420p needs even sizes.
     """
 
-    def __init__(self, path: str | Path, fps: float, *, scale: int = 1):
-        """`scale` enlarges by a whole factor with square pixels, for clips that are tiny to look at."""
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float,
+        *,
+        scale: int = 1,
+        metadata: Mapping[str, str] | None = None,
+        keep_partial: bool = False,
+    ):
+        """Nothing is opened yet.
+
+        Args:
+            path: the name of the finished file.
+            fps: frames per second. 23.976, 29.97 and 59.94 become the exact rates 24000/1001 and so on.
+            scale: a whole factor that enlarges each pixel to a square, for clips that are tiny to look at.
+            metadata: tags of the mp4 such as "title" and "comment"; see :func:`read_metadata`.
+            keep_partial: keep the partial file after an error if it holds frames. Otherwise an error deletes it.
+
+        Raises:
+            ValueError: `fps` or `scale` is out of range.
+        """
         if fps <= 0:
             raise ValueError(f"fps={fps} must be positive")
         if scale < 1:
             raise ValueError(f"scale={scale} must be at least 1")
         self.path, self.fps, self.scale = Path(path), fps, scale
-        self._part = self.path.with_name(f"{self.path.name}.part")
+        self.metadata, self.keep_partial = dict(metadata or {}), keep_partial
+        self.partial: Path | None = None
+        self._stopped = False
         self._container = self._stream = self._frame_shape = None
 
     def __enter__(self) -> "VideoWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            stack.callback(self._part.unlink, missing_ok=True)
-            stack.push(self._finish)
-            container = av.open(str(self._part), "w", format="mp4", options=FRAGMENTED)
-            self._container = stack.enter_context(closing(container))
-            stack.push(self._flush)
-            self._exits = stack.pop_all()
+        self.partial = _create_partial(self.path)
+        self._container = av.open(str(self.partial), "w", format="mp4", options=FRAGMENTED)
+        self._container.metadata.update(self.metadata)
         return self
 
     def write(self, frames: Tensor) -> None:
@@ -74,40 +94,89 @@ class VideoWriter:
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             self._container.mux(self._stream.encode(frame))
 
+    def stop(self) -> None:
+        """Say that the video ends before its planned end: on closing it keeps its partial name."""
+        self._stopped = True
+
     def _open_stream(self, frame_shape: tuple[int, ...]) -> None:
         self._frame_shape = frame_shape
-        rate = Fraction(self.fps).limit_denominator(1001)
-        self._stream = self._container.add_stream("libx264", rate=rate, options={"crf": QUALITY})
+        self._stream = self._container.add_stream("libx264", rate=frame_rate(self.fps), options={"crf": QUALITY})
         self._stream.height, self._stream.width = (size + size % 2 for size in frame_shape[:2])
         self._stream.pix_fmt = "yuv420p"
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = ColorRange.MPEG
 
-    def _flush(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is not None:
-            return
-        if self._stream is None:
-            raise ValueError(f"no frames were written to {self.path}")
-        self._container.mux(self._stream.encode(None))
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        keep = self.keep_partial or self._stopped
+        try:
+            self._close(failed=error is not None)
+            if error is not None:
+                return
+            if self._stream is None:
+                raise ValueError(f"no frames were written to {self.path}")
+            if not self._stopped:
+                self._finish()
+                keep = False
+        finally:
+            if not (keep and self._stream is not None and self.partial.stat().st_size):
+                self.partial.unlink(missing_ok=True)
 
-    def _finish(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def _close(self, *, failed: bool) -> None:
+        """Write what the encoder still holds and close the partial file; after a failure, as far as that goes."""
+        try:
+            with closing(self._container):
+                if self._stream is not None:
+                    self._container.mux(self._stream.encode(None))
+        except (OSError, ValueError):  # a full disk gives the same error again
+            if not failed:
+                raise
+
+    def _finish(self) -> None:
         """Copy the packets into a file with its index first: browsers start before all is loaded."""
-        if error is not None:
-            return
         with (
             atomic_path(self.path) as temporary,
-            av.open(str(self._part)) as part,
+            av.open(str(self.partial)) as part,
             av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as whole,
         ):
+            whole.metadata.update(self.metadata)
             stream = whole.add_stream_from_template(part.streams.video[0])
             for packet in part.demux(video=0):
                 if packet.size:  # the last one, which is empty, only ends the stream
                     packet.stream = stream
                     whole.mux(packet)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._exits.__exit__(kind, error, traceback)
+
+def frame_rate(fps: float) -> Fraction:
+    """Return the exact rate: the NTSC rate n * 1000/1001 if `fps` names one, else the nearest simple fraction."""
+    ntsc = Fraction(1000 * round(fps * 1.001), 1001)
+    return ntsc if abs(ntsc - fps) < NTSC_TOLERANCE else Fraction(fps).limit_denominator(1001)
+
+
+def partial_paths(path: Path) -> Iterator[Path]:
+    """Yield the names that an unfinished `path` may have, in the order in which they are used, without end."""
+    for count in itertools.count(1):
+        yield path.with_name(f"{path.stem}.partial{f'-{count}' if count > 1 else ''}{path.suffix}")
+
+
+def _create_partial(path: Path) -> Path:
+    """Create the first partial file that does not exist yet. A link that lies there is never followed."""
+    for partial in partial_paths(path):
+        try:
+            partial.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return partial
+    raise AssertionError("the names do not end")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The tags of a video file; an empty dict if the file cannot be read."""
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            return dict(container.metadata)
+    except (OSError, ValueError):
+        return {}
 
 
 def to_uint8(frames: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """What is written comes back: size, number, order and colours of frames."""
 
+import errno
+import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from utils.video import (
     contact_sheet,
     evenly_spaced,
     load_image,
+    read_metadata,
     read_video,
     save_contact_sheet,
     stream_video,
@@ -89,7 +93,7 @@ def test_what_is_being_written_can_be_watched_already(tmp_path):
     with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
         for _ in range(20):
             writer.write(moving_squares(8))
-        (tmp_path / "copy.mp4").write_bytes((tmp_path / "clip.mp4.part").read_bytes())
+        (tmp_path / "copy.mp4").write_bytes((tmp_path / "clip.partial.mp4").read_bytes())
     frames, whole = read_video(tmp_path / "copy.mp4"), read_video(tmp_path / "clip.mp4")
     assert 100 <= len(frames) < len(whole) == 160
     assert torch.equal(frames[:-4], whole[: len(frames) - 4])  # the last ones may miss frames they build on
@@ -102,6 +106,62 @@ def test_the_first_frame_is_shown_at_once(tmp_path):
         writer.write(moving_squares(20))
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert [frame.time for frame in container.decode(video=0)] == [index / 8 for index in range(20)]
+
+
+def test_a_video_carries_its_tags_while_it_is_written_and_afterwards(tmp_path):
+    tags = {"title": "a cat 🐈", "comment": json.dumps({"prompt": 'say "é"\n', "seed": 3})}
+    with VideoWriter(tmp_path / "clip.mp4", fps=8, metadata=tags) as writer:
+        for _ in range(20):
+            writer.write(moving_squares(8))
+        partial = read_metadata(writer.partial)
+    whole = read_metadata(tmp_path / "clip.mp4")
+    assert tags.items() <= whole.items() and tags.items() <= partial.items()
+    assert read_metadata(tmp_path / "nowhere.mp4") == {}
+
+
+def test_a_stopped_video_plays_under_a_name_that_says_so_and_never_replaces_another(tmp_path):
+    for count in (5, 9):
+        with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+            writer.write(moving_squares(count))
+            writer.stop()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.partial-2.mp4", "clip.partial.mp4"]
+    assert [len(read_video(tmp_path / f"clip.{name}.mp4")) for name in ("partial", "partial-2")] == [5, 9]
+
+
+def test_an_error_keeps_what_plays_if_asked_to(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.video.atomic_path", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        VideoWriter(tmp_path / "clip.mp4", fps=8, keep_partial=True) as writer,
+    ):
+        writer.write(moving_squares(20))
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.partial.mp4"]
+    assert len(read_video(writer.partial)) == 20
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    for name in ("clip.partial.mp4", "clip.mp4"):
+        (tmp_path / name).symlink_to(tmp_path / "other")
+    with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
+        writer.write(moving_squares(3))
+    assert (tmp_path / "other").read_text() == "kept"
+    assert not (tmp_path / "clip.mp4").is_symlink() and (tmp_path / "clip.partial.mp4").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"), [(16, 16), (23.976, (24000, 1001)), (29.97, (30000, 1001)), (12.5, (25, 2)), (0.5, (1, 2))]
+)
+def test_a_rate_is_exact(tmp_path, fps, rate):
+    import av
+
+    with VideoWriter(tmp_path / "clip.mp4", fps=fps) as writer:
+        writer.write(moving_squares(3))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.streams.video[0].average_rate == (rate if isinstance(rate, int) else Fraction(*rate))
 
 
 @pytest.mark.parametrize(
