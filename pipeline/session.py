@@ -196,8 +196,10 @@ class StreamSession:
             with self._stopped_by_errors():
                 chunk = advance(*x0)
         except Abandoned:
+            stream.close()
             return None
         if stream is not self._stream:
+            stream.close()  # whoever replaced it could not, while this thread was inside it
             return None
         if stream.ended:
             self._move(SessionState.finished, SessionState.running, SessionState.paused)
@@ -215,8 +217,8 @@ class StreamSession:
 
     def _drop(self) -> None:
         if self._stream is not None:
-            self._stream.abandoned = True
-            self._stream = None
+            stream, self._stream = self._stream, None
+            stream.close()
 
     def _runnable(self, wait: bool) -> Stream | None:
         """The stream to go on with; with ``wait`` a paused session is waited for."""

@@ -6,6 +6,7 @@ Shapes: F pixel frames, H W pixel size, f latent frames of a chunk, B videos, C 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -259,6 +260,7 @@ class Stream:
         self.pending: Pass | None = None
         self.timer = StageTimer(self.device)
         self._events = self._run()
+        self._advancing = threading.Lock()
 
     def switch(self, switch: Switch) -> None:
         """Change the prompt with the next chunk; of several changes before it the last counts. Any thread may call."""
@@ -283,7 +285,8 @@ class Stream:
         """As :meth:`step`, where the x0 of the pending pass is known already."""
         self.pending = None
         try:
-            event = self._events.send(x0)
+            with self._advancing:
+                event = self._events.send(x0)
         except StopIteration:
             self.ended = True
             return None
@@ -296,6 +299,19 @@ class Stream:
         self.frames += self._pixel_frames(event.latents)
         self.index, self.begins, self.timer = self.index + 1, False, StageTimer(self.device)
         return chunk
+
+    def close(self) -> None:
+        """Let the caches and the given frames be freed as soon as nobody holds the stream. Any thread may call this.
+
+        The running generator holds its stream, and the stream holds the generator: without this call, both wait for a
+        garbage collection. If another thread is inside :meth:`advance`, that thread has to call this again afterwards.
+        """
+        self.abandoned = True
+        if self._advancing.acquire(blocking=False):
+            try:
+                self._events.close()
+            finally:
+                self._advancing.release()
 
     def __iter__(self) -> Iterator[LatentChunk]:
         """The chunks to come."""

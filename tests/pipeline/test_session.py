@@ -1,8 +1,10 @@
 """A session makes the video its request describes, does what it is told within one step, and leaves nothing behind."""
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +167,26 @@ def test_stop_takes_effect_within_one_step(pipeline, slow, paused):
     assert len(slow) == passes
     assert at - max(asked, slow[-1][-1]) < STEP_SECONDS  # as soon as the step at hand has ended
     assert session.denoise() is None
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["between two chunks", "inside a step"])
+def test_a_stopped_stream_is_freed_without_a_garbage_collection(pipeline, slow, busy):
+    session = StreamSession(pipeline, request(num_frames=None))
+    session.denoise()
+    freed = weakref.ref(session._stream)
+    gc.collect()
+    gc.disable()
+    try:
+        passes = len(slow)
+        thread = in_thread(session.denoise) if busy else None
+        while busy and len(slow) == passes:
+            time.sleep(0.001)
+        session.stop()
+        if thread is not None:
+            thread.join()
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_leaving_the_loop_stops_everything_within_a_step(pipeline, slow):
