@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.weight_files import read_file
-from model.weight_writers import save_safetensors
+from model.weights import read_file, save_safetensors
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)

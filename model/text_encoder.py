@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.prompt_files import PromptFiles, StoredPrompt
-from model.weight_files import CONFIG_FILE
 from model.weights import (
+    CONFIG_FILE,
     StateDict,
     count_layers,
     find_part,

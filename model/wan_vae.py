@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from model.tiling import TileConfig, TiledDecoder, cut, decode_tiles
 from model.wan_decoder import CausalConv, DoublingConv, Memory, WanDecoder, pointwise
 from model.wan_encoder import WanEncoder
-from model.weight_files import WEIGHT_FILES
 from model.weights import (
+    WEIGHT_FILES,
     KeyMap,
     find_part,
     load_into,

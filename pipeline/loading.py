@@ -12,12 +12,13 @@ from torch import nn
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
-from model.lora import load_lora, merge_lora
 from model.prompt_files import PromptFiles
 from model.text_encoder import PromptCache, TextEncoder, clean_prompt, open_prompt_files
 from model.transformer import PRESETS, WanTransformer
-from model.transformer_files import read_transformer
 from model.weights import load_state_dict, not_found, weights_hash
+from model.weights.lora import merge_lora
+from model.weights.lora_dialects import load_lora
+from model.weights.transformer_read import read_transformer
 from pipeline.config import CodecConfig, CodecKind, DenoiserConfig, PipelineConfig, TextConfig
 from utils.errors import UserError
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model.transformer import WanConfig
-from model.transformer_files import open_transformer
 from model.weights import find_part, load_state_dict
+from model.weights.transformer_read import open_transformer
 from pipeline.config import CodecKind, PipelineConfig, Sampler
 from pipeline.loading import waiting_dtype
 from pipeline.sizes import codec_sizes, token_size

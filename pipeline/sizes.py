@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.transformer import PRESETS, WanConfig
-from model.transformer_files import read_declared_config
 from model.weights import read_config
+from model.weights.transformer_config import read_declared_config
 from pipeline.config import CodecConfig, CodecKind, PipelineConfig
 from utils.errors import UserError
 

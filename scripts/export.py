@@ -70,11 +70,12 @@ def export_transformer(args: argparse.Namespace) -> str:
     """Write, read back and compare; returns a line about it."""
     import torch
 
-    from model.lora import load_lora, merge_lora
     from model.transformer import PRESETS
-    from model.transformer_files import open_transformer, write_transformer
-    from model.weight_writers import convert
-    from model.weights import check_finite, weights_hash
+    from model.weights import check_finite, convert, weights_hash
+    from model.weights.lora import merge_lora
+    from model.weights.lora_dialects import load_lora
+    from model.weights.transformer_read import open_transformer
+    from model.weights.transformer_write import write_transformer
     from utils.errors import UserError
 
     if args.preset not in PRESETS:
@@ -98,8 +99,7 @@ def check_reload(path: str, state: Mapping[str, Tensor], dtype: torch.dtype | No
     """Read back what was written and compare every tensor."""
     import torch
 
-    from model.weight_writers import convert
-    from model.weights import load_state_dict
+    from model.weights import convert, load_state_dict
     from utils.errors import UserError
 
     written = load_state_dict(path)
@@ -115,7 +115,8 @@ def export_lora(args: argparse.Namespace) -> str:
     """Any LoRA → peft, read back and compared."""
     import torch
 
-    from model.lora import load_lora, save_lora
+    from model.weights.lora import save_lora
+    from model.weights.lora_dialects import load_lora
     from utils.errors import UserError
 
     lora = load_lora(args.input)
@@ -134,7 +135,7 @@ def write_pipeline(args: argparse.Namespace) -> str:
 
     from model.text_encoder import TextEncoder
     from model.wan_vae import WanVAE
-    from model.weight_files import PARTS, find_part
+    from model.weights import PARTS, find_part
     from utils.errors import UserError
     from utils.files import atomic_write_text
 

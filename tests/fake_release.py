@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.tiny_vae import TinyVAE, TinyVAEConfig
 from model.transformer import WanConfig, WanTransformer
-from model.transformer_files import write_transformer
 from model.weights import WAN_T5_TO_TRANSFORMERS, rename_keys
+from model.weights.transformer_write import write_transformer
 
 State = dict[str, Tensor]
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.lora import load_lora, merge_lora
 from model.text_encoder import TextEncoder
-from model.transformer_files import FORMATS, read_transformer
 from model.wan_vae import WanVAE
 from model.weights import load_state_dict
+from model.weights.lora import merge_lora
+from model.weights.lora_dialects import load_lora
+from model.weights.transformer_read import read_transformer
+from model.weights.transformer_write import FORMATS
 from scripts.export import main
 from tests.fake_release import SMALL, FakeRelease, write_fake_release
 

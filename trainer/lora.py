@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.lora import LoRA, LowRank, merge_lora
 from model.transformer import WanTransformer
+from model.weights.lora import LoRA, LowRank, merge_lora
 
 DOWN, UP, ALPHA = "lora_down", "lora_up", "lora_alpha"
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.kv_cache import KVCache
-from model.lora import save_lora
-from model.weight_writers import save_torch
-from model.weights import save_folder
+from model.weights import save_folder, save_torch
+from model.weights.lora import save_lora
 from pipeline.config import DenoiserConfig
 from pipeline.loading import load_denoiser
 from pipeline.rollout import rollout

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from model.transformer import WanConfig, WanTransformer
-from model.weight_writers import save_safetensors
+from model.weights import save_safetensors
 
 SIZES = WanConfig(dim=1024, ffn_dim=2048, num_heads=8, num_layers=8)  # 100 million parameters
 MEASURE = """
 import json, sys, torch
-from model import weight_files
+from model.weights import mapping
 from model.transformer import PRESETS, WanTransformer
-from model.transformer_files import read_transformer
+from model.weights.transformer_read import read_transformer
 
-weight_files.WINDOW_BYTES = 2**22  # of 400 MB: in larger files pieces are a smaller part of the whole
-weight_files.MAX_WINDOWS = 100
+mapping.WINDOW_BYTES = 2**22  # of 400 MB: in larger files pieces are a smaller part of the whole
+mapping.MAX_WINDOWS = 100
 
 def memory(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.lora import LoRA, LowRank, load_lora, merge_lora, save_lora, unmerge_lora
 from model.transformer import WanTransformer
-from model.transformer_files import read_transformer
 from model.weights import diffusers_to_wan, wan_to_diffusers
+from model.weights.lora import LoRA, LowRank, merge_lora, save_lora, unmerge_lora
+from model.weights.lora_dialects import load_lora
+from model.weights.transformer_read import read_transformer
 from pipeline.config import DenoiserConfig
 from pipeline.loading import load_transformer
 from tests.fake_release import SMALL, transformer_state

@@ -10,8 +10,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from model.text_encoder import _build_umt5, _infer_config
 from model.transformer import PRESETS, WanTransformer
-from model.transformer_files import fitting_preset, infer_transformer_sizes, transformer_config
 from model.weights import WAN_T5_TO_TRANSFORMERS, check_fit, rename_keys, wan_to_diffusers
+from model.weights.transformer_config import fitting_preset, infer_transformer_sizes, transformer_config
 from tests.fake_release import original_vae_name
 
 # (layers, width, feed-forward width, heads, billions of parameters) as Wan-AI publishes them

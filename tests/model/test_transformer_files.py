@@ -8,14 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from model.transformer import PRESETS, WanTransformer
-from model.transformer_files import (
-    FORMATS,
-    read_declared_config,
-    read_transformer,
-    transformer_config,
-    write_transformer,
-)
 from model.weights import load_state_dict, save_folder
+from model.weights.transformer_config import read_declared_config, transformer_config
+from model.weights.transformer_read import read_transformer
+from model.weights.transformer_write import FORMATS, write_transformer
 from tests.fake_release import (
     LARGE,
     SMALL,

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model.transformer_files import infer_transformer_sizes
-from model.weight_writers import save_safetensors
 from model.weights import (
     WAN_T5_TO_TRANSFORMERS,
     diffusers_to_wan,
@@ -20,9 +18,12 @@ from model.weights import (
     read_config,
     rename_keys,
     save_folder,
+    save_safetensors,
+    torch_file,
     wan_to_diffusers,
     weights_hash,
 )
+from model.weights.transformer_config import infer_transformer_sizes
 from utils.errors import UserError
 
 
@@ -168,18 +169,16 @@ def test_windows_of_any_size_give_the_same_tensors(tmp_path, monkeypatch, suffix
         save_safetensors(path, state)
         assert_same(load_file(path), state)
     for size in (1, 4096, 10_000, 2**27):
-        monkeypatch.setattr("model.weight_files.WINDOW_BYTES", size)
+        monkeypatch.setattr("model.weights.mapping.WINDOW_BYTES", size)
         assert_same(load_state_dict(path), state)
 
 
 def test_a_pytorch_file_is_mapped_in_windows_although_torch_maps_it_whole(tmp_path, monkeypatch):
     """Otherwise every page that conversion has read stays in memory until the last tensor is gone."""
-    from model import weight_files
-
     mapped = []
-    map_tensors = weight_files._map_tensors
+    map_tensors = torch_file.map_tensors
     monkeypatch.setattr(
-        weight_files, "_map_tensors", lambda path, entries: mapped.append(path) or map_tensors(path, entries)
+        torch_file, "map_tensors", lambda path, entries: mapped.append(path) or map_tensors(path, entries)
     )
     path = tmp_path / "w.pt"
     torch.save(

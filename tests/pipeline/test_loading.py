@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.lora import LoRA, LowRank, save_lora
 from model.weights import load_state_dict, weights_hash
+from model.weights.lora import LoRA, LowRank, save_lora
 from pipeline.config import DenoiserConfig, PipelineConfig, Sampler, TextConfig
 from pipeline.loading import generator_hash, load_prompt_cache, load_text_encoder, load_transformer, needs_text_encoder
 

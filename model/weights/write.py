@@ -1,6 +1,6 @@
-"""Tensors → files of weights, tensor by tensor: memory for one tensor is enough, whatever the size of the model.
+"""Write tensors to files, tensor by tensor: memory for one tensor is enough, whatever the size of the model.
 
-Every file is written beside its place and then renamed: never half a file.
+Every file is written beside its place and then renamed: a reader never sees half a file.
 """
 
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.weight_files import CONFIG_FILE, SAFETENSORS_DTYPES, WEIGHT_FILES
+from model.weights.mapping import SAFETENSORS_DTYPES
+from model.weights.paths import CONFIG_FILE, WEIGHT_FILES
 from utils.files import atomic_path, atomic_write_text
 
 SHARD_BYTES = 10 * 10**9

@@ -1,0 +1,52 @@
+"""Weights on disk: read, checked, renamed, merged and written. Every format, one set of names (original Wan).
+
+A new format or dialect is a new row of a table:
+
+| table | says |
+|---|---|
+| `paths.WEIGHT_FILES`, `paths.PARTS` | file names in a folder, names of the parts of a release |
+| `paths.DOWNLOADS` | where published files come from |
+| `names.WRAPPER_SEGMENTS`, `names.FOREIGN_NAMES` | prefixes of wrappers, parameter names of other libraries |
+| `lora_dialects` | how LoRA files name layers and matrices |
+| `transformer_write.FORMATS` | formats to write |
+"""
+
+from model.weights.fit import check_finite, check_fit, load_into, weights_hash
+from model.weights.mapping import StateDict
+from model.weights.names import (
+    WAN_T5_TO_TRANSFORMERS,
+    KeyMap,
+    count_layers,
+    diffusers_to_wan,
+    rename_keys,
+    wan_to_diffusers,
+)
+from model.weights.paths import CONFIG_FILE, PARTS, WEIGHT_FILES, find_part, not_found, read_config
+from model.weights.read import load_state_dict, read_file
+from model.weights.write import convert, save_folder, save_safetensors, save_torch
+
+__all__ = [
+    "CONFIG_FILE",
+    "PARTS",
+    "WAN_T5_TO_TRANSFORMERS",
+    "WEIGHT_FILES",
+    "KeyMap",
+    "StateDict",
+    "check_finite",
+    "check_fit",
+    "convert",
+    "count_layers",
+    "diffusers_to_wan",
+    "find_part",
+    "load_into",
+    "load_state_dict",
+    "not_found",
+    "read_config",
+    "read_file",
+    "rename_keys",
+    "save_folder",
+    "save_safetensors",
+    "save_torch",
+    "wan_to_diffusers",
+    "weights_hash",
+]

@@ -1,0 +1,90 @@
+"""Give a module its weights: check names, shapes and values first."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.weights.mapping import StateDict
+from model.weights.read import load_state_dict
+from utils.errors import UserError
+
+
+def load_into(
+    module: nn.Module,
+    state: StateDict,
+    *,
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Give `module` (on the meta device or not) the tensors of `state`: strictly, and without a second copy.
+
+    Args:
+        state: is emptied, so that what a tensor was converted from is free as soon as it is converted.
+        source: what the tensors came from, for the error message.
+        dtype: converts floating-point tensors one by one; None keeps the dtype they are stored in.
+        device: where to put them; None leaves them where they are.
+
+    Raises:
+        UserError: names the first three tensors that are missing, unexpected or of another shape, with both shapes;
+            or the first that holds NaN or infinity, in `dtype`.
+    """
+    check_fit(module, state, source=source)
+    converted: StateDict = {}
+    for key in list(state):
+        tensor = state.pop(key)
+        converted[key] = tensor.to(device or tensor.device, dtype if tensor.is_floating_point() else None)
+        check_finite(converted[key], f"{source}: the tensor {key!r}")
+    module.load_state_dict(converted, strict=True, assign=True)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hint: str = "") -> None:
+    """Raise UserError, naming three tensors with both shapes, where names and shapes are not those of `module`; or
+    the first tensor that holds whole numbers in place of floating-point ones, as quantised weights do."""
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    given = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    wrong = [
+        f"{key} (file: {given.get(key, 'missing')}, model: {expected.get(key, 'not in it')})"
+        for key in {**expected, **given}
+        if given.get(key) != expected.get(key)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source}: does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}{hint}")
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not state[key].is_floating_point():
+            raise UserError(
+                f"{source}: the tensor {key!r} is stored as {state[key].dtype}; use weights in float or bfloat16"
+            )
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise UserError where there is NaN or infinity; takes no memory, and does not look into 8-bit types."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.dtype.itemsize == 1:
+        return
+    low, high = tensor.detach().aminmax()
+    if not (low.isfinite() & high.isfinite()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds NaN or infinity (as {dtype}); use an undamaged file")
+
+
+def weights_hash(weights: Mapping[str, Tensor] | str | Path) -> str:
+    """12 hex digits that identify weights: the same names, dtypes, shapes and values give the same, in any format.
+
+    Of tensors above 256 KiB only 16 evenly spaced blocks are read, so that 14B parameters take a second, not a minute:
+    it tells checkpoints apart, it does not prove them unaltered.
+    """
+    block, blocks = 16 * 1024, 16
+    state = weights if isinstance(weights, Mapping) else load_state_dict(weights)
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        content = tensor.contiguous().reshape(-1).view(torch.uint8)
+        step = max(block, (content.numel() - block) // (blocks - 1))
+        for start in range(0, content.numel(), step):
+            digest.update(content[start : start + block].cpu().numpy())
+    return digest.hexdigest()[:12]

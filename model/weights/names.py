@@ -1,0 +1,111 @@
+"""Names of tensors: which names other libraries give them, and which prefixes wrappers add."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from model.weights.mapping import StateDict
+from utils.errors import UserError
+
+# Rows of (name here, name there); each `*` stands for one dotted segment and must occur equally often on both sides.
+KeyMap = tuple[tuple[str, str], ...]
+COMFYUI_PREFIX = "model.diffusion_model."
+WRAPPER_SEGMENTS = {
+    "model",
+    "module",
+    "diffusion_model",
+    "_fsdp_wrapped_module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+}
+# Wan2.1's models_t5_umt5-xxl-enc-bf16.pth → transformers' UMT5EncoderModel.
+WAN_T5_TO_TRANSFORMERS: KeyMap = (
+    ("token_embedding.weight", "shared.weight"),
+    ("norm.weight", "encoder.final_layer_norm.weight"),
+    ("blocks.*.norm1.weight", "encoder.block.*.layer.0.layer_norm.weight"),
+    *((f"blocks.*.attn.{x}.weight", f"encoder.block.*.layer.0.SelfAttention.{x}.weight") for x in "qkvo"),
+    ("blocks.*.pos_embedding.embedding.weight", "encoder.block.*.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ("blocks.*.norm2.weight", "encoder.block.*.layer.1.layer_norm.weight"),
+    ("blocks.*.ffn.gate.0.weight", "encoder.block.*.layer.1.DenseReluDense.wi_0.weight"),
+    ("blocks.*.ffn.fc1.weight", "encoder.block.*.layer.1.DenseReluDense.wi_1.weight"),
+    ("blocks.*.ffn.fc2.weight", "encoder.block.*.layer.1.DenseReluDense.wo.weight"),
+)
+# Original Wan transformer → diffusers' WanTransformer3DModel (text-to-video).
+WAN_TO_DIFFUSERS: KeyMap = (
+    ("patch_embedding.*", "patch_embedding.*"),
+    ("text_embedding.0.*", "condition_embedder.text_embedder.linear_1.*"),
+    ("text_embedding.2.*", "condition_embedder.text_embedder.linear_2.*"),
+    ("time_embedding.0.*", "condition_embedder.time_embedder.linear_1.*"),
+    ("time_embedding.2.*", "condition_embedder.time_embedder.linear_2.*"),
+    ("time_projection.1.*", "condition_embedder.time_proj.*"),
+    *(
+        (f"blocks.*.{ours}.{part}.*", f"blocks.*.{theirs}.{renamed}.*")
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for part, renamed in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    ),
+    ("blocks.*.norm3.*", "blocks.*.norm2.*"),
+    ("blocks.*.ffn.0.*", "blocks.*.ffn.net.0.proj.*"),
+    ("blocks.*.ffn.2.*", "blocks.*.ffn.net.2.*"),
+    ("blocks.*.modulation", "blocks.*.scale_shift_table"),
+    ("head.head.*", "proj_out.*"),
+    ("head.modulation", "scale_shift_table"),
+)
+# A tensor only that library's files have → how its names become ours.
+FOREIGN_NAMES: dict[str, KeyMap] = {
+    "condition_embedder.time_proj.weight": tuple((ours, theirs) for theirs, ours in WAN_TO_DIFFUSERS),
+    "token_embedding.weight": WAN_T5_TO_TRANSFORMERS,
+}
+
+
+def rename_keys(state: Mapping[str, Tensor], key_map: KeyMap, *, source: str = "state dict") -> StateDict:
+    """Rename every tensor by the one row that fits; UserError naming the first tensor that no row knows."""
+    rows = [(re.compile(re.escape(old).replace(r"\*", r"([^.]+)")), new.replace("*", "{}")) for old, new in key_map]
+    renamed: StateDict = {}
+    for key, tensor in state.items():
+        match, new = next(((m, new) for old, new in rows if (m := old.fullmatch(key))), (None, ""))
+        if match is None:
+            raise UserError(f"{source}: the tensor {key!r} {tuple(tensor.shape)} has no place in this kind of model")
+        renamed[new.format(*match.groups())] = tensor
+    return renamed
+
+
+def wan_to_diffusers(state: Mapping[str, Tensor]) -> StateDict:
+    """Original Wan transformer names → diffusers' WanTransformer3DModel names."""
+    return rename_keys(state, WAN_TO_DIFFUSERS)
+
+
+def diffusers_to_wan(state: Mapping[str, Tensor]) -> StateDict:
+    """diffusers' WanTransformer3DModel names → original Wan transformer names."""
+    return rename_keys(state, FOREIGN_NAMES["condition_embedder.time_proj.weight"])
+
+
+def strip_wrappers(state: StateDict, *, source: str) -> StateDict:
+    """Drop the name segments that wrappers add; of a whole ComfyUI checkpoint keep the diffusion model alone."""
+    if any(key.startswith(COMFYUI_PREFIX) for key in state):
+        state = {key: tensor for key, tensor in state.items() if key.startswith(COMFYUI_PREFIX)}
+    stripped: StateDict = {}
+    for key, tensor in state.items():
+        name = plain_name(key)
+        if name in stripped:
+            raise UserError(f"{source}: two tensors are called {name!r} once wrapper prefixes are dropped")
+        stripped[name] = tensor
+    return stripped
+
+
+def plain_name(key: str) -> str:
+    """A tensor's name without the parts that FSDP, DDP, torch.compile, checkpointing and wrappers add, anywhere."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPER_SEGMENTS)
+
+
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered modules `prefix`.0, `prefix`.1, ... the names mention."""
+    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in state)
+    return 1 + max((int(number[1]) for number in numbers if number), default=-1)

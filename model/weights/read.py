@@ -1,0 +1,83 @@
+"""Read weights from any known file or folder, under the names of the original Wan model."""
+
+from pathlib import Path
+
+from model.weights.mapping import StateDict, map_tensors
+from model.weights.names import FOREIGN_NAMES, rename_keys, strip_wrappers
+from model.weights.paths import WEIGHT_FILES, find_part, not_found, read_json
+from model.weights.safetensors_file import safetensors_entries
+from model.weights.torch_file import read_torch
+from utils.errors import UserError
+
+
+def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDict:
+    """Read weights in any known format, under our names, memory-mapped on the CPU and in the dtype they are stored in.
+
+    Args:
+        path: a folder (config.json beside model.safetensors or diffusion_pytorch_model.safetensors, single or sharded
+            with an index; or a diffusers pipeline, for its transformer), a .safetensors file (bare, with any wrapper's
+            prefix, or ComfyUI's), or a PyTorch file holding a bare state dict, {"state_dict": ...}, {"model": ...} or a
+            training checkpoint {"generator", "critic", "generator_ema"}.
+        use_ema: which generator a training checkpoint gives: the averaged one, the raw one, or (None) the averaged one
+            where there is one; formats with a single set of weights ignore it.
+
+    Raises:
+        UserError: one line naming the file, for anything missing, damaged, unsafe or without weights.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise not_found(path)
+    path = find_part(path, "transformer")
+    state = strip_wrappers(read_folder(path) if path.is_dir() else read_file(path, use_ema=use_ema), source=str(path))
+    for marker, key_map in FOREIGN_NAMES.items():
+        if marker in state:
+            return rename_keys(state, key_map, source=str(path))
+    return state
+
+
+def read_folder(folder: Path) -> StateDict:
+    """The weights of a model folder, single or sharded with an index, under the names they are stored by."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return read_file(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            return _read_shards(folder / f"{name}.index.json")
+    raise UserError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)} (nor their .index.json)")
+
+
+def _read_shards(index: Path) -> StateDict:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise UserError(f"{index}: has no usable weight_map")
+    state: StateDict = {}
+    for name in sorted(set(weight_map.values())):
+        # Lexical on purpose: the shards of a hub snapshot are links that lead out of the folder.
+        if Path(name).name != name or "\\" in name:
+            raise UserError(f"{index}: names the shard {name!r} outside its own folder; refused")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: names the shard {name!r}, which is missing; download it into {index.parent}")
+        state |= read_file(index.parent / name)
+    if absent := weight_map.keys() - state.keys():
+        raise UserError(f"{index}: promises {min(absent)!r}, which no shard holds ({len(absent)} such tensors)")
+    return state
+
+
+def read_file(path: Path, *, use_ema: bool | None = None, key: str | None = None) -> StateDict:
+    """The tensors of one file, under the names they are stored by.
+
+    Args:
+        use_ema: which generator of a training checkpoint: averaged, raw, or (None) averaged where there is one.
+        key: the entry of a PyTorch file that is meant, where it has one; None finds it.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: is empty; download it again")
+        if path.suffix == ".safetensors":
+            state = map_tensors(path, safetensors_entries(path))
+        else:
+            state = read_torch(path, use_ema=use_ema, key=key)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); download it again") from None
+    if not state:
+        raise UserError(f"{path}: holds no tensors")
+    return state

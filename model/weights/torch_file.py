@@ -1,0 +1,133 @@
+"""PyTorch files (.pt, .pth, .bin): safe to read, memory-mapped, and the one state dict that is meant."""
+
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.weights.mapping import SAFETENSORS_DTYPES, Entry, StateDict, map_tensors
+from model.weights.names import plain_name
+from utils.errors import UserError
+
+
+def read_torch(path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    is_zip = magic == b"PK\x03\x04"  # files from before torch 1.6 are plain pickles and cannot be memory-mapped
+    if not is_zip and magic[:2] != b"\x80\x02":
+        if magic[:1] == b"\x80":  # torch.save writes protocol 2
+            raise UserError(f"{path}: is some Python pickle, which may hold code; refused, nothing was run")
+        raise UserError(f"{path}: is not a PyTorch file (it starts with {magic!r}); download it again")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "reduce" in str(error):
+            raise UserError(f"{path}: contains pickled code besides tensors; refused, nothing was run") from None
+        raise UserError(f"{path}: is not a PyTorch checkpoint or is damaged; download it again") from None
+    except Exception as error:  # damaged bytes can raise anything while they are unpickled
+        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}); download it again") from None
+    state = _select_weights(content, path, use_ema=use_ema, key=key)
+    return _remap(content, state, path) if is_zip else state
+
+
+def _remap(content: object, state: StateDict, path: Path) -> StateDict:
+    """`state`, which torch has mapped as one piece with all of `content`, in windows of its own (see `map_tensors`).
+
+    Storages lie in memory as their records lie in the file; where the two do not match one to one, torch's map is kept.
+    """
+    addresses = {t.untyped_storage().data_ptr() for t in _tensors(content) if t.untyped_storage().nbytes()}
+    try:
+        records = set(_record_offsets(path))
+    except (zipfile.BadZipFile, struct.error):  # torch is less strict
+        return state
+    base = min(addresses, default=0) - min(records, default=0)
+    if {address - base for address in addresses} != records or not all(t.is_contiguous() for t in state.values()):
+        return state
+    return map_tensors(path, {n: Entry(t.dtype, tuple(t.shape), t.data_ptr() - base) for n, t in state.items()})
+
+
+def _tensors(content: object) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping | list | tuple):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _tensors(value)
+
+
+def _record_offsets(path: Path) -> Iterator[int]:
+    """Where the bytes of each stored tensor begin in a PyTorch zip file."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for record in archive.infolist():
+            if record.file_size and re.search(r"/data/\d+$", record.filename):
+                file.seek(record.header_offset + 26)  # lengths of the name and the padding, which the data follow
+                yield record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+
+
+def _select_weights(content: object, path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
+    """The one state dict meant, out of what a PyTorch file holds."""
+    if isinstance(content, Mapping):
+        if key is not None and key in content:
+            content = content[key]
+        elif content.keys() & {"generator", "generator_ema", "critic"}:
+            _check_not_swapped(content, path)
+            content = _select_generator(content, path, use_ema=use_ema)
+        else:
+            content = next((content[key] for key in ("state_dict", "model") if key in content), content)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__} where a state dict was expected")
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: its entry {name!r} is called by no text; not a state dict")
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: its entry {name!r} is a {type(value).__name__}, not a tensor; not a state dict")
+        if value.is_meta or value.layout is not torch.strided or value.dtype not in SAFETENSORS_DTYPES.values():
+            kind = "tensor without values" if value.is_meta else f"{value.dtype} tensor ({value.layout})"
+            raise UserError(f"{path}: its entry {name!r} is a {kind}; use plain weights of real numbers")
+    return dict(content)
+
+
+def _select_generator(content: Mapping, path: Path, *, use_ema: bool | None) -> object:
+    if not content.keys() & {"generator", "generator_ema"}:
+        raise UserError(f"{path}: holds a critic but no generator; give a checkpoint with a generator")
+    if use_ema is None:
+        use_ema = "generator_ema" in content
+    wanted = "generator_ema" if use_ema else "generator"
+    if wanted not in content:
+        remedy = "drop --use_ema" if use_ema else "pass --use_ema"
+        raise UserError(f"{path}: has no {wanted} (it holds {', '.join(map(str, content))}); {remedy}")
+    return content[wanted]
+
+
+def _check_not_swapped(content: Mapping, path: Path) -> None:
+    """Refuse a checkpoint whose "generator" is the critic: only small tensors are looked at.
+
+    A critic may have a discriminator's heads, a generator never; and an average lies near what it averages: 4 times
+    nearer to the critic than to the generator it cannot be unless the two are swapped.
+    """
+    generator, critic, ema = (content.get(name) for name in ("generator", "critic", "generator_ema"))
+    if not isinstance(generator, Mapping) or not isinstance(critic, Mapping):
+        return
+    heads = [key for key in generator if re.search(r"cls_pred_branch|gan_ca_blocks|register_tokens", str(key))]
+    if heads:
+        raise UserError(f"{path}: its generator holds {heads[0]!r}, a part of a critic; the two are swapped")
+    if not isinstance(ema, Mapping):
+        return
+    by_name = [{plain_name(str(key)): value for key, value in state.items()} for state in (generator, critic, ema)]
+    shared = (key for key in by_name[2] if all(_is_small(state.get(key)) for state in by_name))
+    to_generator = to_critic = 0.0
+    for key in islice(shared, 64):
+        generator_tensor, critic_tensor, average = (state[key].double() for state in by_name)
+        to_generator += (average - generator_tensor).square().sum().item()
+        to_critic += (average - critic_tensor).square().sum().item()
+    if to_critic < to_generator / 16:  # squared distances
+        raise UserError(f"{path}: its generator_ema is an average of its critic; generator and critic are swapped")
+
+
+def _is_small(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() <= 2**16

@@ -1,0 +1,55 @@
+"""Read a transformer from weights in any format."""
+
+from pathlib import Path
+
+import torch
+
+from model.transformer import WanTransformer
+from model.weights.fit import check_fit, load_into
+from model.weights.mapping import StateDict
+from model.weights.read import load_state_dict
+from model.weights.transformer_config import describe_sizes, fitting_preset, transformer_config
+from utils.errors import UserError
+
+
+def read_transformer(
+    path: str | Path,
+    *,
+    preset: str,
+    use_ema: bool | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> WanTransformer:
+    """A transformer from weights in any format, of any size.
+
+    Args:
+        preset: which preset to try first where no config.json says what tensors cannot.
+        use_ema: see `load_state_dict`.
+        dtype: None keeps the stored one.
+
+    Raises:
+        UserError: weights that are missing, damaged, not finite, or not those of a text-to-video Wan transformer, or
+            that a config.json beside them contradicts.
+    """
+    model, state = open_transformer(path, preset=preset, use_ema=use_ema)
+    load_into(model, state, source=str(path), dtype=dtype, device=device)
+    return model
+
+
+def open_transformer(path: str | Path, *, preset: str, use_ema: bool | None = None) -> tuple[WanTransformer, StateDict]:
+    """A transformer without values (on the meta device) and the memory-mapped weights that fit it; see above."""
+    state = load_state_dict(path, use_ema=use_ema)
+    config = transformer_config(path, state, preset=preset)
+    if config.num_layers > 2 * len(state):  # building such a model would take for ever
+        raise UserError(
+            f"{path}: its config.json says num_layers={config.num_layers}; the weights have {describe_sizes(state)}"
+        )
+    try:
+        with torch.device("meta"):
+            model = WanTransformer(config)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the sizes in its config.json are beyond any model: {error}") from error
+    fit = fitting_preset(state)
+    hint = f"; the weights are those of the preset {fit}" if fit else f"; the weights have {describe_sizes(state)}"
+    check_fit(model, state, source=str(path), hint=hint)
+    return model, state
