@@ -113,12 +113,19 @@ class FusedProjection(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B F T C] -> q, k, v [B F T N D], q and k normed and rotated."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1))
-        qk = qkv[..., :2, :].float()
-        mean_square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square() / qk.shape[-1]
-        qk = (qk * (mean_square + self.eps).rsqrt()).to(x.dtype) * self.norm
-        q, k = apply_rotary(qk.flatten(-2).unflatten(-1, (2 * self.num_heads, -1)), rotary).chunk(2, dim=-2)
-        return q, k, qkv[..., 2, :].unflatten(-1, (self.num_heads, -1))
+        return split_heads(self.qkv(x), self.norm, rotary, num_heads=self.num_heads, eps=self.eps)
+
+
+def split_heads(
+    qkv: Tensor, norm: Tensor, rotary: Tensor, *, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Joint product qkv [B F T 3C], norm weights [2 C] of q and k -> q, k, v [B F T N D]; q and k normed, rotated."""
+    parts = qkv.unflatten(-1, (3, -1))
+    qk = parts[..., :2, :].float()
+    mean_square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square() / qk.shape[-1]
+    qk = (qk * (mean_square + eps).rsqrt()).to(qkv.dtype) * norm
+    q, k = apply_rotary(qk.flatten(-2).unflatten(-1, (2 * num_heads, -1)), rotary).chunk(2, dim=-2)
+    return q, k, parts[..., 2, :].unflatten(-1, (num_heads, -1))
 
 
 def _split_names(module: FusedProjection, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
@@ -171,10 +178,18 @@ class SelfAttention(Attention):
         super().__init__(dim, num_heads, eps)
         self.core = VideoAttention()
         self.fused: FusedProjection | None = None
+        self.joins_parts = False
 
-    def fuse(self) -> None:
-        """Project q, k and v in one product from now on; for inference."""
-        if self.fused is None:
+    def fuse(self, *, keep_parts: bool = False) -> None:
+        """Project q, k and v in one product from now on; for inference.
+
+        Args:
+            keep_parts: leave the weights of q, k and v apart and join them for each product, because streamed weights
+                are there only while the layer computes. The result is the same to the last bit.
+        """
+        if keep_parts:
+            self.joins_parts = True
+        elif self.fused is None:
             self.fused = FusedProjection(self)
             del self.q, self.k, self.v, self.norm_q, self.norm_k
 
@@ -182,9 +197,19 @@ class SelfAttention(Attention):
         """x [B F T C] -> q, k, v [B F T N D], q and k normed and rotated."""
         if self.fused is not None:
             return self.fused(x, rotary)
+        if self.joins_parts:
+            return self.project_joined(x, rotary)
         q = apply_rotary(self.heads(self.norm_q(self.q(x))), rotary)
         k = apply_rotary(self.heads(self.norm_k(self.k(x))), rotary)
         return q, k, self.heads(self.v(x))
+
+    def project_joined(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`project`, with the weights joined for this one product."""
+        linears = (self.q, self.k, self.v)
+        weight = torch.cat([linear.weight for linear in linears])
+        qkv = F.linear(x, weight, torch.cat([linear.bias for linear in linears]))
+        norm = torch.stack([self.norm_q.weight, self.norm_k.weight])
+        return split_heads(qkv, norm, rotary, num_heads=self.num_heads, eps=self.norm_q.eps)
 
     def forward(self, x: Tensor, rotary: Tensor, **options) -> Tensor:
         """x [B F T C] -> [B output_frames T C].

@@ -12,6 +12,7 @@ from torch import nn
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
+from model.layers import SelfAttention
 from model.prompt_files import PromptFiles
 from model.text_encoder import PromptCache, TextEncoder, clean_prompt, open_prompt_files
 from model.transformer import PRESETS, WanTransformer
@@ -73,10 +74,18 @@ def waiting_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | Non
 
 
 def stream_weights(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Leave a module's weights where they are; each layer's are on ``device``, in ``dtype``, only while it computes."""
+    """Leave a module's weights where they are; each layer's are on ``device``, in ``dtype``, only while it computes.
+
+    Self-attention reads the weights of its parts itself (see :meth:`SelfAttention.fuse`), so they come all at once.
+    """
     from accelerate import cpu_offload
 
-    cpu_offload(module.requires_grad_(False), execution_device=torch.device(device), state_dict=module.state_dict())
+    cpu_offload(
+        module.requires_grad_(False),
+        execution_device=torch.device(device),
+        state_dict=module.state_dict(),
+        preload_module_classes=[SelfAttention.__name__],
+    )
     module.to(dtype)  # the parameters hold no values now: it only says what the weights are turned into
 
 

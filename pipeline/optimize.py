@@ -64,8 +64,11 @@ class OptimizeConfig:
     """Under torchrun, all processes make one stream together, each with part of the tokens of every frame."""
 
 
-def optimize(transformer: WanTransformer, config: OptimizeConfig) -> None:
+def optimize(transformer: WanTransformer, config: OptimizeConfig, *, streamed: bool = False) -> None:
     """Prepare a transformer, in place, for inference.
+
+    Args:
+        streamed: the blocks' weights have no values between passes, so products are fused and nothing else is done.
 
     Raises:
         UserError: 8-bit floats on a device that has none, or torchao is missing.
@@ -73,7 +76,9 @@ def optimize(transformer: WanTransformer, config: OptimizeConfig) -> None:
     transformer.requires_grad_(False)
     if config.fuse_qkv:
         for block in transformer.blocks:
-            block.self_attn.fuse()
+            block.self_attn.fuse(keep_parts=streamed)
+    if streamed:
+        return
     if config.quantize is not Quantization.off:
         quantize(transformer.blocks, config.quantize)
     if config.sequence_parallel and dist.is_initialized():

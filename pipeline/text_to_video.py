@@ -89,8 +89,7 @@ class TextToVideo:
             torch.cuda.empty_cache()  # what a freed encoder took, for the parts to come
         denoiser = load_denoiser(config.generator, use_ema=use_ema, streamed=profile.stream_generator, **options)
         denoiser.eval().requires_grad_(False)
-        if not profile.stream_generator:  # else there are no values to work on
-            optimize(denoiser.transformer, config.optimize)
+        optimize(denoiser.transformer, config.optimize, streamed=profile.stream_generator)
         return cls(
             denoiser,
             text_encoder,

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.layers import GELU, LayerNorm, PatchEmbedding
+from model.layers import GELU, LayerNorm, PatchEmbedding, SelfAttention
+from model.rope import rotary_table
 from tests.parity import random, relative_error
 
 
@@ -38,3 +39,17 @@ def test_patch_embedding_is_the_convolution(patch):
     expected = nn.Conv3d.forward(layer, latents.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
     tokens = layer(latents)
     assert tokens.is_contiguous() and relative_error(tokens, expected) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_joined_for_one_product_give_what_weights_joined_once_give(dtype):
+    """To the last bit, as both are one product of the same matrices; three products would be rounded otherwise."""
+    apart, joined = SelfAttention(128, 1, 1e-6).to(dtype), SelfAttention(128, 1, 1e-6).to(dtype)
+    joined.load_state_dict(apart.state_dict())
+    apart.fuse(keep_parts=True)
+    joined.fuse()
+    x, rotary = random(1, 3, 40, 128).to(dtype), rotary_table((0, 1, 2), 5, 8, 128, torch.device("cpu"))
+    pairs = zip(apart.project(x, rotary), joined.project(x, rotary), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert apart.state_dict().keys() == joined.state_dict().keys()
