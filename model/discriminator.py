@@ -98,6 +98,7 @@ class Discriminator(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Logits [B K] float32, high for real, of noisy latents [B F C H W] at timesteps [B F], prompts [B L E]."""
         features = self.transformer.features(latents, timesteps, prompt_embeds, self.layers)
-        backend = self.transformer.attention_backend
+        # The heads may be in float32: a kernel that only takes half precision leaves their attention to sdpa.
+        backend = self.transformer.resolved_backend(latents.device, features[0].dtype)
         logits = [head(x, backend=backend) for head, x in zip(self.heads, features, strict=True)]
         return torch.stack(logits, dim=1)

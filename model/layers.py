@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionBackend, BlockMask, attention
-from model.kv_cache import CachedText, CachePass
+from model.attention import AttentionBackend, BlockMask, FlexMask, attention
+from model.kv_cache import CachedText
+from model.layer_cache import ChunkSlots, LayerCache
 from model.rope import apply_rotary
+
+RECOMPUTED = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""Run a module whose activations backward computes again. Nothing in a block is random, so no random state is kept."""
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -141,7 +146,7 @@ def _split_names(module: FusedProjection, state: dict[str, Tensor], prefix: str,
 class VideoAttention(nn.Module):
     """The products of self-attention: over the whole clip, under a mask, or against a KV cache.
 
-    A module without parameters, so that hooks from outside can exchange what goes in and comes out.
+    A module without parameters, so that hooks can exchange its inputs and outputs between processes.
     """
 
     def forward(
@@ -150,20 +155,23 @@ class VideoAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         *,
-        mask: BlockMask | None,
-        passes: Sequence[CachePass],
-        layer: int,
+        mask: BlockMask | FlexMask | None,
+        cache: LayerCache | None,
+        chunks: Sequence[ChunkSlots],
         output_frames: int,
         backend: AttentionBackend,
     ) -> Tensor:
-        """q, k, v [B F T N D] -> [B output_frames T N D], of the last frames."""
-        if not passes:
+        """q, k, v [B F T N D] -> [B output_frames T N D], the last frames.
+
+        With a cache, each of ``chunks`` attends to itself and to what the cache shows it.
+        """
+        if cache is None:
             out = attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask=mask, backend=backend)
             return out.unflatten(1, q.shape[1:3])[:, q.shape[1] - output_frames :]
         outputs, start = [q[:, :0]], 0
-        for chunk in passes:
+        for chunk in chunks:
             part = slice(start, start + chunk.frames)
-            keys, values = chunk.extend(layer, k[:, part], v[:, part])
+            keys, values = cache.extend(k[:, part], v[:, part], chunk)
             if start >= q.shape[1] - output_frames:
                 out = attention(q[:, part].flatten(1, 2), keys, values, backend=backend)
                 outputs.append(out.unflatten(1, (chunk.frames, -1)))
@@ -231,7 +239,7 @@ class CrossAttention(Attention):
         """x [B F T C]; ``text`` is embedded text [B L C], or its keys and values."""
         cached = text if isinstance(text, CachedText) else CachedText(*self.key_value(text), None)
         q = self.heads(self.norm_q(self.q(x)))
-        out = attention(q.flatten(1, 2), cached.k, cached.v, bias=cached.bias, backend=backend)
+        out = attention(q.flatten(1, 2), cached.k, cached.v, bias=cached.bias, backend=backend.for_text())
         return self.o(out.flatten(-2).view_as(x))
 
 
@@ -255,13 +263,16 @@ class Block(nn.Module):
         text: Tensor | CachedText,
         rotary: Tensor,
         *,
-        mask: BlockMask | None = None,
-        passes: Sequence[CachePass] = (),
-        layer: int = 0,
+        mask: BlockMask | FlexMask | None = None,
+        cache: LayerCache | None = None,
+        chunks: Sequence[ChunkSlots] = (),
         output_frames: int | None = None,
         backend: AttentionBackend = AttentionBackend.auto,
     ) -> Tensor:
-        """x [B F T C], modulation [B f 6 C] -> [B F T C], or only the last ``output_frames`` frames of it."""
+        """x [B F T C], modulation [B f 6 C] -> [B F T C], or only the last ``output_frames`` frames of it.
+
+        ``cache`` is the cache of this block alone: a compiled block then serves every layer.
+        """
         frames = x.shape[1]
         wanted = frames if output_frames is None else output_frames
         signals = self.modulation + modulation
@@ -270,8 +281,8 @@ class Block(nn.Module):
             self.norm1.modulated(x, shift, scale),
             rotary,
             mask=mask,
-            passes=passes,
-            layer=layer,
+            cache=cache,
+            chunks=chunks,
             output_frames=wanted,
             backend=backend,
         )
@@ -288,7 +299,7 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.ModuleList):
-    """All blocks in a row: what can be compiled, or wrapped by hooks from outside, as one."""
+    """All blocks in a row. It is a module, so that it can be compiled or given hooks as a whole."""
 
     def forward(
         self,
@@ -297,25 +308,32 @@ class BlockStack(nn.ModuleList):
         texts: Sequence[Tensor | CachedText],
         rotary: Tensor,
         *,
-        kept: Sequence[int],
+        mask: BlockMask | FlexMask | None,
+        caches: Sequence[LayerCache | None],
+        chunks: Sequence[ChunkSlots],
         output_frames: int,
+        backend: AttentionBackend,
+        kept: Sequence[int],
         checkpointing: bool,
-        **options,
     ) -> list[Tensor]:
         """Hidden states after each of the blocks ``kept``, ascending; the last block gives ``output_frames`` frames.
 
         Args:
-            x, modulation, rotary, options: as :meth:`Block.forward`.
-            texts: of every block.
+            x, modulation, rotary, mask, chunks, backend: as :meth:`Block.forward`.
+            texts, caches: one a block.
             checkpointing: recompute blocks in backward.
         """
         outputs, last = [], len(self) - 1
-        for layer, (block, text) in enumerate(zip(self, texts, strict=True)):
-            options |= {"layer": layer, "output_frames": output_frames if layer == last else None}
-            if checkpointing:
-                x = checkpoint(block, x, modulation, text, rotary, use_reentrant=False, **options)
-            else:
-                x = block(x, modulation, text, rotary, **options)
+        for layer, block in enumerate(self):
+            options = {
+                "mask": mask,
+                "cache": caches[layer],
+                "chunks": chunks,
+                "output_frames": output_frames if layer == last else None,
+                "backend": backend,
+            }
+            run = partial(RECOMPUTED, block) if checkpointing else block
+            x = run(x, modulation, texts[layer], rotary, **options)
             if layer in kept:
                 outputs.append(x)
         return outputs

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from utils.transfer import send
+
 BASE = 10000.0
 
 
@@ -49,7 +51,7 @@ def rotary_table(frames: tuple[int, ...], height: int, width: int, head_dim: int
         [F T 1 D/2 2] float32 on ``device`` with T = height * width, computed in float64 on the CPU.
     """
     spatial = _spatial_table(height, width, head_dim, device).expand(len(frames), -1, -1, -1)
-    time = _table(torch.tensor(frames), axis_pairs(head_dim)[0]).to(device, non_blocking=True)
+    time = send(_table(torch.tensor(frames), axis_pairs(head_dim)[0]), device)
     return torch.cat([time[:, None].expand(-1, height * width, -1, -1), spatial], dim=2).unsqueeze(2)
 
 
@@ -59,7 +61,7 @@ def shift_table(frames: int, head_dim: int, device: torch.device) -> Tensor:
     """Moves keys that are already rotated on by ``frames`` latent frames: [1 1 1 D/2 2]."""
     time_pairs, height_pairs, width_pairs = axis_pairs(head_dim)
     moved, still = _table(torch.tensor(frames), time_pairs), _table(torch.tensor(0), height_pairs + width_pairs)
-    return torch.cat([moved, still])[None, None, None].to(device, non_blocking=True)
+    return send(torch.cat([moved, still])[None, None, None], device)
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:

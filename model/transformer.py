@@ -13,8 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.attention import AttentionBackend, BlockMask, resolve_backend
-from model.kv_cache import CachedText, CachePass, KeyLayout, KVCache
+from model.attention import AttentionBackend, BlockMask, FlexMask, flex_mask, resolve_backend
+from model.kv_cache import CachedText, KVCache
+from model.layer_cache import ChunkSlots, KeyLayout
 from model.layers import GELU, Block, BlockStack, Head, PatchEmbedding, sinusoidal_embedding
 from model.rope import rotary_table
 
@@ -147,67 +148,68 @@ class WanTransformer(nn.Module):
         Raises:
             ValueError: a cache and a mask together, or sizes that do not fit.
         """
-        embedding, (x,) = self._backbone(
-            latents,
-            timesteps,
-            prompt_embeds,
-            [len(self.blocks) - 1],
-            cache=cache,
-            start_frame=start_frame,
-            chunk_frames=chunk_frames,
-            output_frames=output_frames,
-            block_mask=block_mask,
+        self._check(latents, timesteps, prompt_embeds, cache, block_mask)
+        x = self.patch_embedding(latents)
+        embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim).to(x))
+        texts = self._text(prompt_embeds, cache)
+        rotary = self._rotary(latents, start_frame, block_mask)
+        chunks = self._open(cache, x, start_frame, chunk_frames)
+        (x,) = self.blocks(
+            x,
+            self.time_projection(embedding).unflatten(-1, (6, -1)),
+            texts,
+            rotary,
+            mask=self._mask(block_mask, x),
+            caches=[None] * len(self.blocks) if cache is None else cache.layers,
+            chunks=chunks,
+            output_frames=latents.shape[1] if output_frames is None else output_frames,
+            backend=self.resolved_backend(x.device, x.dtype),
+            kept=[len(self.blocks) - 1],
+            checkpointing=self.gradient_checkpointing and torch.is_grad_enabled(),
         )
         if x.shape[1] == 0:
             return latents[:, :0]
-        _, rows, columns = self.config.patch_size
-        return rearrange(
-            self.head(x, embedding if embedding.shape[1] == 1 else embedding[:, -x.shape[1] :]),
-            "b f (h w) (p q c) -> b f c (h p) (w q)",
-            h=latents.shape[3] // rows,
-            p=rows,
-            q=columns,
-        )
+        x = self.head(x, embedding if embedding.shape[1] == 1 else embedding[:, -x.shape[1] :])
+        return self._unpatchify(x, latents)
 
     def features(
         self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, layers: Sequence[int]
     ) -> list[Tensor]:
-        """Hidden states [B F T C] after each of the blocks ``layers`` (ascending), every frame seeing every other.
+        """Hidden states [B F T C] after each of the blocks ``layers`` (ascending); every frame sees every other.
 
-        T are the tokens of a frame, C the model dim; the other arguments are those of :meth:`forward`.
+        T are the tokens of a frame, C is the model dim; the other arguments are those of :meth:`forward`.
         """
-        return self._backbone(latents, timesteps, prompt_embeds, layers)[1]
-
-    def _backbone(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        prompt_embeds: Tensor,
-        layers: Sequence[int],
-        *,
-        cache: KVCache | None = None,
-        start_frame: int | Sequence[int] = 0,
-        chunk_frames: Sequence[int] | None = None,
-        output_frames: int | None = None,
-        block_mask: BlockMask | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Time embedding [B f C], and hidden states after each of the blocks ``layers``."""
-        self._check(latents, timesteps, prompt_embeds, cache, block_mask)
+        self._check(latents, timesteps, prompt_embeds, None, None)
         x = self.patch_embedding(latents)
         embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim).to(x))
-        kept = self.blocks(
+        return self.blocks(
             x,
             self.time_projection(embedding).unflatten(-1, (6, -1)),
-            self._text(prompt_embeds, cache),
-            self._rotary(latents, start_frame, block_mask),
-            mask=block_mask,
-            passes=() if cache is None else self._open(cache, x, start_frame, chunk_frames),
+            self._text(prompt_embeds, None),
+            self._rotary(latents, 0, None),
+            mask=None,
+            caches=[None] * len(self.blocks),
+            chunks=(),
+            output_frames=latents.shape[1],
+            backend=self.resolved_backend(x.device, x.dtype),
             kept=layers,
-            output_frames=latents.shape[1] if output_frames is None else output_frames,
             checkpointing=self.gradient_checkpointing and torch.is_grad_enabled(),
-            backend=resolve_backend(self.attention_backend, x.device, x.dtype),
         )
-        return embedding, kept
+
+    def resolved_backend(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+        """The attention kernel that passes of this dtype use; raises UserError if the chosen one cannot run."""
+        return resolve_backend(self.attention_backend, device, dtype)
+
+    def _mask(self, block_mask: BlockMask | None, x: Tensor) -> BlockMask | FlexMask | None:
+        """The mask as the device of hidden states x [B F T C] computes it; made here, once for all blocks."""
+        if block_mask is None or not x.is_cuda:
+            return block_mask
+        return flex_mask(block_mask, x.shape[2], x.device)
+
+    def _unpatchify(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Patches [B f T patch_dim] -> [B f C H W], in the size of ``latents``."""
+        _, rows, columns = self.config.patch_size
+        return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=latents.shape[3] // rows, p=rows, q=columns)
 
     def _rotary(self, latents: Tensor, start_frame: int | Sequence[int], block_mask: BlockMask | None) -> Tensor:
         """Cosines and sines of every token (see :func:`model.rope.rotary_table`), or of those of each sample."""
@@ -228,22 +230,24 @@ class WanTransformer(nn.Module):
         return tables[0] if len(tables) == 1 else torch.stack(tables)
 
     def _open(
-        self, cache: KVCache, x: Tensor, start_frame: int | Sequence[int], chunk_frames: Sequence[int] | None
-    ) -> tuple[CachePass, ...]:
-        """Where each chunk of hidden states x [B F T C] reads and writes in the cache."""
+        self, cache: KVCache | None, x: Tensor, start_frame: int | Sequence[int], chunk_frames: Sequence[int] | None
+    ) -> tuple[ChunkSlots, ...]:
+        """The slots of each chunk of hidden states x [B F T C]; none without a cache."""
+        if cache is None:
+            return ()
         head_dim = self.config.dim // self.config.num_heads
         layout = KeyLayout(x.shape[0], x.shape[2], self.cached_heads, head_dim, x.dtype, x.device, self.static_cache)
         ends = list(accumulate(chunk_frames or (x.shape[1],)))
         if ends[-1] != x.shape[1]:
             raise ValueError(f"chunk_frames={list(chunk_frames)} do not add up to the {x.shape[1]} frames of the pass")
-        passes = [
+        chunks = [
             cache.open(layout, _later(start_frame, start), end - start)
             for start, end in reversed(list(pairwise([0, *ends])))  # the last first, so that the buffers hold all
         ]
-        return tuple(reversed(passes))
+        return tuple(reversed(chunks))
 
     def _text(self, prompt_embeds: Tensor, cache: KVCache | None) -> list[Tensor | CachedText]:
-        """What each block's cross-attention reads: embedded text under grad, else keys and values kept in the cache."""
+        """The prompt for each block: embedded text without a cache or under grad, else its cached keys and values."""
         if cache is None or torch.is_grad_enabled():
             return [self._embed_text(prompt_embeds)] * len(self.blocks)
 
@@ -254,10 +258,10 @@ class WanTransformer(nn.Module):
         return cache.text(prompt_embeds, compute)
 
     def _fold_padding(self, prompt_embeds: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embedded text [B L C] with few of its padded tokens, and what to add to the logits, [B 1 1 L] or nothing.
+        """Drop most padded tokens of embedded text [B L C]; also returns what to add to the logits, [B 1 1 L] or None.
 
-        Padded tokens are all the same, so m of them with ``log(n / m)`` added to their logits stand for n: exact, but
-        for the rounding of that number in half precision, where nothing is folded.
+        Padded tokens are all equal, so m of them with ``log(n / m)`` added to their logits equal n of them. In half
+        precision that logarithm would be rounded, so nothing is dropped there.
         """
         if text.dtype != torch.float32:
             return text, None
@@ -268,8 +272,8 @@ class WanTransformer(nn.Module):
         if kept >= text.shape[1]:
             return text, None
         padded = torch.arange(kept, device=text.device) >= lengths[:, None]
-        stands_for = (text.shape[1] - lengths) / (kept - lengths)
-        bias = torch.where(padded, stands_for.log()[:, None], 0.0).to(text.dtype)
+        copies = (text.shape[1] - lengths) / (kept - lengths)
+        bias = torch.where(padded, copies.log()[:, None], 0.0).to(text.dtype)
         return text[:, :kept].contiguous(), bias[:, None, None]
 
     def _embed_text(self, prompt_embeds: Tensor) -> Tensor:

@@ -12,36 +12,49 @@ import torch
 from torch import Tensor
 
 from model.denoiser import Denoiser
-from model.kv_cache import CachedText, CachePass, KeyLayout, KeyValue, KVCache
+from model.kv_cache import CachedText, KVCache
+from model.layer_cache import ChunkSlots, KeyLayout, LayerCache
 from pipeline.rollout import Pass
 
 
 @dataclass(frozen=True)
-class JoinedPass:
-    """A :class:`CachePass` whose samples live in caches of their own."""
+class JoinedChunk:
+    """The :class:`ChunkSlots` of samples that have a cache each."""
 
-    lanes: list[CachePass]
+    lanes: list[ChunkSlots]
     frames: int
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
-        """As :meth:`CachePass.extend`, sample by sample; the lanes see equally many keys, [B S N D]."""
-        rows = zip(self.lanes, k.split(1), v.split(1), strict=True)
-        keys, values = zip(*(lane.extend(layer, *row) for lane, *row in rows), strict=True)
+
+@dataclass(frozen=True)
+class JoinedLayer:
+    """The :class:`LayerCache` of samples that have a cache each."""
+
+    lanes: list[LayerCache]
+
+    def extend(self, k: Tensor, v: Tensor, chunk: JoinedChunk) -> tuple[Tensor, Tensor]:
+        """As :meth:`LayerCache.extend`, sample by sample; all samples see equally many keys, [B S N D]."""
+        rows = zip(self.lanes, k.split(1), v.split(1), chunk.lanes, strict=True)
+        keys, values = zip(*(lane.extend(*row) for lane, *row in rows), strict=True)
         return torch.cat(keys), torch.cat(values)
 
 
 class JoinedCache:
-    """Several caches of one sample each, as the transformer sees the cache of a batch."""
+    """The caches of several samples, as the transformer reads the cache of a batch."""
 
     def __init__(self, lanes: Sequence[Pass]) -> None:
         self.caches: list[KVCache] = [lane.cache for lane in lanes]
         self.embeds = [lane.prompt_embeds for lane in lanes]
 
-    def open(self, layout: KeyLayout, start_frame: Sequence[int], frames: int) -> JoinedPass:
+    @property
+    def layers(self) -> list[JoinedLayer]:
+        """As :attr:`KVCache.layers`."""
+        return [JoinedLayer(list(lanes)) for lanes in zip(*(cache.layers for cache in self.caches), strict=True)]
+
+    def open(self, layout: KeyLayout, start_frame: Sequence[int], frames: int) -> JoinedChunk:
         """As :meth:`KVCache.open`, with a start frame for each sample."""
         lane = layout._replace(batch=1)
         starts = zip(self.caches, start_frame, strict=True)
-        return JoinedPass([cache.open(lane, start, frames) for cache, start in starts], frames)
+        return JoinedChunk([cache.open(lane, start, frames) for cache, start in starts], frames)
 
     def text(self, prompt_embeds: Tensor, compute: Callable[[], list[CachedText]]) -> list[CachedText]:
         """As :meth:`KVCache.text`; each lane keeps its own rows, and all are computed where one has none."""

@@ -30,7 +30,7 @@ class CompileMode(Enum):
     off = "off"
     """Not at all."""
     default = "default"
-    """By torch.compile, as one graph."""
+    """By torch.compile, one graph for all blocks."""
     cudagraphs = "cudagraphs"
     """Also recorded as CUDA graphs, one for each length of the context."""
     autotune = "autotune"
@@ -108,13 +108,21 @@ def quantize(blocks: nn.Module, kind: Quantization) -> None:
     ao.quantize_(blocks, scheme)
 
 
-def compile_blocks(transformer: WanTransformer, mode: CompileMode) -> None:
-    """Compile all blocks as one graph.
+def compile_blocks(transformer: WanTransformer, mode: CompileMode, *, backend: str = "inductor") -> None:
+    """Compile the blocks.
 
-    Positions reach it as tensors (rotary tables, cache slots), so that it is compiled for the first chunk, for the
-    growing context (whose length is a symbol) and for context passes, and never again.
+    A block gets its own cache, and positions reach it as tensors (rotary tables, cache slots). So one graph serves
+    every layer: it is compiled for the first chunk, for the growing context (whose length is a symbol) and for context
+    passes, and never again. CUDA graphs are recorded of all blocks in a row, which are then one graph.
+
+    Args:
+        backend: compiler of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILE_LIMIT)
-    modes = {CompileMode.cudagraphs: "reduce-overhead", CompileMode.autotune: "max-autotune"}
     transformer.static_cache = True
-    transformer.blocks.compile(fullgraph=True, mode=modes.get(mode))
+    if mode is CompileMode.default:
+        for block in transformer.blocks:
+            block.compile(fullgraph=True, backend=backend)
+        return
+    modes = {CompileMode.cudagraphs: "reduce-overhead", CompileMode.autotune: "max-autotune"}
+    transformer.blocks.compile(fullgraph=True, backend=backend, mode=modes[mode])

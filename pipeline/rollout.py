@@ -18,6 +18,7 @@ from model.attention import BlockMask, block_causal_mask, chunk_ranges, visible_
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
+from utils.transfer import send
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -164,7 +165,7 @@ def randn(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
         drawn = torch.cat([torch.randn(1, *shape[1:], generator=one, device=one.device) for one in generator])
     else:
         drawn = torch.randn(*shape, generator=generator, device=generator.device if generator else like.device)
-    return drawn.to(like)
+    return send(drawn, like.device, like.dtype)
 
 
 def rollout(
@@ -277,7 +278,7 @@ class _Context:
 
     def __init__(self, cache: KVCache, config: RolloutConfig, generator: Generators, num_frames: int | None) -> None:
         self.cache, self.config, self.generator = cache, config, generator
-        cache.set_window(config.window, config.sink, config.relative_positions)
+        cache.configure(window=config.window, sink=config.sink, relative=config.relative_positions)
         cache.reset(num_frames)
         self.frames: dict[int, Tensor] = {}
         self.end = 0

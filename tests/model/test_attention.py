@@ -5,11 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import (
-    AttentionBackend,
     attention,
     block_causal_mask,
     chunk_ranges,
-    resolve_backend,
+    flex_mask,
     teacher_forcing_mask,
     visible_frames,
 )
@@ -86,47 +85,6 @@ def test_frames_that_do_not_divide_are_refused_with_the_nearest_that_do(argument
         chunk_ranges(*arguments)
 
 
-@pytest.mark.parametrize("name", ["flash", "flash3", "cudnn", "sage"])
-def test_kernels_of_gpus_are_refused_where_they_cannot_run(name):
-    assert resolve_backend(AttentionBackend.auto, torch.device("cpu"), torch.float32) is AttentionBackend.sdpa
-    with pytest.raises(ValueError, match=f"'{name}' needs .* not cpu and torch.bfloat16; use 'auto' or 'sdpa'"):
-        resolve_backend(AttentionBackend(name), torch.device("cpu"), torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("capability", "installed", "chosen"),
-    [
-        ((9, 0), {"flash_attn_interface", "flash_attn"}, "flash3"),
-        ((9, 0), {"flash_attn"}, "cudnn"),
-        ((8, 9), {"flash_attn", "flash_attn_interface", "sageattention"}, "flash"),
-        ((8, 6), set(), "sdpa"),
-        ((7, 5), {"flash_attn"}, "sdpa"),
-    ],
-)
-def test_the_kernel_follows_from_what_the_gpu_can_do_and_what_is_installed(capability, installed, chosen, monkeypatch):
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    monkeypatch.setattr("model.attention.find_spec", lambda name: name if name in installed else None)
-    choose = resolve_backend.__wrapped__  # without what it remembers
-    assert choose(AttentionBackend.auto, torch.device("cuda"), torch.bfloat16).value == chosen
-    assert choose(AttentionBackend.auto, torch.device("cuda"), torch.float32) is AttentionBackend.sdpa
-    if "sageattention" not in installed:
-        with pytest.raises(ValueError, match="'sage' needs"):
-            choose(AttentionBackend.sage, torch.device("cuda"), torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", list(AttentionBackend))
-def test_every_kernel_that_runs_here_equals_sdpa(backend):
-    q, k, v = (random(2, length, 4, 64, seed=length).cuda().bfloat16() for length in (96, 160, 160))
-    try:
-        resolve_backend(backend, q.device, q.dtype)
-    except ValueError as error:
-        pytest.skip(str(error))
-    tolerance = 0.1 if backend is AttentionBackend.sage else 0.02
-    expected = attention(q, k, v, backend=AttentionBackend.sdpa).float()
-    assert relative_error(attention(q, k, v, backend=backend).float(), expected) <= tolerance
-
-
 def test_a_bias_is_added_to_the_logits_of_every_query():
     q, k, v = (random(2, length, 2, 8, seed=length) for length in (6, 5, 5))
     bias = random(2, 1, 1, 5, seed=9)
@@ -135,9 +93,24 @@ def test_a_bias_is_added_to_the_logits_of_every_query():
     assert relative_error(attention(q, k, v, bias=bias), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("make", [block_causal_mask, teacher_forcing_mask])
+def test_the_mask_of_a_gpu_is_the_same_mask(make):
+    """Built on the CPU without compiling: which blocks of 128 tokens are computed, and which entries of them."""
+    mask = make(6, 3, window=5, sink=1)
+    tokens = 50
+    blocks = flex_mask.__wrapped__(mask, tokens, torch.device("cpu"), compiled=False).blocks
+    length = tokens * len(mask.positions)
+    rows, columns = (torch.arange(length)[:, None], torch.arange(length)[None])
+    dense = mask.dense().repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    entries = blocks.mask_mod(torch.tensor(0), torch.tensor(0), rows, columns)
+    assert torch.equal(entries, dense)
+    computed = blocks.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert not (dense & ~computed[:length, :length]).any()
+
+
 @pytest.mark.gpu
 def test_flex_equals_the_cpu():
     mask = teacher_forcing_mask(6, 3, window=4, sink=1)
     q, k, v = (random(2, 12 * 24, 2, 32, seed=seed) for seed in range(3))
-    on_gpu = attention(*(x.cuda() for x in (q, k, v)), mask=mask).cpu()
+    on_gpu = attention(*(x.cuda() for x in (q, k, v)), mask=flex_mask(mask, 24, torch.device("cuda"))).cpu()
     assert relative_error(on_gpu, attention(q, k, v, mask=mask)) <= 1e-4

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from model.attention import AttentionBackend, visible_frames
-from model.kv_cache import CachedText, KeyLayout, KVCache
+from model.kv_cache import CachedText, KVCache
+from model.layer_cache import KeyLayout
 from tests.parity import TINY, random, relative_error, tiny_denoiser
 
 TOKENS, HEADS, DIM = 2, 2, 4
@@ -88,9 +89,12 @@ def test_slots_told_as_data_are_the_same_slots(sizes, window, sink, relative):
     for size in sizes:
         k = random(1, size, TOKENS, HEADS, 8, seed=start)
         layout = KeyLayout.of(k)
-        passes = [cache.open(layout._replace(static=index > 0), start, size) for index, cache in enumerate(caches)]
-        assert (passes[0].index, passes[1].index.shape) == (None, (size,))
-        assert all(torch.equal(*pair) for pair in zip(*(one.extend(0, k, -k) for one in passes), strict=True))
+        chunks, extended = [], []
+        for cache, static in zip(caches, (False, True), strict=True):
+            chunks.append(cache.open(layout._replace(static=static), start, size))
+            extended.append(cache.layers[0].extend(k, -k, chunks[-1]))
+        assert (chunks[0].index, chunks[1].index.shape) == (None, (size,))
+        assert all(torch.equal(*pair) for pair in zip(*extended, strict=True))
         start += size
 
 

@@ -22,6 +22,7 @@ from pipeline.config import CodecKind, Sampler
 from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.memory import GB, PROFILES, Sizes, TextPlacement, check_disk, measure, need, plan
 from pipeline.text_to_video import TextToVideo, VideoSeed
+from tests.parity import relative_error
 from trainer.config import Config
 from utils.errors import UserError
 
@@ -110,19 +111,25 @@ def test_the_estimate_is_within_a_quarter_of_what_tensors_take(middling, profile
     assert 0.75 < expected / taken.peak < 1.25, (expected, taken.peak)
 
 
+STREAMED_BOUND = 0.05
+"""Relative difference of a streamed clip from a resident one in bfloat16: streamed products are not fused, so they
+round differently."""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
-def test_on_a_gpu_tensors_take_no_more_than_the_estimate_and_make_the_same_clip(middling, profile):
+def test_on_a_gpu_every_profile_makes_the_same_clip(middling, profile):
+    """Its memory is measured by doctor.py at full size: here, workspaces of libraries outweigh the tensors."""
     gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
-    sizes = measure(middling, use_ema=True, text=True, **gpu)
     clips = []
     for each in (PROFILES[0], profile):
-        torch.cuda.reset_peak_memory_stats()
         pipeline = TextToVideo.from_config(middling, profile=each, prompts=[SEED[0].prompt], **gpu)
         clips.append(pipeline.generate(SEED, height=64, width=320, num_frames=6))
         del pipeline
-    assert torch.equal(*clips)
-    assert torch.cuda.max_memory_allocated() < 1.25 * need(profile, replace(sizes, overhead=0), one_memory=False).device
+    if profile.stream_generator:
+        assert relative_error(*clips) <= STREAMED_BOUND
+    else:
+        assert torch.equal(*clips)
 
 
 @pytest.fixture(scope="module")

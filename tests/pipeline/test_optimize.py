@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.denoiser import Denoiser
 from model.kv_cache import KVCache
-from pipeline.optimize import CompileMode, OptimizeConfig, Quantization, optimize
+from pipeline.optimize import CompileMode, OptimizeConfig, Quantization, compile_blocks, optimize
 from pipeline.rollout import RolloutConfig, rollout
 from tests.parity import TINY, random, relative_error, tiny_denoiser
 from utils.errors import UserError
@@ -17,11 +17,17 @@ from utils.errors import UserError
 EMBEDS = random(2, 3, 8, seed=1)
 
 
-def latents_of(denoiser: Denoiser, frames: int = 12, **options) -> Tensor:
+HALF_PRECISION_BOUND = 0.02
+"""Relative difference of a clip in bfloat16 from the same clip with its products computed in another order."""
+
+
+@torch.no_grad()
+def latents_of(denoiser: Denoiser, frames: int = 12, dtype: torch.dtype = torch.float32, **options) -> Tensor:
     """A rollout's latents."""
-    noise, generator = random(2, frames, 4, 4, 6), torch.Generator().manual_seed(0)
+    noise, generator = random(2, frames, 4, 4, 6).to(dtype), torch.Generator().manual_seed(0)
     cache = KVCache(denoiser.transformer.config.num_layers)
-    blocks = rollout(denoiser, noise, EMBEDS, cache, RolloutConfig(**options), generator=generator)
+    embeds = EMBEDS.to(dtype)
+    blocks = rollout(denoiser, noise, embeds, cache, RolloutConfig(**options), generator=generator)
     return torch.cat([block.latents for block in blocks], dim=1)
 
 
@@ -57,6 +63,32 @@ def test_compiled_it_gives_the_same_and_is_not_compiled_again_after_the_first_cl
     latents_of(compiled, frames=12, **options)
     latents_of(compiled, frames=36, **options)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_layers():
+    """Eight layers take as many graphs as two, and none follows: not for later chunks, nor for another clip."""
+    from torch._dynamo.utils import counters
+
+    made = []
+    for layers in (2, 8):
+        torch._dynamo.reset()
+        counters.clear()
+        denoiser = optimized(replace(TINY, num_layers=layers))
+        compile_blocks(denoiser.transformer, CompileMode.default, backend="eager")
+        latents_of(denoiser, frames=12, window=6)
+        graphs = counters["stats"]["unique_graphs"]
+        latents_of(denoiser, frames=24, window=6)
+        assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+        made.append(graphs)
+    assert made[0] == made[1] <= 6
+
+
+def test_fused_products_round_differently_in_half_precision_within_the_stated_bound():
+    """So a streamed generator, whose products are not fused, makes almost the same clip as a resident one."""
+    plain, fused = (denoiser.bfloat16() for denoiser in (tiny_denoiser(), optimized()))
+    clips = [latents_of(denoiser, dtype=torch.bfloat16).float() for denoiser in (plain, fused)]
+    assert relative_error(*clips) <= HALF_PRECISION_BOUND
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(Quantization.int8, 0.02), (Quantization.int8_dynamic, 0.05)])

@@ -1,0 +1,191 @@
+"""The cached keys and values of one transformer layer, and the slots that a chunk of frames writes and reads there.
+
+Shapes: B batch, F frames of a chunk, T tokens a frame, N heads, D head dim, S visible keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.attention import FrameRange
+from model.rope import apply_rotary
+
+FP8 = torch.float8_e4m3fn
+
+
+class KeyLayout(NamedTuple):
+    """The shape and storage of the keys, the same in every layer."""
+
+    batch: int
+    tokens: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    static: bool = False
+    """For compiled passes: slot numbers are tensors, and buffers keep their addresses, as CUDA graphs need it."""
+
+    @classmethod
+    def of(cls, k: Tensor) -> KeyLayout:
+        """The layout of keys [B F T N D]."""
+        return cls(k.shape[0], *k.shape[2:], k.dtype, k.device)
+
+    def zeros(self, frames: int, dtype: torch.dtype, head_dim: int | None = None) -> Tensor:
+        """A tensor [B frames T N D] of zeros."""
+        shape = self.batch, frames, self.tokens, self.num_heads, self.head_dim if head_dim is None else head_dim
+        buffer = torch.zeros(shape, dtype=dtype, device=self.device)
+        if self.static:
+            torch._dynamo.mark_static_address(buffer)
+        return buffer
+
+
+@dataclass(frozen=True)
+class ChunkSlots:
+    """The slots of one chunk. They are known before the pass and are the same in every layer."""
+
+    start_frame: int
+    frames: int
+    visible: tuple[FrameRange, ...]
+    """Slots that the chunk attends to, its own included."""
+    writes: tuple[tuple[int, int, int], ...]
+    """The slots that the chunk fills, as runs (first slot, first frame within the chunk, frames)."""
+    index: Tensor | None
+    """The same slots as a tensor [F], for compiled passes: one graph then serves every position."""
+    sink: int
+    """Frames of the sink."""
+    sink_made: FrameRange
+    """The frames of the sink that belong to this chunk."""
+    sink_shift: Tensor | None
+    """The rotation that moves the sink's keys along (see :func:`model.rope.shift_table`); None leaves them."""
+
+
+def quantize_keys(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [... D] as 8-bit floats [... D] and a float32 scale [... 1] for every head and token."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / torch.finfo(FP8).max
+    return (x.float() / scale).to(FP8), scale
+
+
+@dataclass(frozen=True)
+class FrameBuffer:
+    """Keys or values of several frames, as they are or in 8 bits."""
+
+    data: Tensor
+    """[B slots T N D]."""
+    scale: Tensor | None
+    """[B slots T N 1] for 8-bit data."""
+
+    @classmethod
+    def empty(cls, layout: KeyLayout, frames: int, fp8: bool) -> FrameBuffer:
+        """A buffer of ``frames`` slots."""
+        if not fp8:
+            return cls(layout.zeros(frames, layout.dtype), None)
+        return cls(layout.zeros(frames, FP8), layout.zeros(frames, torch.float32, head_dim=1))
+
+    def read(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """The slots [low, high): a view, or a new tensor if the data has 8 bits."""
+        part = self.data[:, low:high]
+        return part if self.scale is None else (part.float() * self.scale[:, low:high]).to(dtype)
+
+    def write(self, x: Tensor, chunk: ChunkSlots) -> None:
+        """Put frames x [B F T N D] of a chunk into its slots."""
+        data, scale = (x, None) if self.scale is None else quantize_keys(x)
+        self._fill(self.data, data, chunk)
+        if scale is not None:
+            self._fill(self.scale, scale, chunk)
+
+    def write_at(self, slot: int, x: Tensor) -> None:
+        """Put frames x [B F T N D] into consecutive slots."""
+        data, scale = (x, None) if self.scale is None else quantize_keys(x)
+        self.data[:, slot : slot + x.shape[1]] = data
+        if scale is not None:
+            self.scale[:, slot : slot + x.shape[1]] = scale
+
+    def copy_from(self, other: FrameBuffer, frames: int) -> None:
+        """Take over the first ``frames`` slots of another buffer of the same kind."""
+        self.data[:, :frames] = other.data[:, :frames]
+        if self.scale is not None:
+            self.scale[:, :frames] = other.scale[:, :frames]
+
+    @staticmethod
+    def _fill(buffer: Tensor, x: Tensor, chunk: ChunkSlots) -> None:
+        if chunk.index is not None:
+            if x.dtype == FP8:  # index_copy_ knows no 8-bit floats
+                buffer, x = buffer.view(torch.uint8), x.view(torch.uint8)
+            buffer.index_copy_(1, chunk.index, x)
+            return
+        for slot, first, frames in chunk.writes:
+            buffer[:, slot : slot + frames] = x[:, first : first + frames]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of the frames that one layer has seen."""
+
+    k: FrameBuffer
+    v: FrameBuffer
+    sink: Tensor | None
+    """The sink's keys as they were made [B sink T N D]. The buffer ``k`` holds a copy that moves with the window."""
+
+    @classmethod
+    def empty(cls, layout: KeyLayout, frames: int, *, sink: int, fp8: bool) -> LayerCache:
+        """Buffers of ``frames`` slots; ``sink`` is the number of frames whose keys have to be moved along."""
+        unmoved = layout.zeros(sink, layout.dtype) if sink else None
+        return cls(FrameBuffer.empty(layout, frames, fp8), FrameBuffer.empty(layout, frames, fp8), unmoved)
+
+    @property
+    def slots(self) -> int:
+        """Frames that the buffers hold."""
+        return self.k.data.shape[1]
+
+    def extend(self, k: Tensor, v: Tensor, chunk: ChunkSlots) -> tuple[Tensor, Tensor]:
+        """Join the keys and values [B F T N D] of a chunk to those it attends to: two tensors [B S N D].
+
+        The keys are rotated already. Without grad they are written to the buffers, and views of the buffers come back
+        if the visible slots are contiguous. Under grad nothing is written: the result is new, and its context part is
+        detached.
+        """
+        if torch.is_grad_enabled():
+            return self._join(self.k, k, chunk, chunk.sink_shift), self._join(self.v, v, chunk)
+        self.k.write(k, chunk)
+        self.v.write(v, chunk)
+        shift = chunk.sink_shift
+        if self.sink is not None:
+            self._place_sink(k, chunk)
+            shift = None
+        return self._visible(self.k, chunk, k.dtype, shift), self._visible(self.v, chunk, v.dtype)
+
+    def _place_sink(self, k: Tensor, chunk: ChunkSlots) -> None:
+        """Keep the sink's keys as they are made, and write them to the buffer at their present positions."""
+        low, high = chunk.sink_made
+        if low < high:
+            self.sink[:, low:high] = k[:, : high - low]
+        if chunk.sink_shift is not None:
+            self.k.write_at(0, apply_rotary(self.sink, chunk.sink_shift))
+
+    def _visible(
+        self, buffer: FrameBuffer, chunk: ChunkSlots, dtype: torch.dtype, shift: Tensor | None = None
+    ) -> Tensor:
+        parts = [_read(buffer, low, high, dtype, shift) for low, high in chunk.visible]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1, 2)
+
+    def _join(self, buffer: FrameBuffer, live: Tensor, chunk: ChunkSlots, shift: Tensor | None = None) -> Tensor:
+        start = chunk.start_frame
+        context = [
+            _read(buffer, low, min(high, start), live.dtype, shift).detach()
+            for low, high in chunk.visible
+            if low < start
+        ]
+        if buffer.scale is not None:  # as inference reads them; the rounding passes gradients straight through
+            data, scale = quantize_keys(live.detach())
+            live = live + ((data.float() * scale).to(live.dtype) - live.detach())
+        return torch.cat([*context, live], dim=1).flatten(1, 2)
+
+
+def _read(buffer: FrameBuffer, low: int, high: int, dtype: torch.dtype, shift: Tensor | None) -> Tensor:
+    """The slots [low, high); ``shift`` moves the keys of the sink, which begins at slot 0."""
+    part = buffer.read(low, high, dtype)
+    return apply_rotary(part, shift) if shift is not None and low == 0 else part
