@@ -17,6 +17,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
+WINDOWS_FORBIDDEN = '<>:"/\\|?*'
 WINDOWS_RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 
 
@@ -103,11 +104,31 @@ def set_aside(path: str | Path, reason: str, log: logging.Logger) -> Path:
     return aside
 
 
-def safe_stem(text: str, max_length: int = 80) -> str:
-    """A file name stem for any text, at most `max_length` bytes long, with no dot and the same on every machine.
+def exact_stem(text: str, max_length: int) -> str:
+    """Return `text` itself if it can be the beginning of a file name, else :func:`safe_stem` of it.
 
-    Short lower-case text of letters, digits, spaces and `-_,'` is its own stem. Everything else is cleaned, cut and
-    given a hash of the original, so that different texts differ even where the file system ignores case.
+    It can if it is at most `max_length` bytes of UTF-8 and holds no character that file names cannot have, no control
+    character and no dot at the beginning, which would hide the file.
+    """
+    try:
+        fits = 0 < len(text.encode()) <= max_length
+    except UnicodeEncodeError:
+        fits = False
+    forbidden = WINDOWS_FORBIDDEN if os.name == "nt" else "/"
+    printable = all(unicodedata.category(c) not in ("Cc", "Zl", "Zp") and c not in forbidden for c in text)
+    if fits and printable and not text.startswith(".") and text == text.strip():
+        return text
+    return safe_stem(text, max(16, min(max_length, 80)))
+
+
+def safe_stem(text: str, max_length: int = 80) -> str:
+    """Return a file name stem for any text: at most `max_length` bytes, with no dot, the same on every machine.
+
+    Short lower-case text of letters, digits, spaces and `-_,'` is its own stem. Other text is cleaned, cut and given a
+    hash of the original. So different texts differ even if the file system ignores case.
+
+    Raises:
+        ValueError: `max_length` is below 16, which leaves no room for the hash.
     """
     if max_length < 16:
         raise ValueError(f"max_length={max_length} leaves no room for a hash: give at least 16")

@@ -14,13 +14,15 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from utils.chat_answers import clean_answer
 from utils.errors import UserError
-from utils.files import atomic_write_text
+from utils.side_files import append_json_line, read_json_lines
 from utils.tracking import progress
 
 ENDPOINT = "/chat/completions"
@@ -29,6 +31,7 @@ ATTEMPTS = 4
 LONGEST_WAIT = 60.0  # seconds between attempts, whatever a server asks for
 LARGEST_ANSWER = 2**20  # bytes
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that may pass
+LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|::1|0\.0\.0\.0", re.IGNORECASE)
 PASSING = (TimeoutError, ConnectionResetError, http.client.IncompleteRead)  # and broken connections that may
 
 INSTRUCTIONS = """\
@@ -73,12 +76,28 @@ class Server:
             headers["Authorization"] = f"Bearer {self.key}"
         data = json.dumps({"model": self.model, "messages": question, "stream": False}).encode()
         request = urllib.request.Request(self.url + ENDPOINT, data, headers)
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT) as response:
+        proxies = {} if self.proxy is None else {urllib.parse.urlsplit(self.url).scheme: self.proxy}
+        opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
+        with opener.open(request, timeout=TIMEOUT) as response:
             body = response.read(LARGEST_ANSWER)
         try:
             return json.loads(body)["choices"][0]["message"]["content"] + ""  # a TypeError for what is no text
         except (LookupError, TypeError, ValueError):
             raise ValueError(f"not a chat completion: {self.excerpt(body)}") from None
+
+    @property
+    def proxy(self) -> str | None:
+        """The proxy that the environment names for this server; None for this machine itself and without one."""
+        address = urllib.parse.urlsplit(self.url)
+        host = address.hostname or ""
+        if LOOPBACK.fullmatch(host) or urllib.request.proxy_bypass(host):
+            return None
+        return urllib.request.getproxies().get(address.scheme)
+
+    @property
+    def route(self) -> str:
+        """How the server is reached, for error messages: empty, or the proxy without its password."""
+        return "" if self.proxy is None else f" through the proxy {re.sub(r'//[^/@]*@', '//', self.proxy)}"
 
     def excerpt(self, body: bytes) -> str:
         """The beginning of an answer in one line, without the key that some servers quote."""
@@ -92,55 +111,49 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+@dataclass(frozen=True)
+class ExtendedPrompt:
+    """One line of the cache file."""
+
+    prompt: str
+    extended: str
+    model: str = ""
+
+
 def extend_prompts(prompts: Sequence[str], cache_file: str | Path, *, backoff: float = 1.0) -> list[str]:
-    """The long version of each prompt, in order.
+    """Return the long version of each prompt, in order.
 
     Args:
         prompts: anything a user typed; equal ones are asked for once.
-        cache_file: JSON lines {"prompt", "extended", "model"}. What it holds is not asked for again, so that a second
-            run makes the same videos; every answer is kept as soon as it comes.
+        cache_file: JSON lines {"prompt", "extended", "model"}. What it holds is not asked for again, so a second run
+            makes the same videos. Every answer is kept as soon as it comes. A damaged line is set aside and asked anew.
         backoff: seconds before the second attempt at a busy server; each later wait is twice as long.
 
     Raises:
-        UserError: an environment variable is missing; the server cannot be reached, refuses the key or model, stays
-            busy or answers in another form; or the cache file is damaged.
+        UserError: an environment variable is missing; or the server cannot be reached, refuses the key or the model,
+            stays busy, or answers in another form.
     """
-    cache_file = Path(cache_file)
-    entries = _read_cache(cache_file)
+    entries = {entry.prompt: entry.extended for entry in read_json_lines(cache_file, ExtendedPrompt)}
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in entries]
     if missing:
         server = Server.from_environment()
         for prompt in progress(missing, "extending prompts", unit="prompt"):
-            extended = _extend(server, prompt, backoff)
-            entries[prompt] = {"prompt": prompt, "extended": extended, "model": server.model}
-            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries.values())
-            atomic_write_text(cache_file, "".join(lines))
-    return [entries[prompt]["extended"] for prompt in prompts]
-
-
-def _read_cache(path: Path) -> dict[str, dict[str, str]]:
-    """Prompt -> its line."""
-    if not path.exists():
-        return {}
-    entries = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            entries[entry["prompt"] + ""] = {**entry, "extended": entry["extended"] + ""}
-        except (LookupError, TypeError, ValueError):
-            raise UserError(f'{path}, line {number}: is not {{"prompt": ..., "extended": ...}}; delete it') from None
-    return entries
+            entry = ExtendedPrompt(prompt, _extend(server, prompt, backoff), server.model)
+            append_json_line(cache_file, asdict(entry))
+            entries[prompt] = entry.extended
+    return [entries[prompt] for prompt in prompts]
 
 
 def _extend(server: Server, prompt: str, backoff: float) -> str:
     for attempt in itertools.count(1):
         try:
-            return _clean(server.ask(prompt))
+            return clean_answer(server.ask(prompt))
         except urllib.error.HTTPError as error:
             failure, wait = _refused(server, error), _retry_after(error) if error.code in BUSY else None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            failure, wait = f"no answer ({_line(reason)}); is it running?", 0.0 if isinstance(reason, PASSING) else None
+            failure = f"no answer{server.route} ({_line(reason)}); is it running?"
+            wait = 0.0 if isinstance(reason, PASSING) else None
         except ValueError as error:
             failure, wait = str(error), None
         if wait is None or attempt == ATTEMPTS:
@@ -154,23 +167,13 @@ def _refused(server: Server, error: urllib.error.HTTPError) -> str:
         remedy = "set PROMPT_EXTEND_KEY to a valid key"
     elif error.code < 400 or error.code == 404:
         remedy = f"check the address, and PROMPT_EXTEND_MODEL={server.model}"
-    return f"HTTP {error.code} ({server.excerpt(error.read(LARGEST_ANSWER))}); {remedy}"
+    return f"HTTP {error.code}{server.route} ({server.excerpt(error.read(LARGEST_ANSWER))}); {remedy}"
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
     """Seconds the server asks for; 0 where it names none, or a date."""
     value = error.headers.get("Retry-After", "")
     return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
-
-
-def _clean(answer: str) -> str:
-    """One line without a model's spoken thoughts, quotation marks or bold type; ValueError if nothing is left."""
-    text = re.sub(r"<think>.*?(</think>|$)", "", answer, flags=re.DOTALL)
-    text = " ".join(text.replace("**", "").split())
-    text = re.sub(r"^[\"“'](.*)[\"”']$", r"\1", text).strip()
-    if not text:
-        raise ValueError("the model answered with no text")
-    return text
 
 
 def _line(text: object) -> str:

@@ -10,6 +10,7 @@ from utils.files import (
     atomic_write_bytes,
     atomic_write_text,
     ensure_writable_folder,
+    exact_stem,
     safe_stem,
     set_aside,
 )
@@ -85,6 +86,33 @@ def test_plain_prompts_are_their_own_names_and_altered_ones_stay_readable():
     assert len(safe_stem("x" * 300, max_length=20)) == 20
     with pytest.raises(ValueError, match="max_length=3"):
         safe_stem("abc", max_length=3)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "A dog, running.",
+        'a person\'s "sign" says: STOP?',
+        "猫が走る",
+        "-5 degrees",
+        "cafe\u0301 🐈",
+        "x" * 240,
+        "con",
+        "a.b.c",
+    ],
+)
+def test_a_text_that_can_be_a_name_stays_exactly_as_it_is(tmp_path, prompt):
+    assert exact_stem(prompt, 240) == prompt
+    (tmp_path / f"{prompt}-0.mp4").write_text("x")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a/b", "a\0b", "a\nb", "a\x1b[31mb", ".hidden", "..", "", " a", "\ud800", "x" * 241, "é" * 121]
+)
+def test_a_text_that_cannot_be_a_name_is_cleaned_and_hashed(tmp_path, prompt):
+    stem = exact_stem(prompt, 240)
+    assert stem == safe_stem(prompt) != prompt and len(stem.encode()) <= 80
+    (tmp_path / f"{stem}-0.mp4").write_text("x")
 
 
 def test_a_folder_is_made_or_refused(tmp_path):

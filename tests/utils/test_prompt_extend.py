@@ -108,6 +108,27 @@ def test_answers_that_came_before_a_failure_are_kept(model, tmp_path):
         ('"A cat\n\n sleeps."', "A cat sleeps."),
         ("<think>Hmm,\nlong.</think>\n**A cat** sleeps.", "A cat sleeps."),
         ('“A cat called "Tom" sleeps.”', 'A cat called "Tom" sleeps.'),
+        ("Okay, the user wants a cat.\n</think>\n\nA cat sleeps.", "A cat sleeps."),
+        ("<thinking>one</thinking><think>two</think>A cat sleeps.", "A cat sleeps."),
+        ("<reasoning>\nHmm\n</reasoning>\nA cat sleeps.", "A cat sleeps."),
+        ("[THINK]Hmm[/THINK]A cat sleeps.", "A cat sleeps."),
+        ("◁think▷Hmm◁/think▷A cat sleeps.", "A cat sleeps."),
+        ("<|START_THINKING|>Hmm<|END_THINKING|><|START_RESPONSE|>A cat sleeps.<|END_RESPONSE|>", "A cat sleeps."),
+        (
+            "<|channel|>analysis<|message|>Hmm.<|end|><|start|>assistant"
+            "<|channel|>final<|message|>A cat sleeps.<|return|>",
+            "A cat sleeps.",
+        ),
+        ("```\nA cat sleeps.\n```", "A cat sleeps."),
+        ("```text\nA cat sleeps.```", "A cat sleeps."),
+        ("Here you go:\n\n```text\nA cat sleeps.\n```\n\nLet me know if it helps!", "A cat sleeps."),
+        ("Sure! Here is the prompt:\n\nA cat sleeps.", "A cat sleeps."),
+        ("Sure, here's the extended prompt: A cat sleeps.", "A cat sleeps."),
+        ("Certainly! A cat sleeps.", "A cat sleeps."),
+        ("**Prompt:** A cat sleeps.\n\n(Word count: 3)", "A cat sleeps."),
+        ("### Extended prompt\n\nA cat sleeps.", "A cat sleeps."),
+        ("Here are two cats: one sleeps. A sign reads: open.", "Here are two cats: one sleeps. A sign reads: open."),
+        ("Great waves roll in. Okay.", "Great waves roll in. Okay."),
     ],
 )
 def test_answers_become_one_line_without_thoughts_or_decoration(model, tmp_path, answer, expected):
@@ -138,6 +159,7 @@ def test_a_server_that_stays_busy_is_given_up(model, tmp_path):
         (200, b'{"choices": []}', 'not a chat completion: {"choices": []}'),
         (200, completion(None), "not a chat completion"),
         (200, completion("<think>never done"), "answered with no text"),
+        (200, completion("A cat <|tool_call|> sleeps"), "holds a mark of the model's own format"),
         (200, b"\xff\xfe", "not a chat completion"),
     ],
 )
@@ -188,7 +210,22 @@ def test_the_key_does_not_follow_a_redirect(model, tmp_path, status):
 @pytest.mark.parametrize(
     "line", [b"{", b"[]", b'{"prompt": "a cat"}', b'{"prompt": "a cat", "extended": 3}', b'"\xff"']
 )
-def test_a_damaged_cache_is_named_by_its_line(model, tmp_path, line):
-    (tmp_path / "cache.jsonl").write_bytes(b'{"prompt": "x", "extended": "y"}\n' + line + b"\n")
-    assert "cache.jsonl, line 2: is not" in error_line(tmp_path)
-    assert not model.requests
+def test_a_damaged_line_of_the_cache_is_set_aside_and_asked_anew(model, tmp_path, caplog, line):
+    cache = tmp_path / "cache.jsonl"
+    cache.write_bytes(b'{"prompt": "x", "extended": "y"}\n' + line + b"\n")
+    assert extend_prompts(["x", "a cat"], cache) == ["y", "a cat, in every detail"]
+    assert (tmp_path / "cache.jsonl.damaged").read_bytes() == line + b"\n"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert model.prompts == ["a cat"]
+
+
+def test_this_machine_is_asked_directly_and_a_proxy_is_named_without_its_password(model, tmp_path, monkeypatch):
+    monkeypatch.delenv("no_proxy")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://me:secret@127.0.0.1:1")
+    assert extend_prompts(["a cat"], tmp_path / "cache.jsonl") == ["a cat, in every detail"]
+    monkeypatch.setenv("PROMPT_EXTEND_URL", f"http://localhost:{model.server_port}/v1")
+    assert extend_prompts(["a dog"], tmp_path / "cache.jsonl") == ["a dog, in every detail"]
+    monkeypatch.setenv("PROMPT_EXTEND_URL", "http://models.example/v1")
+    line = error_line(tmp_path, ["a cow"])
+    assert "models.example/v1: no answer through the proxy http://127.0.0.1:1 (" in line and "secret" not in line

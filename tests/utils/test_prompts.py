@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.prompts import read_image_prompts, read_prompts
+from utils.prompts import PromptLine, pair_prompts, read_image_prompts, read_prompt_lines, read_prompts
 
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 
@@ -28,6 +28,91 @@ def test_a_file_without_prompts_is_named(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         read_prompts(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85", "\t", "\x1b", "\0"])
+def test_only_line_ends_end_a_prompt_and_control_characters_become_spaces(tmp_path, separator):
+    (tmp_path / "prompts.txt").write_bytes(f"a cat{separator}sleeps\ra dog\r\n\na cow\n".encode())
+    lines = read_prompt_lines(tmp_path / "prompts.txt")
+    assert lines == [PromptLine(1, "a cat sleeps"), PromptLine(2, "a dog"), PromptLine(4, "a cow")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "a cat, asleep", "id": 1}\n\n{"prompt": "a \\n dog"}\n'),
+        ("p.JSONL", '\ufeff{"prompt": "a cat, asleep"}\n{"prompt": "a \\n dog"}'),
+        ("p.csv", 'id,prompt\n1,"a cat, asleep"\n2,"a \n dog"\n'),
+        ("p.csv", "\ufeffPrompt ;x,id\n".replace(" ;x", "") + '"a cat, asleep",1\r\na   dog,2\r\n'),
+        ("p.tsv", "prompt\tid\na cat, asleep\t1\na   dog\t2\n"),
+    ],
+)
+def test_the_prompt_column_of_json_lines_and_csv_is_read(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert read_prompts(tmp_path / name) == ["a cat, asleep", "a   dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "id,text\n1,a cat\n", r"has no column 'prompt' \(its columns: id, text\)"),
+        ("p.csv", "prompt\n", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"text": "a dog"}\n', r'line 2: is not {"prompt": ...}'),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a d', "line 2: is not"),
+        ("p.jsonl", "[" * 100_000, "line 1: is not"),
+        ("p.json", '["a cat"]', "a .json file cannot be read as prompts; give a .txt, .jsonl or .csv file"),
+    ],
+)
+def test_a_file_without_a_prompt_column_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_two_files_are_paired_line_by_line(tmp_path):
+    (tmp_path / "long.txt").write_text("long cat\n\nlong dog\n\n\n")
+    (tmp_path / "names.txt").write_text("cat\n\ndog\n")
+    names = read_prompt_lines(tmp_path / "names.txt")
+    assert pair_prompts(names, "names.txt", tmp_path / "long.txt") == ["long cat", "long dog"]
+
+
+@pytest.mark.parametrize(
+    ("names", "extended", "message"),
+    [
+        (
+            "cat\ndog\n\nbird\n",
+            "long cat\n\nlong sky\nlong bird\n",
+            "long.txt, line 2: holds no prompt, but .*names.txt, line 2, is 'dog'",
+        ),
+        ("cat\n", "long cat\nlong dog\n", "names.txt, line 2: holds no prompt, but .*long.txt, line 2, is 'long dog'"),
+        ("cat\ndog\n", "long cat\n", "long.txt, line 2: holds no prompt"),
+    ],
+)
+def test_a_line_without_a_counterpart_is_refused_with_both_numbers(tmp_path, names, extended, message):
+    (tmp_path / "names.txt").write_text(names)
+    (tmp_path / "long.txt").write_text(extended)
+    lines = read_prompt_lines(tmp_path / "names.txt")
+    with pytest.raises(UserError, match=message):
+        pair_prompts(lines, str(tmp_path / "names.txt"), tmp_path / "long.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("vidprom_filtered_extended.txt", "hf download gdhe17/Self-Forcing vidprom_filtered_extended.txt --local-dir"),
+        ("MovieGenVideoBench_extended.txt", "curl -L --create-dirs -o"),
+    ],
+)
+def test_a_missing_published_file_comes_with_the_command_that_downloads_it(tmp_path, name, command):
+    with pytest.raises(UserError, match=command) as error:
+        read_prompts(tmp_path / "prompts" / name)
+    assert str(tmp_path / "prompts") in str(error.value).split(command)[1] and "\n" not in str(error.value)
+
+
+def test_a_path_that_is_too_long_is_one_short_line(tmp_path):
+    with pytest.raises(UserError, match="no such prompt file") as error:
+        read_prompts(tmp_path / ("x" * 5000))
+    assert len(str(error.value)) < 300
 
 
 def test_image_prompts_are_found_relative_to_their_list(tmp_path, monkeypatch):
