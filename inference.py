@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from model.codec import VideoCodec
     from pipeline.config import PipelineConfig, VideoConfig
+    from pipeline.request import StreamRequest
     from pipeline.rollout import RolloutConfig
     from pipeline.session import StreamSession
     from pipeline.storyboard import Cue
-    from pipeline.stream import StreamRequest, VideoSeed
 
 log = logging.getLogger("inference")
 
@@ -95,7 +95,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 class Job:
     """One video to make."""
 
-    video: VideoSeed
+    prompt: str
+    seed: int
+    sample: int
     path: Path
     image: Path | None = None
     extends: Path | None = None
@@ -107,7 +109,7 @@ class Job:
     def title(self) -> str:
         """The prompt and what else makes it another video."""
         videos = [f"{word} {path.name}" for word, path in (("after", self.extends), ("by", self.follows)) if path]
-        return ", ".join([self.video.prompt, *videos, *map(str, self.cues)])
+        return ", ".join([self.prompt, *videos, *map(str, self.cues)])
 
 
 class Interrupted(Exception):
@@ -200,7 +202,6 @@ def check_frames(args: argparse.Namespace, config: PipelineConfig) -> None:
 
 def plan(args: argparse.Namespace, config: PipelineConfig, is_main: bool) -> list[Job]:
     """Every video of this run, in order."""
-    from pipeline.text_to_video import VideoSeed
     from utils.errors import UserError
     from utils.files import safe_stem
     from utils.prompts import read_image_prompts, read_prompts
@@ -226,9 +227,8 @@ def plan(args: argparse.Namespace, config: PipelineConfig, is_main: bool) -> lis
     jobs: dict[Path, Job] = {}
     for index, (name, prompt, image) in enumerate(zip(names, prompts, images, strict=True)):
         for sample in range(config.inference.num_samples):
-            seeded = VideoSeed(seed, prompt, sample)
-            job = Job(seeded, folder, image, extends, follows, args.strength, cues)
-            title = replace(job, video=replace(seeded, prompt=name)).title
+            job = Job(prompt, seed, sample, folder, image, extends, follows, args.strength, cues)
+            title = replace(job, prompt=name).title
             stem = f"{index}-{sample}_{kind}" if args.save_with_index else f"{safe_stem(title)}-{sample}"
             job = replace(job, path=folder / f"{stem}.mp4")
             if jobs.setdefault(job.path, job) != job:  # the same name for another extended prompt or image
@@ -281,7 +281,7 @@ def existing_video(path: str) -> Path:
 
 def all_prompts(jobs: list[Job]) -> list[str]:
     """Every prompt of the jobs, once."""
-    prompts = (prompt for job in jobs for prompt in (job.video.prompt, *(cue.prompt for cue in job.cues)))
+    prompts = (prompt for job in jobs for prompt in (job.prompt, *(cue.prompt for cue in job.cues)))
     return list(dict.fromkeys(prompts))
 
 
@@ -337,7 +337,7 @@ def make_videos(config: PipelineConfig, jobs: list[Job], device, dtype, use_ema:
     from pipeline import memory
     from pipeline.loading import generator_hash, needs_text_encoder
     from pipeline.session import StreamSession
-    from pipeline.text_to_video import TextToVideo
+    from pipeline.text_to_video import load_pipeline
     from utils.tracking import progress
 
     if not jobs:
@@ -346,7 +346,7 @@ def make_videos(config: PipelineConfig, jobs: list[Job], device, dtype, use_ema:
     parts = {"device": device, "dtype": dtype, "use_ema": use_ema}
     chosen = memory.plan(config, text=needs_text_encoder(config, prompts, dtype), processes=ranks.world_size, **parts)
     log.info(chosen.line)
-    pipeline = TextToVideo.from_config(config, profile=chosen.profile, prompts=prompts, **parts)
+    pipeline = load_pipeline(config, profile=chosen.profile, prompts=prompts, **parts)
     digest = generator_hash(config.generator, use_ema=use_ema)
     writes = ranks.is_main or not config.optimize.sequence_parallel
     total = len(jobs) * pipeline.codec.num_frames(config.video.num_frames)
@@ -366,8 +366,8 @@ def make_videos(config: PipelineConfig, jobs: list[Job], device, dtype, use_ema:
 
 def request(job: Job, config: PipelineConfig, codec: VideoCodec) -> StreamRequest:
     """What a job asks of the pipeline. The times of its cues count from where its own frames begin."""
+    from pipeline.request import StreamRequest
     from pipeline.storyboard import schedule
-    from pipeline.stream import StreamRequest
     from utils.video import load_image, stream_video
 
     video = config.video
@@ -378,10 +378,10 @@ def request(job: Job, config: PipelineConfig, codec: VideoCodec) -> StreamReques
         context = last_frames(stream_video(job.extends, *size, video.fps), config.rollout, codec)
         num_frames, shown = num_frames + codec.num_latents(len(context)), len(context)
     return StreamRequest(
-        job.video.prompt,
+        job.prompt,
         *size,
-        seed=job.video.seed,
-        sample=job.video.sample,
+        seed=job.seed,
+        sample=job.sample,
         num_frames=num_frames if job.follows is None else None,
         context_frames=context,
         source=None if job.follows is None else stream_video(job.follows, *size, video.fps),
@@ -452,9 +452,9 @@ def append_record(config: PipelineConfig, job: Job, figures: dict) -> None:
     settings = to_dict(config)
     record = {
         "file": job.path.name,
-        "prompt": job.video.prompt,
-        "seed": job.video.seed,
-        "sample": job.video.sample,
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "sample": job.sample,
         "image": None if job.image is None else str(job.image),
         "extends": None if job.extends is None else str(job.extends),
         "follows": None if job.follows is None else {"video": str(job.follows), "strength": job.strength},

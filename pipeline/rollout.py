@@ -110,7 +110,7 @@ class ChunkInput:
 
 
 @dataclass
-class Block:
+class FinishedChunk:
     """One finished chunk."""
 
     start_frame: int
@@ -175,7 +175,7 @@ def rollout(
     cache: KVCache,
     config: RolloutConfig,
     **options,
-) -> Iterator[Block]:
+) -> Iterator[FinishedChunk]:
     """Generate chunk after chunk, each denoised in a few steps over the cache of the chunks before it.
 
     Arguments are those of :func:`rollout_passes`.
@@ -186,7 +186,7 @@ def rollout(
     passes = rollout_passes(config.timesteps(denoiser), noise, prompt_embeds, cache, config, **options)
     event = next(passes, None)
     while event is not None:
-        if isinstance(event, Block):
+        if isinstance(event, FinishedChunk):
             yield event
             event = next(passes, None)
         else:
@@ -206,7 +206,7 @@ def rollout_passes(
     generator: Generators = None,
     num_frames: int | None = None,
     denoise_chunk: Callable[[Tensor, int], Tensor] | None = None,
-) -> Generator[Pass | Block, Tensor | None, None]:
+) -> Generator[Pass | FinishedChunk, Tensor | None, None]:
     """The loop itself, which runs nothing: it yields each pass and is sent its x0; it yields finished chunks too.
 
     So whoever drives it may wait or stop between two passes, time them, or run those of several rollouts as a batch.
@@ -255,7 +255,7 @@ def rollout_passes(
         else:
             x0 = denoise_chunk(chunk.latents, context.end)
         context.add(x0.detach())
-        yield Block(start, x0)
+        yield FinishedChunk(start, x0)
         start += x0.shape[1]
 
 

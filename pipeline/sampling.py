@@ -15,7 +15,7 @@ from torch import Tensor
 from model.denoiser import Denoiser
 from model.flow_matching import MAX_TIMESTEP, FlowMatching
 from model.kv_cache import KVCache
-from pipeline.rollout import Block, RolloutConfig, full_timesteps, rollout
+from pipeline.rollout import FinishedChunk, RolloutConfig, full_timesteps, rollout
 
 FlowFunction = Callable[[Tensor, float], Tensor]
 
@@ -126,7 +126,7 @@ def sample_causal(
     config: SamplingConfig,
     *,
     context_latents: Tensor | None = None,
-) -> Iterator[Block]:
+) -> Iterator[FinishedChunk]:
     """Autoregressive sampling of a many-step causal denoiser, chunk by chunk over a cache; yields finished chunks.
 
     With guidance the batch is doubled, so that conditional and unconditional context share one cache.
@@ -147,7 +147,7 @@ def sample_causal(
 
     if context_latents is not None:
         context_latents = context_latents.repeat(doubled_noise.shape[0] // batch, 1, 1, 1, 1)
-    for block in rollout(
+    for chunk in rollout(
         denoiser,
         doubled_noise,
         embeds,
@@ -156,7 +156,35 @@ def sample_causal(
         context_latents=context_latents,
         denoise_chunk=denoise_chunk,
     ):
-        yield Block(block.start_frame, block.latents[:batch])
+        yield FinishedChunk(chunk.start_frame, chunk.latents[:batch])
+
+
+def many_step_chunks(
+    denoiser: Denoiser,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    rollout_config: RolloutConfig,
+    config: SamplingConfig,
+    *,
+    causal: bool,
+    context_latents: Tensor | None = None,
+) -> Iterator[FinishedChunk]:
+    """Finished chunks of a many-step sampler: autoregressive if ``causal``, else whole clips cut into chunks.
+
+    Args:
+        noise: of the whole clip [B F C H W].
+        context_latents: given latents [B f C H W] before it; a bidirectional sampler takes none.
+    """
+    if causal:
+        options = {"context_latents": context_latents}
+        yield from sample_causal(denoiser, noise, prompt_embeds, negative_embeds, rollout_config, config, **options)
+        return
+    start = 0
+    clip = sample(denoiser, noise, prompt_embeds, negative_embeds, config)
+    for latents in clip.split(rollout_config.frames_per_chunk, dim=1):
+        yield FinishedChunk(start, latents)
+        start += latents.shape[1]
 
 
 def _double(

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from pipeline.batching import run_together
+from pipeline.request import PromptSwitch, StreamRequest
 from pipeline.rollout import Stage, SwitchStyle
-from pipeline.stream import Abandoned, LatentChunk, Stream, StreamRequest, Switch
+from pipeline.stream import Abandoned, LatentChunk, Stream
 from pipeline.text_to_video import TextToVideo
 from utils.video import to_uint8
 
@@ -117,7 +118,7 @@ class StreamSession:
         Raises:
             ValueError: an empty prompt, or ``blend_chunks`` below 1.
         """
-        switch = Switch(prompt, style, blend_chunks)
+        switch = PromptSwitch(prompt, style, blend_chunks)
         with self._changed:
             self._prompt = prompt
             if self._stream is not None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.request import PromptSwitch
 from pipeline.rollout import SwitchStyle
-from pipeline.stream import Switch
 from utils.errors import UserError
 
 TIME = re.compile(r"(?:(\d+):)?(\d+(?:\.\d+)?)\s*s?")
@@ -104,7 +104,9 @@ def check_cues(cues: Sequence[Cue], seconds: float) -> None:
         )
 
 
-def schedule(cues: Sequence[Cue], fps: float, *, begin: int = 0) -> tuple[Switch, ...]:
+def schedule(cues: Sequence[Cue], fps: float, *, begin: int = 0) -> tuple[PromptSwitch, ...]:
     """The cues as switches of a stream that is shown at ``fps``; their times count from its pixel frame ``begin``."""
     # Rounding must not move a cue past the frame it names.
-    return tuple(Switch(cue.prompt, cue.style, at_frame=begin + math.ceil(cue.seconds * fps - 1e-6)) for cue in cues)
+    return tuple(
+        PromptSwitch(cue.prompt, cue.style, at_frame=begin + math.ceil(cue.seconds * fps - 1e-6)) for cue in cues
+    )

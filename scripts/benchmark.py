@@ -227,7 +227,7 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
     import torch
 
     from model.kv_cache import KVCache
-    from pipeline.rollout import Block, Stage, rollout_passes
+    from pipeline.rollout import FinishedChunk, Stage, rollout_passes
     from utils.video import to_uint8
 
     begin, first, denoised, before = bench.now(), None, 0.0, 0.0
@@ -239,7 +239,7 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
     passes = rollout_passes(steps, noise, embeds, cache, bench.config.rollout)
     event, chunk = next(passes), 0
     while event is not None:
-        if isinstance(event, Block):
+        if isinstance(event, FinishedChunk):
             chunk += 1
             if chunk == LONG_CHUNK:
                 bench.spans.setdefault(f"steps of chunk {chunk}", []).append(denoised - before)
@@ -274,8 +274,8 @@ def measure_session(bench: Bench) -> Figures:
     """Streams as inference.py and the demo make them, decode beside denoising; by the wall's clock."""
     import torch
 
+    from pipeline.request import StreamRequest
     from pipeline.session import StreamSession
-    from pipeline.stream import StreamRequest
     from pipeline.text_to_video import TextToVideo
     from utils.distributed import share_cores
 

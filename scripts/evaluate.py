@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pipeline.text_to_video import TextToVideo
+    from pipeline.text_to_video import load_pipeline
     from trainer.config import Config
     from utils.config import load_config
     from utils.distributed import resolve_device, resolve_dtype
@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> None:
     check_counts(args)
     folder = ensure_writable_folder(args.output_folder)
     device = resolve_device(config.device)
-    pipeline = TextToVideo.from_config(
-        config, device=device, dtype=resolve_dtype(config.dtype, device), use_ema=args.use_ema
-    )
+    pipeline = load_pipeline(config, device=device, dtype=resolve_dtype(config.dtype, device), use_ema=args.use_ema)
     lengths = [1] if args.sampler == "teacher" else args.lengths
     tables = {f"{length}x": measure_length(args, config, pipeline, length, folder) for length in lengths}
     report = {
@@ -83,7 +81,7 @@ def check_counts(args: argparse.Namespace) -> None:
 
 def measure_length(args: argparse.Namespace, config, pipeline, length: int, folder: Path) -> dict:
     """Generate and measure one clip a held-out prompt, ``length`` times as long as in training."""
-    from pipeline.text_to_video import VideoSeed
+    from pipeline.request import StreamRequest
     from utils.shapes import held_out_scenes, measure, summarise
     from utils.tracking import progress
     from utils.video import save_contact_sheet
@@ -91,8 +89,13 @@ def measure_length(args: argparse.Namespace, config, pipeline, length: int, fold
     scenes = held_out_scenes()[: args.prompts]
     clips, started = [], time.perf_counter()
     for start in progress(range(0, len(scenes), args.batch), f"{length}x length", unit="batch"):
-        seeds = [VideoSeed(args.seed, scene.prompt) for scene in scenes[start : start + args.batch]]
-        clips.extend(generate(args.sampler, pipeline, config, seeds, config.video.num_frames * length))
+        size = config.video.height, config.video.width
+        frames = config.video.num_frames * length
+        requests = [
+            StreamRequest(scene.prompt, *size, seed=args.seed, num_frames=frames)
+            for scene in scenes[start : start + args.batch]
+        ]
+        clips.extend(make_clips(args.sampler, pipeline, config, requests))
     seconds = time.perf_counter() - started
     table = summarise(
         [measure(clip, scene, config.data.shapes) for clip, scene in zip(clips, scenes, strict=True)], config.video.fps
@@ -107,19 +110,20 @@ def measure_length(args: argparse.Namespace, config, pipeline, length: int, fold
     return table | {"generation_seconds": seconds}
 
 
-def generate(sampler: str, pipeline, config, seeds: list, num_frames: int):
+def make_clips(sampler: str, pipeline, config, requests: list):
     """Clips [B F 3 H W] by the few-step rollout, or by the teacher's many bidirectional steps."""
     import torch
 
+    from pipeline.generation import generate
     from pipeline.rollout import randn
     from pipeline.sampling import sample
 
     if sampler == "rollout":
-        return pipeline.generate(seeds, height=config.video.height, width=config.video.width, num_frames=num_frames)
-    shape = (len(seeds), *config.video.latent_shape(pipeline.codec, num_frames))
-    embeds = pipeline.text_encoder.encode([seed.prompt for seed in seeds])
-    negative = pipeline.text_encoder.encode([config.sampling.negative_prompt] * len(seeds))
-    noise = randn(shape, [seed.generator("noise") for seed in seeds], embeds)
+        return generate(pipeline, requests)
+    shape = (len(requests), *config.video.latent_shape(pipeline.codec, requests[0].num_frames))
+    embeds = pipeline.text_encoder.encode([request.prompt for request in requests])
+    negative = pipeline.text_encoder.encode([config.sampling.negative_prompt] * len(requests))
+    noise = randn(shape, [request.generator("noise") for request in requests], embeds)
     with torch.no_grad():
         return pipeline.codec.decode(sample(pipeline.denoiser, noise, embeds, negative, config.sampling)).cpu()
 

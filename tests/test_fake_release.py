@@ -12,9 +12,11 @@ from PIL import Image
 
 import inference
 from pipeline.config import CodecConfig, CodecKind, DenoiserConfig, TextConfig
+from pipeline.generation import generate
 from pipeline.loading import load_codec, load_text_encoder, load_transformer
 from pipeline.memory import PROFILES, Profile
-from pipeline.text_to_video import TextToVideo, VideoSeed
+from pipeline.request import StreamRequest
+from pipeline.text_to_video import load_pipeline
 from tests.fake_release import LARGE, SMALL, TAEHV, FakeRelease, write_diffusers_release, write_fake_release
 from trainer.config import Config
 from utils.config import load_config
@@ -162,8 +164,8 @@ def make_clip(release: FakeRelease, folder: Path, profile: Profile) -> torch.Ten
     config.codec.weights = str(release.small / "Wan2.1_VAE.pth")
     config.text_encoder = TextConfig(str(release.small / "models_t5_umt5-xxl-enc-bf16.pth"), None, str(folder))
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "profile": profile, "prompts": PROMPTS}
-    pipeline = TextToVideo.from_config(config, **options)
-    return pipeline.generate([VideoSeed(0, PROMPTS[0])], height=32, width=320, num_frames=6)
+    pipeline = load_pipeline(config, **options)
+    return generate(pipeline, [StreamRequest(PROMPTS[0], 32, 320, num_frames=6)])
 
 
 @pytest.mark.parametrize("profile", PROFILES[1:], ids=str)

@@ -81,7 +81,7 @@ class Models:
         self._examples = read_prompts(config.inference.data_path)[:MOST_EXAMPLES]
         report("importing the model", 0.4)
         from pipeline import memory
-        from pipeline.text_to_video import TextToVideo
+        from pipeline.text_to_video import load_pipeline
 
         self._device = device = resolve_device(config.device)
         self._dtype = dtype = resolve_dtype(config.dtype, device)
@@ -90,7 +90,7 @@ class Models:
         chosen = memory.plan(config, interactive=True, **parts)
         log.info(chosen.line)
         report("loading the weights", 0.6)
-        self._base = TextToVideo.from_config(config, profile=chosen.profile, **parts)
+        self._base = load_pipeline(config, profile=chosen.profile, **parts)
         self._load_codecs()
         report("warming up", 0.9)
         for decoder in self._codecs:

@@ -19,9 +19,11 @@ from model.wan_vae import WanAutoencoder, WanVAEConfig
 from model.weights import save_folder
 from pipeline import memory
 from pipeline.config import CodecKind, Sampler
+from pipeline.generation import generate, stream_frames
 from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.memory import GB, PROFILES, Sizes, TextPlacement, check_disk, measure, need, plan
-from pipeline.text_to_video import TextToVideo, VideoSeed
+from pipeline.request import StreamRequest
+from pipeline.text_to_video import load_pipeline
 from tests.parity import relative_error
 from trainer.config import Config
 from utils.errors import UserError
@@ -29,7 +31,7 @@ from utils.errors import UserError
 pytest_plugins = ["tests.shapes_parts"]
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
-SEED = [VideoSeed(0, "a red circle")]
+PROMPT = "a red circle"
 
 
 class PeakBytes(TorchDispatchMode):
@@ -105,8 +107,8 @@ def test_the_estimate_is_within_a_quarter_of_what_tensors_take(middling, profile
     config = change(middling)
     expected = need(profile, measure(config, use_ema=True, text=True, **CPU), one_memory=True).device
     with PeakBytes() as taken:
-        pipeline = TextToVideo.from_config(config, profile=profile, prompts=[SEED[0].prompt], **CPU)
-        for _ in pipeline.stream(SEED, height=64, width=320, num_frames=config.video.num_frames):
+        pipeline = load_pipeline(config, profile=profile, prompts=[PROMPT], **CPU)
+        for _ in stream_frames(pipeline, [StreamRequest(PROMPT, 64, 320, num_frames=config.video.num_frames)]):
             pass
     assert 0.75 < expected / taken.peak < 1.25, (expected, taken.peak)
 
@@ -123,8 +125,8 @@ def test_on_a_gpu_every_profile_makes_the_same_clip(middling, profile):
     gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
     clips = []
     for each in (PROFILES[0], profile):
-        pipeline = TextToVideo.from_config(middling, profile=each, prompts=[SEED[0].prompt], **gpu)
-        clips.append(pipeline.generate(SEED, height=64, width=320, num_frames=6))
+        pipeline = load_pipeline(middling, profile=each, prompts=[PROMPT], **gpu)
+        clips.append(generate(pipeline, [StreamRequest(PROMPT, 64, 320, num_frames=6)]))
         del pipeline
     if profile.stream_generator:
         assert relative_error(*clips) <= STREAMED_BOUND
@@ -226,11 +228,9 @@ def test_the_text_encoder_is_gone_before_the_generator_loads(release, monkeypatc
 
     monkeypatch.setattr("pipeline.loading.load_text_encoder", load_text)
     monkeypatch.setattr("pipeline.text_to_video.load_denoiser", load_generator)
-    pipeline = TextToVideo.from_config(
-        release.config("text_encoder.cache=null"), profile=profile, prompts=[SEED[0].prompt], **CPU
-    )
+    pipeline = load_pipeline(release.config("text_encoder.cache=null"), profile=profile, prompts=[PROMPT], **CPU)
     assert len(seen) > 5 and all(part is None for part in seen)
-    assert pipeline.generate(SEED, height=48, width=48, num_frames=3).isfinite().all()
+    assert generate(pipeline, [StreamRequest(PROMPT, 48, 48, num_frames=3)]).isfinite().all()
 
 
 def test_without_known_prompts_the_text_encoder_is_loaded_and_stays(release, monkeypatch):
@@ -242,7 +242,7 @@ def test_without_known_prompts_the_text_encoder_is_loaded_and_stays(release, mon
 
     monkeypatch.setattr("pipeline.loading.load_text_encoder", load_text)
     config = release.config("text_encoder.cache=null")
-    pipeline = TextToVideo.from_config(config, profile=PROFILES[3].for_session(), **CPU)
+    pipeline = load_pipeline(config, profile=PROFILES[3].for_session(), **CPU)
     pipeline.text_encoder.encode(["a"])
     pipeline.text_encoder.encode(["b"])
     assert loads == [1]

@@ -11,7 +11,16 @@ from model.attention import BlockMask, chunk_ranges
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
 from model.rope import rotary_table
-from pipeline.rollout import Block, ChunkInput, RolloutConfig, Stage, SwitchStyle, randn, rollout, rollout_passes
+from pipeline.rollout import (
+    ChunkInput,
+    FinishedChunk,
+    RolloutConfig,
+    Stage,
+    SwitchStyle,
+    randn,
+    rollout,
+    rollout_passes,
+)
 from tests.parity import gradients, random, relative_error, tiny_denoiser
 
 STEPS = [1000.0, 500.0]
@@ -351,7 +360,7 @@ def switched(style: SwitchStyle, rules: RolloutConfig, *, at: int = 4, chunks: i
     steps = rollout_passes(rules.timesteps(denoiser), noise, EMBEDS, kv, rules, generator=seeded())
     event = next(steps)
     while event is not None:
-        if isinstance(event, Block):
+        if isinstance(event, FinishedChunk):
             blocks.append(event)
             event = next(steps, None)
         else:
@@ -433,7 +442,7 @@ def test_a_chunk_may_begin_at_a_later_step():
     second = steps.send(first.run(denoiser))
     assert torch.equal(first.latents, clip(3))
     assert [first.timestep, second.timestep] == rules.timesteps(denoiser)[2:]
-    assert isinstance(steps.send(second.run(denoiser)), Block)
+    assert isinstance(steps.send(second.run(denoiser)), FinishedChunk)
 
 
 def test_the_loop_itself_runs_nothing():

@@ -6,15 +6,18 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.generation import generate
+from pipeline.request import PromptSwitch, StreamRequest
 from pipeline.rollout import SwitchStyle
 from pipeline.session import SessionState, Stopped, StreamSession, denoise_together
-from pipeline.stream import Stream, StreamRequest, Switch
-from pipeline.text_to_video import TextToVideo, VideoSeed
+from pipeline.stream import Stream
+from pipeline.text_to_video import TextToVideo, load_pipeline
 from tests.parity import relative_error
 from trainer.config import Config
 from utils.config import load_config
@@ -30,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def pipeline(release) -> TextToVideo:
-    return TextToVideo.from_config(release.config(), device=torch.device("cpu"), dtype=torch.float32)
+    return load_pipeline(release.config(), device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def in_thread(function) -> threading.Thread:
 def test_a_session_makes_the_video_of_generate(pipeline):
     session = StreamSession(pipeline, request(seed=3, sample=1))
     chunks = list(session)
-    whole = pipeline.generate([VideoSeed(3, RED, 1)], height=48, width=48, num_frames=9)[0]
+    whole = generate(pipeline, [request(seed=3, sample=1)])[0]
     assert torch.equal(frames_of(chunks), to_uint8(whole))
     assert [(chunk.index, chunk.start_frame, len(chunk.frames)) for chunk in chunks] == [
         (0, 0, 9),
@@ -254,7 +257,9 @@ def test_blend_moves_the_embeddings_evenly_over_its_chunks(pipeline):
     told = []
     with pipeline.denoiser.register_forward_pre_hook(lambda _, args: told.append(args[2])):
         list(
-            StreamSession(pipeline, request(num_frames=12, switches=(Switch(BLUE, SwitchStyle.blend, 2, at_frame=9),)))
+            StreamSession(
+                pipeline, request(num_frames=12, switches=(PromptSwitch(BLUE, SwitchStyle.blend, 2, at_frame=9),))
+            )
         )
     red, blue = pipeline.text_encoder.encode([RED]), pipeline.text_encoder.encode([BLUE])
     expected = [red] * 5 + [(red + blue) / 2] * 5 + [blue] * 9
@@ -264,7 +269,7 @@ def test_blend_moves_the_embeddings_evenly_over_its_chunks(pipeline):
 
 
 def test_scheduled_switches_begin_at_the_first_chunk_at_their_frame(pipeline):
-    cues = [Switch(BLUE, SwitchStyle.cut, at_frame=10), Switch("a cat", SwitchStyle.keep, at_frame=30)]
+    cues = [PromptSwitch(BLUE, SwitchStyle.cut, at_frame=10), PromptSwitch("a cat", SwitchStyle.keep, at_frame=30)]
     chunks = list(StreamSession(pipeline, request(num_frames=15, switches=tuple(cues))))
     starts = list(itertools.accumulate((len(chunk.frames) for chunk in chunks), initial=0))
     assert list(zip(starts, [chunk.prompt for chunk in chunks], strict=False)) == [
@@ -287,14 +292,14 @@ def test_a_stream_goes_on_from_given_frames(pipeline):
     with torch.no_grad():
         decoded = to_uint8(pipeline.codec.decode(pipeline.codec.encode(given[None]))[0])
     assert torch.equal(chunks[0].frames, decoded)
-    whole = pipeline.generate([VideoSeed(0, RED)], height=48, width=48, num_frames=8, context_frames=given[None])[0]
+    whole = generate(pipeline, [request(num_frames=8, context_frames=given)])[0]
     assert torch.equal(frames_of(chunks), to_uint8(whole))
 
 
 def test_sessions_together_make_what_each_makes_alone(pipeline):
     """Also where one cuts or recaches on the way, has other steps, or a last frame earlier than the others."""
     requests = [
-        request(num_frames=12, switches=(Switch(BLUE, style, 2, at_frame=10),), seed=seed)
+        request(num_frames=12, switches=(PromptSwitch(BLUE, style, 2, at_frame=10),), seed=seed)
         for seed, style in enumerate(SwitchStyle)
     ]
     requests += [request(num_frames=6), request(width=64), request(denoising_steps=[1000.0, 500.0])]
@@ -386,7 +391,7 @@ def test_a_source_is_encoded_in_chunks_as_in_one_piece(pipeline, monkeypatch):
 @pytest.fixture(params=["many_step", "causal_many_step"])
 def teacher(release, request) -> TextToVideo:
     config = release.config(f"sampler={request.param}", "sampling.steps=10")
-    return TextToVideo.from_config(config, device=torch.device("cpu"), dtype=torch.float32)
+    return load_pipeline(config, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_many_step_samplers_stop_within_a_pass_too(teacher, monkeypatch):
@@ -405,7 +410,7 @@ def test_many_step_samplers_stop_within_a_pass_too(teacher, monkeypatch):
 
 def test_many_step_samplers_refuse_what_they_cannot_do(teacher):
     for options in (
-        {"switches": (Switch(BLUE),)},
+        {"switches": (PromptSwitch(BLUE),)},
         {"source": [source_clip(9)]},
         {"denoising_steps": [1000.0]},
         {"num_frames": None},
@@ -416,8 +421,7 @@ def test_many_step_samplers_refuse_what_they_cannot_do(teacher):
 
 def test_a_thrifty_pipeline_decodes_when_all_latents_are_there(pipeline, monkeypatch):
     made = frames_of(StreamSession(pipeline, request()))
-    monkeypatch.setattr(pipeline, "decode_last", True)
-    session, order = StreamSession(pipeline, request()), []
+    session, order = StreamSession(replace(pipeline, decode_last=True), request()), []
     decode = session.decode
     monkeypatch.setattr(session, "decode", lambda block: order.append("decode") or decode(block))
     with pipeline.denoiser.register_forward_hook(lambda *_: order.append("denoise")):
@@ -457,7 +461,7 @@ def test_2000_chunks_take_the_time_and_memory_of_200(pipeline):
         ({"num_frames": 0}, "num_frames=0 must be at least 1"),
         ({"denoising_steps": [250.0, 500.0]}, "must descend"),
         ({"context_frames": torch.zeros(5, 3, 48, 48), "num_frames": 4}, "num_frames=2 is not a multiple"),
-        ({"switches": (Switch("a", at_frame=5), Switch("b", at_frame=4))}, "not in their order"),
+        ({"switches": (PromptSwitch("a", at_frame=5), PromptSwitch("b", at_frame=4))}, "not in their order"),
     ],
 )
 def test_a_wrong_request_is_refused_at_once(pipeline, options, message):
@@ -481,9 +485,9 @@ def test_requests_that_make_no_batch_are_refused(pipeline, options, message):
 
 @pytest.mark.gpu
 def test_on_cuda_frames_come_through_pinned_memory_beside_the_denoising(release):
-    cuda = TextToVideo.from_config(release.config(), device=torch.device("cuda"), dtype=torch.float32)
+    cuda = load_pipeline(release.config(), device=torch.device("cuda"), dtype=torch.float32)
     chunks = list(StreamSession(cuda, request()))
-    whole = cuda.generate([VideoSeed(0, RED)], height=48, width=48, num_frames=9)[0]
+    whole = generate(cuda, [request()])[0]
     assert (frames_of(chunks).int() - to_uint8(whole).int()).abs().max() <= 1
     for chunk in chunks:
         assert chunk.frames.is_pinned() and min(chunk.timings.values()) > 0
@@ -494,7 +498,7 @@ def test_on_cuda_frames_come_through_pinned_memory_beside_the_denoising(release)
 )
 def test_a_wrong_switch_is_refused_at_once(options):
     with pytest.raises(ValueError, match=r"empty|blend_chunks=0|at_frame=-1"):
-        Switch(**options)
+        PromptSwitch(**options)
 
 
 def sees(frames: torch.Tensor, scene: Scene) -> bool:
@@ -506,12 +510,12 @@ def sees(frames: torch.Tensor, scene: Scene) -> bool:
 def test_the_shipped_model_shows_the_new_object_within_two_chunks_of_a_switch(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config = load_config(Config, "configs/shapes/self_forcing_dmd.yaml")
-    shipped = TextToVideo.from_config(config, device=torch.device("cpu"), dtype=torch.float32)
+    shipped = load_pipeline(config, device=torch.device("cpu"), dtype=torch.float32)
     scenes, generator = all_scenes(), torch.Generator().manual_seed(0)
     chosen = [scenes[index] for index in torch.randperm(len(scenes), generator=generator)[:16]]
     seen = 0
     for before, after in zip(chosen[::2], chosen[1::2], strict=True):
-        switch = Switch(after.prompt, SwitchStyle.recache, at_frame=21)
+        switch = PromptSwitch(after.prompt, SwitchStyle.recache, at_frame=21)
         session = StreamSession(shipped, request(prompt=before.prompt, num_frames=12, switches=(switch,)))
         seen += any(sees(chunk.frames, after) for chunk in list(session)[2:])
     print(f"recache: {seen} of 8 new objects seen")
