@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     from trainer.config import Config
     from utils.config import load_config, to_yaml
     from utils.distributed import (
-        broadcast_object,
+        broadcast_value,
         init_distributed,
         resolve_device,
         resolve_dtype,
@@ -162,7 +162,8 @@ def run(args: argparse.Namespace) -> None:
         jobs = plan(args, config, ranks.is_main)
         check_weights(config, all_prompts(jobs), dtype)
         # One process looks, so that all deal out the same list while files appear.
-        missing = broadcast_object([job for job in jobs if args.overwrite or not job.path.exists()])
+        is_missing = broadcast_value([args.overwrite or not job.path.exists() for job in jobs])
+        missing = [job for job, wanted in zip(jobs, is_missing, strict=True) if wanted]
         if len(missing) < len(jobs):
             log.info("%d of %d videos exist already; --overwrite makes them again", len(jobs) - len(missing), len(jobs))
         check_disk(config, len(missing))
@@ -287,7 +288,7 @@ def all_prompts(jobs: list[Job]) -> list[str]:
 
 def long_prompts(args: argparse.Namespace, config: PipelineConfig, names: list[str], is_main: bool) -> list[str]:
     """What to generate from: the prompts themselves, those of another file, or what a text model makes of them."""
-    from utils.distributed import broadcast_object
+    from utils.distributed import broadcast_value
     from utils.errors import UserError
     from utils.prompts import read_prompts
 
@@ -297,7 +298,7 @@ def long_prompts(args: argparse.Namespace, config: PipelineConfig, names: list[s
         from utils.prompt_extend import extend_prompts
 
         file = Path(config.inference.output_folder) / EXTENDED_PROMPTS
-        return broadcast_object(extend_prompts(names, file) if is_main else names)
+        return broadcast_value(extend_prompts(names, file) if is_main else names)
     if not args.extended_prompt_path:
         return names
     prompts = read_prompts(args.extended_prompt_path)

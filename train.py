@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> None:
     from trainer.config import Config
     from trainer.trainer import RunContext, find_checkpoint
     from utils.config import load_config, to_dict, to_yaml
-    from utils.distributed import init_distributed, resolve_device, shutdown_distributed
+    from utils.distributed import init_distributed, only_one, resolve_device
     from utils.files import ensure_writable_folder
+    from utils.locks import folder_lock
     from utils.tracking import Tracker, setup_logging
 
     config = load_config(Config, args.config_path, args.overrides)
@@ -50,14 +51,12 @@ def run(args: argparse.Namespace) -> None:
     logdir = ensure_writable_folder(Path(args.logdir))
     ranks = init_distributed(device.type)
     setup_logging(ranks.is_main)
-    try:
-        checkpoint, step = find_checkpoint(logdir, ranks, anew=args.no_resume)
+    with only_one(folder_lock(logdir, "a training"), ranks):
+        checkpoint, step = find_checkpoint(logdir, config.objective, ranks, anew=args.no_resume)
         loop = config.trainer
         options = {"wandb": loop.wandb, "tensorboard": loop.tensorboard, "is_main": ranks.is_main, "step": step}
         with Tracker(logdir, config=to_dict(config), **options) as tracker:
             build_trainer(config, RunContext(logdir, device, ranks, tracker, checkpoint)).train()
-    finally:
-        shutdown_distributed()
 
 
 if __name__ == "__main__":

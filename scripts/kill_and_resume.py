@@ -142,7 +142,8 @@ def compare(first: Path, second: Path) -> list[str]:
     """Names of what differs between the ends of two runs: tensors and values of the last checkpoint, metrics."""
     import torch
 
-    from utils.checkpoint import latest_checkpoint, read_about, read_tensors
+    from utils.checkpoint import read_about, read_tensors
+    from utils.checkpoint_search import latest_checkpoint
 
     folders = [latest_checkpoint(run / "checkpoints") for run in (first, second)]
     tensors, others = read_tensors(folders[0]), read_tensors(folders[1])

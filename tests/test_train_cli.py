@@ -18,7 +18,7 @@ from scripts import make_ode_pairs
 from scripts.kill_and_resume import repeated_metrics
 from tests.shapes_parts import SIZES
 from trainer.config import Config
-from utils.checkpoint import latest_checkpoint
+from utils.checkpoint_search import latest_checkpoint
 from utils.config import from_dict, load_config
 from utils.video import read_video
 

@@ -167,7 +167,8 @@ class Optimizer:
         """Empty tensors for the fields of a saved state, described on the meta device; sharded as parameters are."""
         room = {}
         for key, described in saved.items():
-            parameter = self.named[key.rpartition("/")[0]]
+            if (parameter := self.named.get(key.rpartition("/")[0])) is None:
+                continue  # a checkpoint of another network: it is refused by name and shape
             fits = described.shape == parameter.shape
             like = parameter.detach() if fits else torch.empty(described.shape, device=parameter.device)
             room[key] = torch.zeros_like(like, dtype=described.dtype)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
@@ -24,7 +25,7 @@ from model.weights.lora import save_lora
 from pipeline.config import DenoiserConfig
 from pipeline.loading import load_denoiser
 from pipeline.rollout import rollout
-from trainer.config import Config
+from trainer.config import Config, Objective
 from trainer.data import Stream
 from trainer.ema import EMA
 from trainer.health import Health
@@ -32,17 +33,17 @@ from trainer.lora import LoRAConfig, add_lora, merge
 from trainer.micro_batch import MicroBatch, plan_batches
 from trainer.optimizer import Optimizer, OptimizerConfig
 from trainer.parallelize import Parallelism, average_replicated, full_state, synchronise_gradients
-from utils.checkpoint import (
-    Checkpoints,
-    KeepPolicy,
-    Stateful,
-    latest_checkpoint,
-    load_checkpoint,
-    read_about,
-    set_aside,
-)
+from utils.checkpoint import Checkpoints, KeepPolicy, Stateful, load_checkpoint, read_about
+from utils.checkpoint_search import find_good_checkpoint, put_away
 from utils.config import save_config, to_dict
-from utils.distributed import Ranks, StopRequest, all_reduce_mean, broadcast_object, derive_seed
+from utils.distributed import (
+    Ranks,
+    all_reduce_mean,
+    any_process,
+    broadcast_value,
+    derive_seed,
+    stop_signals,
+)
 from utils.errors import UserError
 from utils.prompts import read_prompts
 from utils.tracking import Stopwatch, Tracker, peak_memory, progress
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 SAMPLE_VIDEOS = 8
 CHECKPOINTS = "checkpoints"
+MADE_BY_RUNS = ("model", "model.pt", "samples")
+"""What a run that starts anew keeps under another name, besides checkpoints and metrics."""
 
 
 @dataclass
@@ -66,13 +69,30 @@ class RunContext:
     """To resume from."""
 
 
-def find_checkpoint(logdir: Path, ranks: Ranks, *, anew: bool) -> tuple[Path | None, int]:
-    """The checkpoint a run in ``logdir`` goes on from and its step; ``anew`` sets what is there aside."""
+def find_checkpoint(logdir: Path, objective: Objective, ranks: Ranks, *, anew: bool) -> tuple[Path | None, int]:
+    """The verified checkpoint that a run in ``logdir`` goes on from, and its step. All processes call it.
+
+    A run that starts anew, because ``anew`` asks for it or there is no checkpoint, renames what an earlier run left.
+
+    Raises:
+        UserError: no checkpoint is good, or they are of another objective.
+    """
     folder = logdir / CHECKPOINTS
-    if anew and ranks.is_main:
-        set_aside(folder)
-    path = broadcast_object(latest_checkpoint(folder) if ranks.is_main else None)
-    return path, 0 if path is None else read_about(path)["step"]
+    path = None if anew else find_good_checkpoint(folder, ranks)
+    if path is None:
+        if ranks.is_main:
+            for name in (CHECKPOINTS, *MADE_BY_RUNS) if anew else MADE_BY_RUNS:
+                put_away(logdir / name)
+        broadcast_value(None)  # nobody makes anything there before
+        return None, 0
+    about = read_about(path)
+    if (other := about.get("config", {}).get("objective")) != objective.value:
+        raise UserError(
+            f"{path}: does not fit this run: objective (checkpoint: {other}, run: {objective.value}); use the "
+            "configuration it was made with, another --logdir, or --no_resume, which keeps the earlier run under "
+            "other names"
+        )
+    return path, about["step"]
 
 
 class Loss(NamedTuple):
@@ -217,19 +237,21 @@ class Trainer(ABC):
         """Write the averaged modules as folders that :mod:`pipeline.loading` reads."""
 
     def train(self) -> None:
-        """Run the whole training, or what is left of it; ends early, with a checkpoint, where a signal asks for it."""
+        """Run the whole training, or what is left of it.
+
+        A signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) to any process ends it early: the step is finished and saved.
+        """
         loop = self.config.trainer
         checkpoints = self._checkpoints()
-        self.resume()
-        bar = progress(loop.steps, self.config.objective.value, unit="step", is_main=self.is_main)
-        with bar, StopRequest() as stop:
+        with stop_signals() as stop, self._bar() as bar:
+            self.resume()
             bar.update(self.step)
             while self.step < loop.steps:
                 started = time.perf_counter()
                 metrics = self.train_step()
                 self.report(metrics, time.perf_counter() - started)
                 bar.update(1)
-                if stop.made() and self.step < loop.steps:
+                if any_process(stop.received is not None) and self.step < loop.steps:
                     self.save(checkpoints)
                     checkpoints.finish()
                     log.info("asked to stop after step %d; the same command goes on from there", self.step)
@@ -242,8 +264,11 @@ class Trainer(ABC):
                     with self._going_on("export"):
                         self.export_checkpoint(self.context.logdir / f"model_{self.step:06d}.pt")
                 checkpoints.finish(wait=False)
-        checkpoints.finish()
-        self.finish()
+            checkpoints.finish()
+            self.finish()
+
+    def _bar(self) -> tqdm:
+        return progress(self.config.trainer.steps, self.config.objective.value, unit="step", is_main=self.is_main)
 
     def finish(self) -> None:
         """Leave the trained models to others.
@@ -268,7 +293,7 @@ class Trainer(ABC):
         """Go on from the checkpoint of the context, if there is one."""
         if self.context.checkpoint is None:
             return
-        self.step = load_checkpoint(self.context.checkpoint, self.stateful())["step"]
+        self.step = load_checkpoint(self.context.checkpoint, self.stateful(), self.context.ranks)["step"]
         log.info("resuming after step %d from %s", self.step, self.context.checkpoint)
 
     def train_step(self) -> dict[str, float]:
@@ -420,4 +445,4 @@ class Trainer(ABC):
         loop = self.config.trainer
         keep = KeepPolicy(loop.keep_last, loop.keep_every)
         folder = self.context.logdir / CHECKPOINTS
-        return Checkpoints(folder, keep, background=loop.save_in_background, is_main=self.is_main)
+        return Checkpoints(folder, keep, background=loop.save_in_background, ranks=self.context.ranks)

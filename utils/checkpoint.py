@@ -1,38 +1,51 @@
-"""Named stateful objects <-> a checkpoint folder, over torch.distributed.checkpoint.
+"""Checkpoints of a run: save named objects, and restore them.
 
-`checkpoints/step_00000200/` holds the tensors, sharded as the processes held them, and `state.json` with everything
-else. The folder is written beside its place and renamed, so it is whole or not there; the file `latest`, which names
-the one to resume from, moves last. A checkpoint can be read by any number of processes.
+`checkpoints/step_00000200/` is written beside its place as `.step_00000200.unfinished`, flushed to the disk, renamed,
+and only then named by the file `latest`. Older checkpoints are removed last. So a power cut at any moment costs at most
+the steps since the last checkpoint. The format is in `utils.checkpoint_files`; `utils.checkpoint_search` finds the
+checkpoint to go on from.
 """
 
 import json
 import logging
 import os
-import pickle
 import platform
+import re
 import shutil
-import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 
-from utils.distributed import broadcast_object
+from utils.checkpoint_files import (
+    STATE_FILE,
+    Checksum,
+    DamagedCheckpoint,
+    Manifest,
+    Rows,
+    StoredTensor,
+    describe,
+    read_manifest,
+    read_state,
+    read_tensors_into,
+    rows_of,
+    tensor_file,
+    write_file,
+    write_manifest,
+    write_tensors,
+)
+from utils.checkpoint_search import ALONE, LATEST, checkpoint_name, is_own, own_checkpoints, step_of
+from utils.distributed import Ranks, all_processes, broadcast_value, gather_values
 from utils.errors import UserError
-from utils.files import atomic_write_text
+from utils.files import atomic_write_text, fsync_folder, set_aside
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest"
-STATE_FILE = "state.json"
-METADATA_FILE = ".metadata"
+UNFINISHED = re.compile(r"\.step_\d{8,}\.unfinished")
 
 
 class Stateful(Protocol):
@@ -49,7 +62,7 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class Growing(Protocol):
-    """A stateful object whose tensors come into being as it works, so that it may hold fewer than were saved."""
+    """A stateful object that makes its tensors while it works, so it may hold fewer than were saved."""
 
     def room_for(self, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors to read saved ones into; `saved` describes those on the meta device."""
@@ -63,130 +76,136 @@ class KeepPolicy:
     last: int
     """How many of the newest."""
     every: int = 0
-    """Besides, those of steps that are multiples of this; 0 is none."""
+    """Checkpoints of steps that are multiples of this stay too; 0 is none."""
+
+
+@dataclass
+class _Writing:
+    """A checkpoint that is being written."""
+
+    step: int
+    state: Checksum | None
+    """Checksum of `state.json`; None outside the main process."""
+    tensors: Future[Checksum]
+    """Checksum of this process's tensors."""
 
 
 class Checkpoints:
-    """The checkpoints of a run, in one folder."""
+    """Writes the checkpoints of a run into one folder, and removes old ones."""
 
-    def __init__(self, folder: str | Path, keep: KeepPolicy, *, background: bool = False, is_main: bool = True) -> None:
-        """`background` writes in a thread while training goes on, after a copy to CPU memory."""
+    def __init__(self, folder: str | Path, keep: KeepPolicy, *, background: bool = False, ranks: Ranks = ALONE) -> None:
+        """`background` writes in a thread while training goes on, from a copy in CPU memory."""
         self.folder = Path(folder)
         self.keep = keep
         self.background = background
-        self.is_main = is_main
-        self._group = dist.new_group(backend="gloo") if background and dist.is_initialized() else None
-        self._pending: tuple[int, Future] | None = None
+        self.ranks = ranks
+        self._writing: _Writing | None = None
 
     def save(self, step: int, objects: Mapping[str, Stateful], about: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step; where that fails, say so and leave the others alone. All processes call it.
+        """Write the checkpoint of a step. All processes call it.
+
+        If it cannot be written, one warning says so, and the earlier checkpoints stay.
 
         Args:
+            step: number of the step.
             objects: by names that stay the same from run to run.
             about: more for `state.json`: what :func:`load_checkpoint` returns.
         """
         self.finish()
-        tensors, values = _collect(objects)
-        problem = broadcast_object(self._begin(step, {**about, "values": values}) if self.is_main else None)
+        tensors, values = _collect(objects, self.ranks.rank)
+        state, problem = self._begin(step, {**about, "values": values}) if self.ranks.is_main else (None, None)
+        problem = broadcast_value(problem)
         if problem is not None:
             self._report_failure(step, problem)
             return
-        writer = dcp.FileSystemWriter(self._unfinished(step))
+        path = self._unfinished(step) / tensor_file(self.ranks.rank)
+        if self.background:
+            copied = {name: _copied(rows) for name, rows in tensors.items()}
+            worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._writing = _Writing(step, state, worker.submit(write_tensors, path, copied))
+            worker.shutdown(wait=False)
+            return
+        self._writing = _Writing(step, state, Future())
         try:
-            _expect_one_process()
-            if self.background:
-                self._pending = step, dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
-            else:
-                dcp.save(tensors, storage_writer=writer)
-        except (Exception, CheckpointException) as error:
-            self._report_failure(step, _reason(error))
-        else:
-            if not self.background:
-                self._commit(step)
+            self._writing.tensors.set_result(write_tensors(path, tensors))
+        except OSError as error:
+            self._writing.tensors.set_exception(error)
+        self.finish()
 
     def finish(self, *, wait: bool = True) -> None:
-        """Put the checkpoint that is being written in its place, if it is there yet or to `wait` for it."""
-        if self._pending is None or not (wait or self._pending[1].done()):
+        """Put the checkpoint that is being written in its place: now if it is complete, or after a `wait` for it."""
+        if self._writing is None or not (wait or all_processes(self._writing.tensors.done())):
             return
-        step, future = self._pending
-        self._pending = None
+        writing, self._writing = self._writing, None
         try:
-            future.result()
-        except (Exception, CheckpointException) as error:
-            self._report_failure(step, _reason(error))
-        else:
-            self._commit(step)
+            written = vars(writing.tensors.result())
+        except OSError as error:
+            written = {"problem": _reason(error)}
+        gathered = gather_values(written)
+        if not self.ranks.is_main:
+            return
+        problems = [each["problem"] for each in gathered if "problem" in each]
+        if problems:
+            self._report_failure(writing.step, problems[0])
+            return
+        files = {tensor_file(rank): Checksum(**each) for rank, each in enumerate(gathered)}
+        try:
+            self._commit(writing.step, {STATE_FILE: writing.state, **files})
+        except OSError as error:
+            self._report_failure(writing.step, _reason(error))
 
     def _place(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
+        return self.folder / checkpoint_name(step)
 
     def _unfinished(self, step: int) -> Path:
-        return self.folder / f".step_{step:08d}.unfinished"
+        return self.folder / f".{checkpoint_name(step)}.unfinished"
 
-    def _begin(self, step: int, state: Mapping[str, Any]) -> str | None:
-        """Make the unfinished folder with its `state.json`; returns what is wrong."""
+    def _begin(self, step: int, state: Mapping[str, Any]) -> tuple[Checksum | None, str | None]:
+        """Make the unfinished folder with its `state.json`; returns the file's checksum, or what is wrong."""
         try:
-            for left in self.folder.glob(".step_*.unfinished"):  # by a run that was killed
-                shutil.rmtree(left)
+            if self.folder.is_dir():
+                for left in self.folder.iterdir():  # by a run that was killed
+                    if UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+                        shutil.rmtree(left)
             unfinished = self._unfinished(step)
             unfinished.mkdir(parents=True)
-            text = json.dumps({"step": step, "versions": _versions(), **state}, indent=1)
-            atomic_write_text(unfinished / STATE_FILE, text + "\n")
+            text = json.dumps({"step": step, "versions": _versions(), **state}, indent=1) + "\n"
+            return write_file(unfinished / STATE_FILE, [text.encode()]), None
         except OSError as error:
-            return _reason(error)
-        return None
+            return None, _reason(error)
 
-    def _commit(self, step: int) -> None:
-        if not self.is_main:
-            return
-        place = self._place(step)
-        try:
-            if place.exists():  # renamed, but `latest` never told so
+    def _commit(self, step: int, files: Mapping[str, Checksum]) -> None:
+        """Everything reaches the disk before `latest` names it, and `latest` before anything older goes."""
+        place, unfinished = self._place(step), self._unfinished(step)
+        write_manifest(unfinished, Manifest(step, dict(files)))
+        fsync_folder(unfinished)
+        if os.path.lexists(place):
+            if is_own(place):  # from before the run went back to an earlier checkpoint
                 shutil.rmtree(place)
-            os.replace(self._unfinished(step), place)
-            atomic_write_text(self.folder / LATEST, place.name + "\n")
-        except OSError as error:
-            self._report_failure(step, _reason(error))
-            return
+            else:
+                set_aside(place, f"is in the way of the checkpoint of step {step}", log)
+        os.replace(unfinished, place)
+        fsync_folder(self.folder)
+        atomic_write_text(self.folder / LATEST, place.name + "\n")
         self._prune()
 
     def _prune(self) -> None:
-        finished = sorted(self.folder.glob("step_*"))
-        for folder in finished[: -self.keep.last]:
-            if not self.keep.every or _step_of(folder) % self.keep.every:
+        for folder in own_checkpoints(self.folder)[: -self.keep.last]:
+            if not self.keep.every or step_of(folder) % self.keep.every:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _report_failure(self, step: int, reason: str) -> None:
-        if not self.is_main:
+        if not self.ranks.is_main:
             return
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
-        good = latest_checkpoint(self.folder)
+        good = own_checkpoints(self.folder)
         log.warning(
             "checkpoint of step %d not written to %s: %s; training goes on, and %s",
             step,
             self.folder,
             reason,
-            "there is no earlier one" if good is None else f"{good.name} is still good",
+            f"{good[-1].name} is still good" if good else "there is no earlier one",
         )
-
-
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that `latest` names, or else the newest whole one; None where there is none."""
-    folder = Path(folder)
-    named = [folder / (folder / LATEST).read_text().strip()] if (folder / LATEST).is_file() else []
-    candidates = named + sorted(folder.glob("step_*"), reverse=True)
-    return next((place for place in candidates if _is_whole(place)), None)
-
-
-def set_aside(folder: str | Path) -> None:
-    """Rename a folder of checkpoints, so that a run starts anew without losing what is there."""
-    folder, number = Path(folder), 1
-    if not folder.exists():
-        return
-    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
-        number += 1
-    os.replace(folder, aside)
-    log.info("earlier checkpoints are in %s now", aside)
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
@@ -195,15 +214,16 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged.
     """
-    path = Path(folder) / STATE_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a readable checkpoint ({error}); remove {folder} to go on without") from None
+        return read_state(Path(folder))
+    except DamagedCheckpoint as error:
+        raise _unreadable(folder, error) from None
 
 
-def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
+def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful], ranks: Ranks = ALONE) -> dict[str, Any]:
     """Restore objects from a checkpoint, whatever the number of processes that wrote it. All processes call it.
+
+    The files should have been verified: :func:`utils.checkpoint_search.find_good_checkpoint` does it.
 
     Returns:
         what :func:`read_about` returns.
@@ -212,7 +232,8 @@ def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful]) -> dict
         UserError: the checkpoint is of other objects, or of other sizes, or damaged.
     """
     about = read_about(folder)
-    saved = _describe(folder)
+    stored = _describe(folder)
+    saved = _on_meta(stored)
     room: dict[str, Tensor] = {}
     for name, item in objects.items():
         if isinstance(item, Growing):
@@ -221,54 +242,64 @@ def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful]) -> dict
             tensors = {key: value for key, value in item.state_dict().items() if isinstance(value, Tensor)}
         room |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
     _check_fit(folder, saved, room)
-    _read(folder, room)
+    _read(folder, stored, room, ranks.rank)
     for name, item in objects.items():
-        item.load_state_dict(_under(name, room) | about["values"].get(name, {}))
+        try:
+            item.load_state_dict(_under(name, room) | about["values"].get(name, {}))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{folder}: does not fit this run: the values of {name} are not what it saves "
+                f"({type(error).__name__}: {error}); use the configuration it was made with, or another --logdir"
+            ) from error
     return about
 
 
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole, as `<object>/<key>`."""
-    tensors = {key: torch.empty_like(described, device="cpu") for key, described in _describe(folder).items()}
-    _read(folder, tensors)
+    stored = _describe(folder)
+    tensors = {key: torch.empty_like(described, device="cpu") for key, described in _on_meta(stored).items()}
+    _read(folder, stored, tensors, rank=0)
     return tensors
 
 
-def _describe(folder: str | Path) -> dict[str, Tensor]:
-    """What a checkpoint holds, as tensors on the meta device."""
+def _describe(folder: str | Path) -> dict[str, StoredTensor]:
     try:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise _unreadable(folder, error) from error
-    return {
-        key: torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
-        for key, stored in metadata.state_dict_metadata.items()
-    }
+        return describe(Path(folder), read_manifest(Path(folder)))
+    except DamagedCheckpoint as error:
+        raise _unreadable(folder, error) from None
 
 
-def _read(folder: str | Path, room: dict[str, Tensor]) -> None:
+def _on_meta(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Stored tensors without their content."""
+    return {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in stored.items()}
+
+
+def _read(folder: str | Path, stored: Mapping[str, StoredTensor], room: Mapping[str, Tensor], rank: int) -> None:
     try:
-        _expect_one_process()
-        dcp.load(room, storage_reader=dcp.FileSystemReader(folder))
-    except (Exception, CheckpointException) as error:
-        raise _unreadable(folder, error) from error
+        read_tensors_into(Path(folder), stored, {name: rows_of(tensor, rank) for name, tensor in room.items()})
+    except DamagedCheckpoint as error:
+        raise _unreadable(folder, error) from None
 
 
-def _unreadable(folder: str | Path, error: BaseException) -> UserError:
-    return UserError(f"{folder}: cannot be read ({_reason(error)}); remove it to go on from an older one")
+def _unreadable(folder: str | Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: cannot be read: {error}; start again to go on from an older checkpoint")
 
 
-def _collect(objects: Mapping[str, Stateful]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """All tensors as `<object>/<key>`, and the other values of each object."""
-    tensors: dict[str, Tensor] = {}
+def _collect(objects: Mapping[str, Stateful], rank: int) -> tuple[dict[str, Rows], dict[str, dict[str, Any]]]:
+    """The tensors that this process writes as `<object>/<key>`, and the other values of each object."""
+    tensors: dict[str, Rows] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, item in objects.items():
         for key, value in item.state_dict().items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach()
-            else:
+            if not isinstance(value, Tensor):
                 values.setdefault(name, {})[key] = value
+            elif not (rows := rows_of(value, rank)).is_copy:
+                tensors[f"{name}/{key}"] = rows
     return tensors, values
+
+
+def _copied(rows: Rows) -> Rows:
+    return Rows(rows.local.to("cpu", copy=True), rows.start, rows.shape, rows.is_copy)
 
 
 def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,30 +317,9 @@ def _check_fit(folder: str | Path, saved: Mapping[str, Tensor], room: Mapping[st
             )
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / METADATA_FILE).is_file() and (folder / STATE_FILE).is_file()
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
 def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "python": platform.python_version()}
 
 
-def _reason(error: BaseException) -> str:
-    """The cause in a few words: what the system said, if it was the system."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _expect_one_process() -> None:
-    """A single process without a group is no mistake."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -7,12 +7,32 @@ from collections.abc import Callable
 
 from utils.errors import UserError
 
+INTERRUPTED = 130
+"""What a shell gives for a program that Ctrl-C has ended."""
+
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run a command: 0 when it ends, 2 and one line on stderr for a mistake of the user's."""
+    """Run a command. Every program ends here, and leaves the job it has joined, if any, in order.
+
+    Returns:
+        0 at its end; 2 and one line on stderr for a mistake of the user's; 130 and one line for Ctrl-C.
+    """
     try:
-        command()
+        try:
+            command()
+        finally:
+            _leave_job()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _leave_job() -> None:
+    """Leave the process group, if the command has loaded what could join one: loading it takes seconds."""
+    distributed = sys.modules.get("utils.distributed")
+    if distributed is not None:
+        distributed.shutdown_distributed()

@@ -1,17 +1,21 @@
 """Processes, devices and seeds. Everything works in a single process too, without a process group.
 
 Started by torchrun, each process learns its place from the environment when `init_distributed` is called, not before.
+
+Waiting has no limit while the other processes live: a rank may make samples, export or write videos for hours while
+the others wait. What ends a job is a rank that fails or disappears; `utils.heartbeat` notices that within seconds.
 """
 
 import hashlib
 import json
 import os
 import signal
-import threading
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +24,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from utils.errors import UserError
+from utils.heartbeat import Heartbeat, publish_failure
+from utils.signals import StopSignals
 
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RENDEZVOUS = timedelta(minutes=30)
+"""How long the processes of a job may take to find each other."""
+UNLIMITED = timedelta(days=365)
+"""For a collective operation: the heartbeat ends a job that hangs, not a clock."""
+BARRIER_POLL = 0.2
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +52,17 @@ class Ranks:
         return self.rank == 0
 
 
-def init_distributed(device: str, *, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
-    """Join torchrun's process group (gloo on "cpu", nccl and gloo on "cuda") and claim this process's GPU.
+def init_distributed(device: str) -> Ranks:
+    """Join the job's process group (gloo on "cpu", nccl and gloo on "cuda") and claim this process's GPU.
 
-    Without torchrun, or with one process, it makes no group. `timeout` is how long a process waits for the others.
-    Raises UserError for a device that several processes cannot use or an incomplete environment.
+    Without torchrun, or with one process, it makes no group. :func:`utils.cli.exit_code` leaves the group at the end.
+
+    Raises:
+        UserError: the device cannot be used by several processes, or the environment is incomplete.
     """
-    world_size = _environment_int("WORLD_SIZE", default=1)
-    if world_size == 1:
-        return Ranks()
-    ranks = Ranks(rank=_environment_int("RANK"), world_size=world_size, local_rank=_environment_int("LOCAL_RANK"))
+    ranks = _ranks_from_environment()
+    if ranks.world_size == 1:
+        return ranks
     if device == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -58,10 +71,24 @@ def init_distributed(device: str, *, timeout: timedelta = timedelta(minutes=30))
             )
         torch.cuda.set_device(ranks.local_rank)
     elif device != "cpu":
-        raise UserError(f"device {device!r} cannot run {world_size} processes: use cpu or cuda")
+        raise UserError(f"device {device!r} cannot run {ranks.world_size} processes: use cpu or cuda")
     if not dist.is_initialized():
-        dist.init_process_group(_backend(device), timeout=timeout)
+        _join(device, ranks)
     return ranks
+
+
+def is_launched() -> bool:
+    """Whether torchrun is the parent of this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def stop_signals() -> StopSignals:
+    """The signals that end a training in order: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which Slurm can send).
+
+    torchrun passes on a Ctrl-C that every process of the terminal has received already; that one counts once.
+    """
+    more = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
+    return StopSignals(more=more, repeat_within=2.0 if is_launched() else 0.0)
 
 
 def device_mesh(device: torch.device, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
@@ -72,24 +99,69 @@ def device_mesh(device: torch.device, shape: tuple[int, ...], names: tuple[str, 
 
 
 def shutdown_distributed() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one. Call it in a `finally` block.
+
+    Without an exception it waits for the other processes first. With one it tells the others, and their heartbeats end
+    them with this message.
+    """
+    if not dist.is_initialized():
+        return
+    error = sys.exc_info()[1]
+    if dist.get_world_size() > 1:
+        if error is not None:
+            publish_failure(_store(), dist.get_rank(), error)
+            return  # another process may be inside a collective operation: leaving in order would wait for it
+        with suppress(RuntimeError):  # torchrun has ended, and its store with it
+            barrier()
+    dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait until every process is here, however long the others work."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    store = _store()
+    number = store.add(f"barrier/of/{dist.get_rank()}", 1)
+    store.add(f"barrier/{number}", 1)
+    while store.add(f"barrier/{number}", 0) < dist.get_world_size():
+        time.sleep(BARRIER_POLL)
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """The `value` of process `source`, in every process; anything that pickles."""
+def broadcast_value(value: T, source: int = 0) -> T:
+    """The `value` of process `source`, in every process: whatever JSON holds. No pickle crosses the network."""
+    return gather_values(value)[source]
+
+
+def gather_values(value: Any) -> list[Any]:
+    """The `value` of every process by rank, in every process: None, or whatever JSON holds."""
     if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    longest = max(int(size) for size in sizes)
+    room = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(room, torch.nn.functional.pad(data, (0, longest - len(data))))
+    return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(room, sizes, strict=True)]
+
+
+@contextmanager
+def only_one(resource: AbstractContextManager, ranks: Ranks) -> Iterator[None]:
+    """Enter `resource` (such as a lock) in the main process, for all of them; no process enters if the main one cannot.
+
+    Raises:
+        UserError: the main process's; the others end with exit code 2 and say nothing.
+    """
+    with ExitStack() as stack:
+        problem = None
+        if ranks.is_main:
+            try:
+                stack.enter_context(resource)
+            except UserError as error:
+                problem = error
+        if broadcast_value(problem is not None):
+            raise problem or SystemExit(2)
+        yield
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
@@ -109,30 +181,9 @@ def any_process(flag: bool) -> bool:
     return bool(votes)
 
 
-class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, with which schedulers announce the end, while it is entered."""
-
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # not on Windows
-
-    def __init__(self) -> None:
-        self._received = False
-        self._handlers: dict[int, Any] = {}
-
-    def made(self) -> bool:
-        """Whether any process was signalled; all processes ask together and get the same answer."""
-        return any_process(self._received)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # where alone Python allows handlers
-            self._handlers = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+def all_processes(flag: bool) -> bool:
+    """Whether `flag` is true in every process, in every process."""
+    return not any_process(not flag)
 
 
 def share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
@@ -192,9 +243,62 @@ def _backend(device: str) -> str:
     return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
 
 
-def _environment_int(name: str, default: int | None = None) -> int:
-    value = os.environ.get(name, default)
+def _store() -> dist.Store:
+    """The key-value store of the job."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _join(device: str, ranks: Ranks) -> None:
+    """Find the other processes, join them in a group, and start the heartbeat."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"environment variable {name}={value!r} is not a number: start with torchrun") from error
+        store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
+        dist.init_process_group(
+            _backend(device), store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=UNLIMITED
+        )
+        own_store = dist.TCPStore(*address, is_master=False, timeout=RENDEZVOUS)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"process {ranks.rank} of {ranks.world_size} cannot join the others at MASTER_ADDR={address[0]}, "
+            f"MASTER_PORT={address[1]}: {reason}; check that all were started and can reach this address"
+        ) from error
+    Heartbeat(dist.PrefixStore("heartbeat", own_store), ranks.rank, ranks.world_size).start()
+
+
+def _ranks_from_environment() -> Ranks:
+    """The place that torchrun or a Slurm script gives; a single process if neither has set anything."""
+    given = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
+    if not given:
+        return Ranks()
+    world_size = _environment_int("WORLD_SIZE", given)
+    if world_size == 1:
+        return Ranks()
+    ranks = Ranks(_environment_int("RANK", given), world_size, _environment_int("LOCAL_RANK", given))
+    if not 0 <= ranks.rank < ranks.world_size or ranks.local_rank < 0:
+        raise UserError(
+            f"RANK={ranks.rank}, LOCAL_RANK={ranks.local_rank}, WORLD_SIZE={ranks.world_size}: a rank lies in "
+            "[0, WORLD_SIZE); start with torchrun, or unset these variables for a single process"
+        )
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(
+            f"{', '.join(given)} are set, but MASTER_ADDR is not: start with torchrun, set MASTER_ADDR and "
+            "MASTER_PORT, or unset these variables for a single process"
+        )
+    if not 0 < _environment_int("MASTER_PORT", given) < 65536:
+        raise UserError(f"environment variable MASTER_PORT={os.environ['MASTER_PORT']} is not a port: use 1 to 65535")
+    return ranks
+
+
+def _environment_int(name: str, given: Sequence[str]) -> int:
+    if name not in os.environ:
+        raise UserError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} set, but {name} is not: start with torchrun, set "
+            "it, or unset the others for a single process"
+        )
+    try:
+        return int(os.environ[name])
+    except ValueError as error:
+        raise UserError(
+            f"environment variable {name}={os.environ[name]!r} is not a whole number: start with torchrun"
+        ) from error

@@ -6,6 +6,7 @@ and a schema, so that a bad one is one clear line and never a traceback.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -53,16 +54,24 @@ def parse_json(data: bytes, schema: type[T], source: str) -> T:
 
 def check_schema(value: Any, schema: type[T], source: str) -> T:
     """`value` checked and converted by pydantic. Raises UserError as :func:`read_json`."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(schema).validate_python(value)
+        return _adapter(schema).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the whole content"
         shown = repr(first["input"])
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
         raise UserError(f"{source}: {key} = {shown}: {first['msg']}; correct this value") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _adapter(schema: Any) -> Any:
+    """pydantic's checker of a schema. Making one takes longer than checking a line with it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def read_limited(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -23,10 +24,20 @@ class StopSignals:
     """
 
     def __init__(
-        self, *, more: Sequence[signal.Signals] = (), on_signal: Callable[[signal.Signals], None] | None = None
+        self,
+        *,
+        more: Sequence[signal.Signals] = (),
+        on_signal: Callable[[signal.Signals], None] | None = None,
+        repeat_within: float = 0.0,
     ) -> None:
-        """`more` signals are recorded besides SIGINT, SIGTERM and SIGHUP; `on_signal` is called with the first one."""
+        """`more` signals are recorded besides SIGINT, SIGTERM and SIGHUP; `on_signal` is called with the first one.
+
+        A Ctrl-C within `repeat_within` seconds of the first signal counts as the same one: a launcher passes on what
+        the terminal has sent to all its processes.
+        """
         self.received: signal.Signals | None = None
+        self._repeat_within = repeat_within
+        self._since = 0.0
         self._numbers = (*ENDING, *more)
         self._on_signal = on_signal
         self._before: dict[signal.Signals, object] = {}
@@ -47,8 +58,9 @@ class StopSignals:
     def _record(self, number: int, _: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
+            self._since = time.monotonic()
             if self._on_signal is not None:
                 self._on_signal(self.received)
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and time.monotonic() - self._since >= self._repeat_within:
             sys.stderr.write("\n")
             raise KeyboardInterrupt

@@ -5,24 +5,37 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import atomic_write_bytes, atomic_write_text
+from utils.files import NO_FOLLOW, atomic_write_bytes, atomic_write_text, is_own_file, set_aside
+from utils.side_files import read_json_lines, read_limited
 from utils.video import evenly_spaced, read_video
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def _with_step(record: dict[str, float | None]) -> dict[str, float | None]:
+    if record.get("step") is None:
+        raise ValueError("step is missing")
+    return record
+
+
+MetricLine = Annotated[dict[str, float | None], AfterValidator(_with_step)]
+"""One line of metrics.jsonl."""
 
 
 class Tracker:
@@ -38,9 +51,13 @@ class Tracker:
         is_main: bool = True,
         step: int = 0,
     ):
-        """Open `folder`/metrics.jsonl for appending after `step`: the lines of later steps, which will come again, go.
+        """Open `folder`/metrics.jsonl and append to it after `step`. Lines of later steps go: those steps come again.
 
-        `config` is what wandb shows beside the curves. Raises UserError if a backend asked for is not installed.
+        A run that starts anew (`step` 0) keeps the lines of an earlier one as metrics.jsonl.old1, .old2, ... Damaged
+        lines are set aside. `config` is what wandb shows beside the curves.
+
+        Raises:
+            UserError: a backend is not installed, or metrics.jsonl is a link or a folder.
         """
         self._file = self._wandb = self._tensorboard = None
         if not is_main:
@@ -52,7 +69,8 @@ class Tracker:
         if tensorboard:
             self._tensorboard = _start_tensorboard(folder, step)
         _drop_after(folder / METRICS_FILE, step)
-        self._file = open(folder / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115, closed by close()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
+        self._file = os.fdopen(os.open(folder / METRICS_FILE, flags, 0o666), "ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line {"step": step, ...}; a value that is not finite is written as null.
@@ -162,6 +180,14 @@ class Stopwatch:
         self._since = now
 
 
+def read_metrics(path: str | Path, *, repair: bool) -> list[dict[str, float | None]]:
+    """The lines of a metrics.jsonl; a value that was not finite is None. One warning counts lines that are damaged.
+
+    With `repair` damaged lines are moved to metrics.jsonl.damaged; leave it off for a run that may still be going.
+    """
+    return read_json_lines(path, MetricLine, repair=repair)
+
+
 def peak_memory(device: torch.device) -> float:
     """Most memory this process has held, in GiB: of the GPU since the last call; on a CPU, resident since its start."""
     if device.type == "cuda":
@@ -192,20 +218,13 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     except ImportError as error:
         raise UserError("wandb is not installed: pip install -e '.[wandb]', or switch wandb off") from error
     id_file = folder / "wandb_id.txt"  # a resumed run goes on in the same curves
-    run_id = id_file.read_text().strip() if id_file.exists() else None
+    run_id = read_limited(id_file, 1000).decode(errors="replace").strip() if id_file.exists() else None
+    if run_id is not None and not re.fullmatch(r"[\w-]{1,128}", run_id):
+        set_aside(id_file, "is not the id of a wandb run; a new one is begun", log)
+        run_id = None
     run = wandb.init(dir=folder, name=folder.resolve().name, config=config, id=run_id, resume="allow")
     atomic_write_text(id_file, run.id)
     return run
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines of steps up to `step`."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
-        atomic_write_bytes(path, b"".join(kept))
 
 
 def _start_tensorboard(folder: Path, step: int) -> Any:
@@ -216,3 +235,23 @@ def _start_tensorboard(folder: Path, step: int) -> Any:
             "tensorboard is not installed: pip install -e '.[tensorboard]', or switch tensorboard off"
         ) from error
     return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole lines of steps up to `step`."""
+    if os.path.lexists(path) and not is_own_file(path):
+        raise UserError(f"{path}: is a link or a folder, and nothing is written there; move it away")
+    records = read_metrics(path, repair=True)
+    if not records:
+        return
+    if step == 0:
+        number = 1
+        while (aside := path.with_name(f"{path.name}.old{number}")).exists():
+            number += 1
+        os.replace(path, aside)
+        log.info("earlier metrics are in %s now", aside)
+        return
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    kept = [line + b"\n" for line, record in zip(lines, records, strict=True) if record["step"] <= step]
+    if len(kept) < len(lines):
+        atomic_write_bytes(path, b"".join(kept))

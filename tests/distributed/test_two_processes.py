@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from scripts.kill_and_resume import compare, kill_often, launch, repeated_metrics, step_reached, wait
-from utils.checkpoint import latest_checkpoint, read_about
+from utils.checkpoint import read_about
+from utils.checkpoint_search import latest_checkpoint
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -109,7 +110,7 @@ def test_killed_runs_end_as_one_left_alone_to_the_last_bit(train, release, tmp_p
     assert len(repeated_metrics(whole)) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_one_process_ends_all_well_with_a_checkpoint(release, tmp_path, number):
     logdir = tmp_path / "run"
     group = launch(flags(release, logdir, "trainer.steps=100000", "trainer.batch_size=1", *DMD), 2)

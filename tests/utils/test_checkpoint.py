@@ -13,15 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import (
-    Checkpoints,
-    KeepPolicy,
-    latest_checkpoint,
-    load_checkpoint,
-    read_about,
-    read_tensors,
-    set_aside,
-)
+from utils.checkpoint import Checkpoints, KeepPolicy, load_checkpoint, read_about, read_tensors
+from utils.checkpoint_search import latest_checkpoint, put_away
 from utils.errors import UserError
 
 
@@ -124,7 +117,7 @@ def test_the_latest_is_the_one_named_or_else_the_newest_whole_one(tmp_path, obje
     assert latest_checkpoint(tmp_path).name == "step_00000002"
     (tmp_path / "latest").unlink()
     assert latest_checkpoint(tmp_path).name == "step_00000003"
-    (tmp_path / "step_00000003" / ".metadata").unlink()
+    (tmp_path / "step_00000003" / "manifest.json").unlink()
     assert latest_checkpoint(tmp_path).name == "step_00000002"
 
 
@@ -132,7 +125,7 @@ def test_what_a_killed_save_leaves_is_no_checkpoint_and_goes_with_the_next(tmp_p
     store(tmp_path, objects, [1])
     left = tmp_path / ".step_00000002.unfinished"
     left.mkdir()
-    (left / "__0_0.distcp").write_bytes(b"half")
+    (left / "rank_00000.safetensors").write_bytes(b"half")
     assert latest_checkpoint(tmp_path).name == "step_00000001"
     store(tmp_path, objects, [2])
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000002"]
@@ -183,12 +176,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(tmp_path, ob
         load_checkpoint(latest_checkpoint(tmp_path), {**objects, "other": nn.Linear(2, 2)})
 
 
-@pytest.mark.parametrize("damage", ["state.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", ["state.json", "manifest.json", "rank_00000.safetensors"])
 def test_a_damaged_checkpoint_is_named(tmp_path, objects, damage):
     store(tmp_path, objects, [1])
     folder = latest_checkpoint(tmp_path)
     (folder / damage).write_bytes((folder / damage).read_bytes()[:100])
-    with pytest.raises(UserError, match=r"step_00000001.*remove"):
+    with pytest.raises(UserError, match=r"step_00000001.*cannot be read.*older checkpoint"):
         load_checkpoint(folder, objects)
 
 
@@ -201,6 +194,6 @@ def test_everything_but_tensors_can_be_read_without_torch(tmp_path, objects):
 def test_setting_aside_loses_nothing(tmp_path, objects):
     for _ in range(2):
         store(tmp_path / "checkpoints", objects, [1])
-        set_aside(tmp_path / "checkpoints")
+        put_away(tmp_path / "checkpoints")
     assert names(tmp_path) == ["checkpoints.old1", "checkpoints.old2"]
     assert latest_checkpoint(tmp_path / "checkpoints") is None

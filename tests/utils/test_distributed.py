@@ -12,30 +12,33 @@ import torch
 
 from utils.distributed import (
     Ranks,
-    StopRequest,
     all_reduce_mean,
     any_process,
     barrier,
-    broadcast_object,
+    broadcast_value,
     derive_seed,
+    gather_values,
     init_distributed,
     resolve_device,
     resolve_dtype,
     share,
     share_cores,
     shutdown_distributed,
+    stop_signals,
 )
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+PLACE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+HOST = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 WORKER = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
 from utils.distributed import (
-    StopRequest, all_reduce_mean, any_process, barrier, broadcast_object, device_mesh, init_distributed, share,
-    shutdown_distributed,
+    all_processes, all_reduce_mean, any_process, barrier, broadcast_value, device_mesh, gather_values,
+    init_distributed, share, shutdown_distributed, stop_signals,
 )
 MESHES = [((2,), ("shard",)), ((2, 1), ("replicate", "shard"))]
 ranks = init_distributed("cpu")
@@ -47,17 +50,19 @@ values = torch.tensor([float(ranks.rank), 10.0])
 result = {
     "ranks": [ranks.rank, ranks.world_size, ranks.local_rank, ranks.is_main],
     "seen": (folder / "before").exists(),
-    "object": broadcast_object({"from": ranks.rank}, source=1),
+    "object": broadcast_value({"from": ranks.rank}, source=1),
+    "gathered": gather_values([None, "日" * 100] if ranks.rank else {}),
     "mean": all_reduce_mean(values).tolist(),
     "unchanged": values.tolist(),
     "share": share(list(range(5)), ranks.rank, ranks.world_size),
     "any": [any_process(ranks.rank == 1), any_process(False)],
+    "all": [all_processes(ranks.rank == 1), all_processes(True)],
     "mesh": [list(device_mesh(torch.device("cpu"), shape, names).shape) for shape, names in MESHES],
 }
-with StopRequest() as stop:
+with stop_signals() as stop:
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    result["stop"] = stop.made()
+    result["stop"] = any_process(stop.received is not None)
 (folder / f"{ranks.rank}.json").write_text(json.dumps(result))
 shutdown_distributed()
 """
@@ -77,19 +82,32 @@ def test_two_processes_agree(tmp_path):
     assert first["mean"] == second["mean"] == [0.5, 10.0]
     assert first["unchanged"] == [0.0, 10.0] and second["unchanged"] == [1.0, 10.0]
     assert first["share"] == [0, 2, 4] and second["share"] == [1, 3]
+    assert first["gathered"] == second["gathered"] == [{}, [None, "日" * 100]]
     assert first["any"] == second["any"] == [True, False]
+    assert first["all"] == second["all"] == [False, True]
     assert first["mesh"] == second["mesh"] == [[2], [2, 1]]
     assert first["stop"] and second["stop"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stop_request_remembers_its_signals_and_then_leaves_them_to_others(number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_training_remembers_the_signals_that_end_it(number):
     before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert not stop.made()
+    with stop_signals() as stop:
+        assert stop.received is None
         os.kill(os.getpid(), number)
-        assert stop.made() and stop.made()
+        assert stop.received == number
     assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_at_once_but_a_launchers_repetition_does_not(monkeypatch):
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    with stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == signal.SIGINT
 
 
 def test_one_process_needs_no_group(monkeypatch):
@@ -97,9 +115,9 @@ def test_one_process_needs_no_group(monkeypatch):
     assert init_distributed("cpu") == Ranks(rank=0, world_size=1, local_rank=0)
     assert not torch.distributed.is_initialized()
     barrier()
-    value, tensor = object(), torch.ones(2)
+    value, tensor = {"a": [1]}, torch.ones(2)
     assert any_process(True) and not any_process(False)
-    assert broadcast_object(value) is value
+    assert broadcast_value(value) is value and gather_values(value) == [value]
     mean = all_reduce_mean(tensor)
     assert torch.equal(mean, tensor) and mean is not tensor
     shutdown_distributed()
@@ -108,14 +126,23 @@ def test_one_process_needs_no_group(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "device", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "cpu", "RANK=None is not a number"),
-        ({"WORLD_SIZE": "two"}, "cpu", "WORLD_SIZE='two' is not a number"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "mps", "device 'mps' cannot run 2 processes"),
-        ({"WORLD_SIZE": "99", "RANK": "98", "LOCAL_RANK": "98"}, "cuda", "LOCAL_RANK=98 has no GPU"),
+        ({"WORLD_SIZE": "2"}, "cpu", "WORLD_SIZE is set, but RANK is not"),
+        ({"RANK": "0"}, "cpu", "RANK is set, but WORLD_SIZE is not"),
+        ({"LOCAL_RANK": "0"}, "cpu", "LOCAL_RANK is set, but WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "cpu", "WORLD_SIZE, RANK are set, but LOCAL_RANK is not"),
+        ({"WORLD_SIZE": "two"}, "cpu", "WORLD_SIZE='two' is not a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "cpu", r"a rank lies in \[0, WORLD_SIZE\)"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "LOCAL_RANK": "0"}, "cpu", r"a rank lies in \[0, WORLD_SIZE\)"),
+        (PLACE, "cpu", "are set, but MASTER_ADDR is not: start with torchrun"),
+        ({**PLACE, "MASTER_ADDR": "localhost"}, "cpu", "are set, but MASTER_PORT is not: start with torchrun"),
+        ({**PLACE, "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "cpu", "MASTER_PORT='x' is not a whole number"),
+        ({**PLACE, "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}, "cpu", "MASTER_PORT=70000 is not a port"),
+        ({**PLACE, **HOST}, "mps", "device 'mps' cannot run 2 processes"),
+        ({**HOST, "WORLD_SIZE": "99", "RANK": "98", "LOCAL_RANK": "98"}, "cuda", "LOCAL_RANK=98 has no GPU"),
     ],
 )
 def test_a_wrong_environment_is_refused(monkeypatch, environment, device, message):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -1,0 +1,182 @@
+"""Which folders are checkpoints of this program, and which of them a run goes on from.
+
+A folder counts as a checkpoint of this program only if its name is exactly `step_` and eight or more digits and it
+holds a manifest of the same step. Everything else belongs to somebody else: it is never deleted.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from utils.checkpoint_files import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    DamagedCheckpoint,
+    describe,
+    read_manifest,
+    read_state,
+    tensor_file,
+    verify,
+)
+from utils.distributed import Ranks, broadcast_value, gather_values
+from utils.errors import UserError
+from utils.files import atomic_write_text, is_own_file, set_aside
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest"
+NAME = re.compile(r"step_(\d{8,})")
+OWN_FILES = (MANIFEST_FILE, STATE_FILE, tensor_file(0))
+ALONE = Ranks()
+"""A single process."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a folder's name gives; None if it is not the name of a checkpoint."""
+    match = NAME.fullmatch(folder.name)
+    step = int(match[1]) if match else None
+    return step if step is not None and checkpoint_name(step) == folder.name else None
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this program made the folder: it is named as a checkpoint and holds a manifest of the same step."""
+    if not _is_candidate(folder):
+        return False
+    try:
+        return read_manifest(folder).step == step_of(folder)
+    except DamagedCheckpoint:
+        return False
+
+
+def own_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; their files are not verified."""
+    return [each for each in _candidates(Path(folder)) if is_own(each)]
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that `latest` names, or else the newest one, not verified; None if there is none."""
+    named, own = _named_by_latest(Path(folder)), own_checkpoints(folder)
+    return next((each for each in own if each.name == named), own[-1] if own else None)
+
+
+def find_good_checkpoint(folder: str | Path, ranks: Ranks = ALONE) -> Path | None:
+    """The checkpoint to go on from, with all its files verified; None if there is none at all. All processes call it.
+
+    It is the one that `latest` names. If that one is damaged, or `latest` is, it is the newest good one; then one
+    warning names both, and the damaged checkpoint is renamed.
+
+    Raises:
+        UserError: there are checkpoints, but no good one.
+    """
+    folder = Path(folder)
+    named, tried = broadcast_value(_order_to_try(folder) if ranks.is_main else None)
+    problems: dict[str, str] = {}
+    for name in tried:
+        problem = _problem(folder / name, ranks)
+        if problem is None:
+            if ranks.is_main:
+                _tell(folder, name, named, problems)
+            return folder / name
+        problems[name] = problem
+    if problems:
+        first, reason = next(iter(problems.items()))
+        raise UserError(
+            f"{folder}: none of its {len(problems)} checkpoints is good; {first}: {reason}. Bring back a good copy, or "
+            "start anew with --no_resume, which keeps these folders"
+        )
+    if named is not None:
+        raise UserError(
+            f"{folder / LATEST} names {named!r}, but there is no checkpoint at all; bring the folder back, or start "
+            "anew with --no_resume, which keeps this folder"
+        )
+    return None
+
+
+def put_away(folder: str | Path) -> None:
+    """Rename a folder of checkpoints, so that a run starts anew without losing what is there."""
+    folder, number = Path(folder), 1
+    if not folder.exists():
+        return
+    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    os.replace(folder, aside)
+    log.info("earlier checkpoints are in %s now", aside)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, oldest first."""
+    try:
+        found = [each for each in folder.iterdir() if _is_candidate(each)]
+    except OSError:
+        return []
+    return sorted(found, key=step_of)
+
+
+def _is_candidate(folder: Path) -> bool:
+    return step_of(folder) is not None and folder.is_dir() and not folder.is_symlink()
+
+
+def _named_by_latest(folder: Path) -> str | None:
+    """What `latest` says; None if there is no such file."""
+    try:
+        return (folder / LATEST).read_bytes()[:100].decode(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _order_to_try(folder: Path) -> tuple[str | None, list[str]]:
+    """What `latest` says, and the names of the folders to try, the best first.
+
+    A folder that is named as a checkpoint but holds no file of one is somebody else's.
+    """
+    named = _named_by_latest(folder)
+    candidates = [each.name for each in reversed(_candidates(folder)) if _looks_own(each)]
+    return named, sorted(candidates, key=lambda name: name != named)
+
+
+def _looks_own(folder: Path) -> bool:
+    """Whether a folder holds a file of a checkpoint, or nothing at all."""
+    try:
+        return any(os.path.lexists(folder / name) for name in OWN_FILES) or not any(folder.iterdir())
+    except OSError:
+        return True
+
+
+def _problem(folder: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, the same answer on every process; each verifies its share of the files."""
+    problem = None
+    try:
+        if (folder / ".metadata").exists() and not (folder / MANIFEST_FILE).exists():
+            raise DamagedCheckpoint("was written by an earlier version, in a format that can run code when it is read")
+        manifest = read_manifest(folder)
+        if manifest.step != step_of(folder):
+            raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} is that of step {manifest.step}")
+        verify(folder, manifest, ranks)
+        if ranks.is_main:
+            describe(folder, manifest)
+            if read_state(folder)["step"] != manifest.step:
+                raise DamagedCheckpoint(f"{folder / STATE_FILE} is that of another step")
+    except DamagedCheckpoint as error:
+        problem = str(error)
+    return next((each for each in gather_values(problem) if each is not None), None)
+
+
+def _tell(folder: Path, good: str, named: str | None, problems: Mapping[str, str]) -> None:
+    """Warn once if the run does not go on from the checkpoint it should, and set damaged ones aside."""
+    for name, reason in problems.items():
+        set_aside(folder / name, f"is damaged ({reason}), and training goes on from {good}", log)
+    if named is not None and named != good and named not in problems:
+        log.warning("%s names %r, which is no checkpoint; training goes on from %s", folder / LATEST, named, good)
+    elif named is None and not problems:
+        log.warning("%s is missing; training goes on from %s", folder / LATEST, good)
+    if named != good:
+        if os.path.lexists(folder / LATEST) and not is_own_file(folder / LATEST):
+            set_aside(folder / LATEST, "is not a file", log)
+        atomic_write_text(folder / LATEST, good + "\n")

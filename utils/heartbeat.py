@@ -1,0 +1,86 @@
+"""A thread in each process of a job that notices when another one fails or disappears.
+
+Each process counts up a number in the job's store once a second, and watches the number of the next process: a ring.
+A process that fails leaves its message in the store. Then every other process ends within seconds and prints that
+message, whether or not it waits inside a collective operation. A process that waits or works for hours is never ended.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+PERIOD = 1.0
+"""Seconds between two beats."""
+LOST_AFTER = 60
+"""Own beats without one of the watched process. Counted in beats: a laptop that slept loses nobody."""
+GRACE = 5.0
+"""Seconds that a process has to end by itself (a video is closed, a log is flushed) before it is ended."""
+ORPHAN_GRACE = 600.0
+"""Seconds that a process without its launcher has to finish its step and to save."""
+FAILURE = "failure"
+
+
+def publish_failure(store: dist.Store, rank: int, error: BaseException) -> None:
+    """Tell the other processes why this one ends. The first message counts."""
+    text = str(error).strip().partition("\n")[0]
+    try:
+        dist.PrefixStore("heartbeat", store).compare_set(FAILURE, "", f"{rank} {type(error).__name__}: {text}")
+    except RuntimeError:  # the store has ended: so have the others
+        return
+
+
+class Heartbeat(threading.Thread):
+    """Runs until the process leaves its process group."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        """`store` must have a connection of its own: a connection serves one call at a time."""
+        super().__init__(name="heartbeat", daemon=True)
+        self.store = store
+        self.rank = rank
+        self.watched = (rank + 1) % world_size
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._last, self._missed = 0, 0
+
+    def run(self) -> None:
+        while dist.is_initialized():
+            if self.launcher not in (None, os.getppid()):
+                self._end("torchrun has ended", ORPHAN_GRACE)
+            try:
+                problem = self._beat()
+            except RuntimeError:  # the store does not answer
+                time.sleep(GRACE)
+                if self.launcher not in (None, os.getppid()):
+                    continue
+                problem = "the process that holds the job together (rank 0, or torchrun) has disappeared"
+            if problem and dist.is_initialized():
+                self._end(problem, GRACE)
+            time.sleep(PERIOD)
+
+    def _beat(self) -> str | None:
+        """Count up, look at the others; what is wrong."""
+        self.store.add(f"of/{self.rank}", 1)
+        if self.store.check([FAILURE]):
+            rank, _, message = self.store.get(FAILURE).decode().partition(" ")
+            return f"process {rank} failed: {message}" if int(rank) != self.rank else None
+        beats = self.store.add(f"of/{self.watched}", 0)
+        self._missed = 0 if beats != self._last else self._missed + 1
+        self._last = beats
+        if self._missed >= LOST_AFTER:
+            return f"process {self.watched} has given no sign of life for {self._missed * PERIOD:.0f} seconds"
+        return None
+
+    def _end(self, reason: str, grace: float) -> None:
+        """Ask this process to end in order, and end it if it does not."""
+        sys.stderr.write(f"error: {reason}; process {self.rank} ends too\n")
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGTERM)
+        until = time.monotonic() + grace
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            if not dist.is_initialized():
+                return
+        os._exit(1)
