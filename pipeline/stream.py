@@ -10,10 +10,12 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from model.codec import VideoCodec
 from model.denoiser import Denoiser, Prediction
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
@@ -67,10 +69,11 @@ class Stream:
         pipeline.check_size(request.height, request.width)
         given = 0 if request.context_frames is None else pipeline.codec.num_latents(len(request.context_frames))
         self._check_length(given)
-        self.noise = self._noise(given)
+        self.noise = initial_noise(requests, self._chunk_sizes(given), pipeline.codec, self.like)
         self.next_noise: Tensor | None = None
+        self.encode = partial(encode, pipeline.codec, self.like)
         self.source = None if request.source is None else SourceFrames(request.source)
-        self.source_encoder = SourceEncoder(self._encode, pipeline.codec.temporal_scale)
+        self.source_encoder = SourceEncoder(self.encode, pipeline.codec.temporal_scale)
         self.decoder = pipeline.codec.streaming_decoder()
 
         self.prompt = request.prompt
@@ -164,7 +167,7 @@ class Stream:
         context = None
         if request.context_frames is not None:
             with self.timer("source"):
-                context = self._encode(torch.stack([each.context_frames for each in self.requests]))
+                context = self.encode(torch.stack([each.context_frames for each in self.requests]))
             yield FinishedChunk(0, context)
         if pipeline.sampler is not Sampler.rollout:
             yield from self._many_steps(context)
@@ -209,15 +212,8 @@ class Stream:
         elif given:
             raise ValueError(f"sampler {sampler.value} takes no given frames")
 
-    def _noise(self, given: int) -> Iterator[Tensor]:
-        """Initial noise [B f C h w] of the chunks after ``given`` latent frames. Each video has its own generator."""
-        codec, request = self.pipeline.codec, self.request
-        shape = codec.latent_channels, request.height // codec.spatial_scale, request.width // codec.spatial_scale
-        generators = [each.generator("noise") for each in self.requests]
-        for frames in self._chunk_sizes(given):
-            yield randn((len(generators), frames, *shape), generators, self.like)
-
     def _chunk_sizes(self, given: int) -> Iterable[int]:
+        """Latent frames of each chunk after ``given`` latent frames."""
         num_frames = self.request.num_frames
         if num_frames is None:
             first = [1] if self.config.independent_first_frame and not given else []
@@ -272,15 +268,27 @@ class Stream:
         frames, codec = latents.shape[1], self.pipeline.codec
         return codec.num_frames(frames) if self.begins else frames * codec.temporal_scale
 
-    @torch.no_grad()
-    def _encode(self, frames: Tensor) -> Tensor:
-        """Frames [B F 3 H W] in [-1, 1] to latents [B f C h w], on the device and in the dtype of the denoiser."""
-        return self.pipeline.codec.encode(frames.to(self.like)).to(self.like)
-
     def _first_step(self) -> int:
         """Index of the first denoising step that is at most 1000 strength; the last step if none is."""
         steps = self.config.denoising_steps
         return next((i for i, step in enumerate(steps) if step <= 1000 * self.request.strength), len(steps) - 1)
+
+
+def initial_noise(
+    requests: Sequence[StreamRequest], chunk_sizes: Iterable[int], codec: VideoCodec, like: Tensor
+) -> Iterator[Tensor]:
+    """Initial noise [B f C h w] of each chunk. Each video draws from a generator of its own."""
+    scale, request = codec.spatial_scale, requests[0]
+    shape = codec.latent_channels, request.height // scale, request.width // scale
+    generators = [each.generator("noise") for each in requests]
+    for frames in chunk_sizes:
+        yield randn((len(generators), frames, *shape), generators, like)
+
+
+@torch.no_grad()
+def encode(codec: VideoCodec, like: Tensor, frames: Tensor) -> Tensor:
+    """Frames [B F 3 H W] in [-1, 1] to latents [B f C h w], on the device and in the dtype of ``like``."""
+    return codec.encode(frames.to(like)).to(like)
 
 
 class _Watched:

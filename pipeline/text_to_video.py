@@ -60,19 +60,7 @@ def load_pipeline(
             encoder is loaded now and stays.
     """
     options = {"device": device, "dtype": dtype}
-    resident = profile.text_encoder is TextPlacement.resident
-    text_encoder = load_prompt_cache(
-        config.text_encoder,
-        streamed=profile.text_encoder is TextPlacement.streamed,
-        keep_encoder=resident or prompts is None,
-        **options,
-    )
-    if prompts is None:
-        text_encoder.load()
-    else:
-        text_encoder.prepare(config.prompts_to_embed(prompts))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the memory of a freed text encoder, for the parts to come
+    text_encoder = _prepare_text(config, profile, prompts, **options)
     denoiser = load_denoiser(config.generator, use_ema=use_ema, streamed=profile.stream_generator, **options)
     denoiser.eval().requires_grad_(False)
     optimize(denoiser.transformer, config.optimize, streamed=profile.stream_generator)
@@ -85,3 +73,28 @@ def load_pipeline(
         sampling=config.sampling,
         decode_last=profile.decode_last,
     )
+
+
+def _prepare_text(
+    config: PipelineConfig,
+    profile: Profile,
+    prompts: Sequence[str] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PromptCache:
+    """The text encoder, or the embeddings of all prompts with the memory of the encoder free again."""
+    text_encoder = load_prompt_cache(
+        config.text_encoder,
+        streamed=profile.text_encoder is TextPlacement.streamed,
+        keep_encoder=profile.text_encoder is TextPlacement.resident or prompts is None,
+        device=device,
+        dtype=dtype,
+    )
+    if prompts is None:
+        text_encoder.load()
+    else:
+        text_encoder.prepare(config.prompts_to_embed(prompts))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the memory of a freed text encoder, for the parts to come
+    return text_encoder
