@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from model.attention import AttentionBackend
 from model.codec import VideoCodec
@@ -12,6 +13,7 @@ from model.transformer import PRESETS
 from pipeline.optimize import OptimizeConfig
 from pipeline.rollout import RolloutConfig
 from pipeline.sampling import SamplingConfig
+from utils.config import load_config
 
 
 @dataclass
@@ -150,3 +152,39 @@ class PipelineConfig:
     def prompts_to_embed(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that making videos of ``prompts`` embeds: with a many-step sampler, the negative one too."""
         return [*prompts, *([] if self.sampler is Sampler.rollout else [self.sampling.negative_prompt])]
+
+
+TRAINING_SECTIONS = frozenset(
+    [
+        "objective",
+        "student",
+        "real_score",
+        "fake_score",
+        "data",
+        "trainer",
+        "parallel",
+        "health",
+        "lora",
+        "critic_lora",
+        "optimizer",
+        "critic_optimizer",
+        "autoencoder",
+        "diffusion",
+        "ode",
+        "dmd",
+        "long",
+        "sid",
+        "gan",
+        "consistency",
+    ]
+)
+"""What :class:`trainer.config.Config` adds to a pipeline's configuration. One YAML file serves both."""
+
+
+def load_pipeline_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The pipeline's part of a YAML file, with overrides such as ``rollout.window=9``.
+
+    Raises:
+        UserError: as :func:`utils.config.load_config`; also for an override of a key that only training uses.
+    """
+    return load_config(PipelineConfig, path, overrides, ignored=TRAINING_SECTIONS)

@@ -30,14 +30,24 @@ COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
-def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, ignored: Collection[str] = ()
+) -> T:
     """Read `path` and its `defaults`, apply overrides such as `rollout.window=9`, and return an instance of `schema`.
+
+    The sections in `ignored` belong to another program. A file may have them; an override of them is refused.
 
     Raises UserError, in one line that names the source, the dotted key, the value and the nearest valid name; in one
     line a key for a file of the official code.
     """
     known = _field_hints(schema)
-    layers = _read_layers(Path(path), known, included_by=())
+    layers = _read_layers(Path(path), {*known, *ignored}, included_by=())
+    layers = {
+        source: {key: value for key, value in values.items() if key not in ignored} for source, values in layers.items()
+    }
+    for text in overrides:
+        if text.partition("=")[0].partition(".")[0] in ignored:
+            raise UserError(f"{COMMAND_LINE}: {text}: this key is for training and changes nothing here; leave it out")
     parsed = [(COMMAND_LINE, _parse_override(schema, text)) for text in overrides]
     for source, values in parsed:
         refuse_official_keys(values, known, source)
