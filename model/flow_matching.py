@@ -58,6 +58,11 @@ class FlowMatching:
         """Shifted timestep ``1000 s u / (1 + (s - 1) u)`` of uniform levels u in [0, 1], any shape."""
         return MAX_TIMESTEP * self.shift * level / (1 + (self.shift - 1) * level)
 
+    def level(self, timestep: float) -> float:
+        """Return the uniform level u in [0, 1] whose shifted timestep is ``timestep``, in [0, 1000]."""
+        sigma = timestep / MAX_TIMESTEP
+        return sigma / (self.shift - (self.shift - 1) * sigma)
+
     def grid(self, steps: int) -> Tensor:
         """Descending timesteps of ``steps`` solver steps, [steps] float32; the final 0 is not part of it."""
         return self.timestep(1 - torch.arange(steps, dtype=torch.float64) / steps).float()

@@ -25,10 +25,18 @@ DISTILLED = (
     "dmd.replay_rollouts=2",
     "dmd.real_guidance_scale=1.0",
 )
+GAN_ALONE = (  # the discriminator must know something before the generator follows it
+    "gan.heads.depths=[1.0]",
+    "optimizer.lr=1e-3",
+    "critic_optimizer.lr=4e-3",
+    "dmd.critic_updates=3",
+    "dmd.critic_head_start=5",
+)
 RUNS = {
     "self_forcing_dmd": DISTILLED,
     "self_forcing_sid": DISTILLED,
-    "self_forcing_gan": (*DISTILLED, "gan.heads.depths=[1.0]"),
+    "self_forcing_gan": (*DISTILLED, *GAN_ALONE),
+    "self_forcing_dmd_gan": (*DISTILLED, "gan.heads.depths=[1.0]"),
     "self_forcing_long": (*DISTILLED, "long.max_frames=12"),
     "self_forcing_continued": (*DISTILLED, "long.windows=3"),
     "self_forcing_image": (*DISTILLED, "video.num_frames=7"),

@@ -24,6 +24,7 @@ class Objective(Enum):
     self_forcing_dmd = "self_forcing_dmd"
     self_forcing_sid = "self_forcing_sid"
     self_forcing_gan = "self_forcing_gan"
+    self_forcing_dmd_gan = "self_forcing_dmd_gan"
     self_forcing_long = "self_forcing_long"
     self_forcing_continued = "self_forcing_continued"
     self_forcing_image = "self_forcing_image"
@@ -69,8 +70,16 @@ class DiffusionConfig:
     """Noise level under which the flow error's weight stops growing; for x0 predictions."""
     bell_weights: bool = False
     """Weight timesteps by Wan's bell curve."""
+    noise_augmentation_max_timestep: float = 0.0
+    """teacher_forcing: noise the clean context too, up to this timestep in [0, 1000]; 0 leaves it clean."""
     train_text_encoder: bool = False
     """Train the text encoder along; without weights it starts from nothing."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_augmentation_max_timestep <= 1000:
+            raise ValueError(
+                f"noise_augmentation_max_timestep={self.noise_augmentation_max_timestep} must lie in [0, 1000]"
+            )
 
 
 @dataclass
@@ -86,21 +95,33 @@ class DMDConfig:
     """Distribution matching distillation on self-generated videos."""
 
     real_guidance_scale: float = 3.0
-    """g of ``c + g (c - u)``; 3 is CFG 4 in the usual convention."""
+    """Guidance g of the real score, ``c + g (c - u)``; 3 is CFG 4 in the usual convention."""
+    fake_guidance_scale: float = 0.0
+    """The same g for the fake score; 0 is no guidance."""
+    min_timestep: float = 0.0
+    """Lower bound of the score timestep before the shift, in [0, 1000)."""
+    ts_schedule: bool = False
+    """Draw score timesteps only above the denoising step that follows the rollout's exit step."""
+    ts_schedule_max: bool = False
+    """Draw score timesteps only below the rollout's exit step."""
     critic_updates: int = 5
     """Critic updates for each generator update."""
     critic_head_start: int = 0
     """First steps in which only the critic learns, from rollouts of the untrained student."""
     replay_rollouts: int = 0
-    """Latest generator rollouts critic updates draw from; 0 makes a new rollout for each update."""
+    """How many of the latest rollouts critic updates choose from; 0 makes a new rollout for each critic update."""
     sigma_floor: float = 0.0
-    """See diffusion.sigma_floor; of the critic's loss."""
+    """The sigma_floor of the critic's loss (see diffusion.sigma_floor)."""
     grad_start_frame: int = 0
-    """First latent frame that carries gradient."""
+    """First scored latent frame that carries gradient."""
     regression_weight: float = 0.0
-    """Of the regression to stored trajectories (ode.pairs), added to the generator's loss; 0 leaves it out."""
+    """Weight of a regression to stored trajectories (ode.pairs) in the generator's loss; 0 leaves it out."""
+    clean_step: bool = False
+    """causvid: a chunk may also be drawn clean, as if 0 were one more entry of rollout.denoising_steps."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_timestep < 1000:
+            raise ValueError(f"min_timestep={self.min_timestep} must lie in [0, 1000)")
         if self.critic_updates < 1:
             raise ValueError(f"critic_updates={self.critic_updates} must be at least 1")
         for name in ("critic_head_start", "replay_rollouts", "regression_weight"):
@@ -110,14 +131,18 @@ class DMDConfig:
 
 @dataclass
 class LongConfig:
-    """Rollouts longer than video.num_frames, which is what the scores see (DMD, as the dmd section says)."""
+    """Rollouts longer than video.num_frames, which is what the scores see. They learn by DMD (see the dmd section)."""
 
     max_frames: int = 63
-    """self_forcing_long: each rollout has video.num_frames up to so many latent frames; its last are scored."""
+    """self_forcing_long: a rollout has video.num_frames up to this many latent frames; its last ones are scored."""
     windows: int = 4
-    """self_forcing_continued: a rollout goes on for so many steps, each adding video.num_frames, which are scored."""
+    """self_forcing_continued: windows of a rollout. Each one shows the scores video.num_frames latent frames."""
+    overlap: int | None = None
+    """self_forcing_continued: frames of a window that the window before has made; null is one chunk."""
     switch_probability: float = 1.0
-    """self_forcing_continued: how often the prompt changes, before a random step of the rollout but the first."""
+    """self_forcing_continued: how often the prompt changes in a rollout, in [0, 1]; before a random window."""
+    last_switch: int | None = None
+    """self_forcing_continued: last window (counted from 0) before which the prompt may change; null is the last one."""
 
     def __post_init__(self) -> None:
         for name in ("max_frames", "windows"):
@@ -125,6 +150,10 @@ class LongConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.switch_probability <= 1:
             raise ValueError(f"switch_probability={self.switch_probability} must lie in [0, 1]")
+        if self.last_switch is not None and self.last_switch < 1:
+            raise ValueError(
+                f"last_switch={self.last_switch} must be at least 1: window 0 begins with the first prompt"
+            )
 
 
 @dataclass
@@ -137,18 +166,21 @@ class SiDConfig:
 
 @dataclass
 class GANConfig:
-    """An adversarial term beside DMD, its discriminator on the critic's features."""
+    """The adversarial term of self_forcing_gan and self_forcing_dmd_gan. Its discriminator reads the critic's features.
+
+    The discriminator's loss is ``discriminator_weight * logit loss + (r1_weight * R1 + r2_weight * R2) / 2``.
+    """
 
     kind: AdversarialLoss = AdversarialLoss.relativistic
     """relativistic or non_saturating."""
     generator_weight: float = 0.01
-    """Of the generator's adversarial loss, added to DMD's."""
+    """Weight of the adversarial loss in the generator's loss."""
     discriminator_weight: float = 0.01
-    """Of the discriminator's loss, penalties included, added to the critic's."""
+    """Weight of the logit loss in the discriminator's loss."""
     r1_weight: float = 0.0
-    """Of the squared slope at real videos."""
+    """Weight of the squared slope at real videos; half of it enters the loss."""
     r2_weight: float = 0.0
-    """Of the squared slope at generated videos."""
+    """Weight of the squared slope at generated videos; half of it enters the loss."""
     perturbation_sigma: float = 0.01
     """Size of the finite difference behind the penalties."""
     heads: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

@@ -56,6 +56,8 @@ class DataConfig:
     """shapes: the Shapes world; prompts: a text file; images: prompt-image pairs; videos: encoded videos."""
     path: str | None = None
     """prompts: one a line; images: JSON lines {"image": ..., "prompt": ...}; videos: a folder of encode_videos.py."""
+    switch_path: str | None = None
+    """prompts: what line n of path changes to, on line n (self_forcing_continued); null changes to another of path."""
     embeddings: str | None = None
     """Folder of scripts/cache_embeddings.py, read in place of running the text encoder."""
     sample_prompts: str = "prompts/shapes.txt"
@@ -76,6 +78,8 @@ class Samples:
     """A batch: prompts, and what else the dataset has."""
 
     prompts: list[str]
+    second_prompts: list[str] | None = None
+    """The prompts that they change to, if data.switch_path names them."""
     frames: Tensor | None = None
     """Pixels [B F 3 H W] in [-1, 1]."""
     latents: Tensor | None = None
@@ -151,17 +155,28 @@ class Stream:
 
 
 class PromptData:
-    """Prompts alone."""
+    """Prompts, and the prompts that they change to, if any.
 
-    def __init__(self, prompts: Sequence[str]) -> None:
+    Raises:
+        UserError: there are not as many of the second as of the first.
+    """
+
+    def __init__(self, prompts: Sequence[str], second_prompts: Sequence[str] | None = None) -> None:
+        if second_prompts is not None and len(second_prompts) != len(prompts):
+            raise UserError(
+                f"data.switch_path has {len(second_prompts)} prompts and data.path has {len(prompts)}; "
+                "line n of one changes to line n of the other, so give both the same number of lines"
+            )
         self.prompts = prompts
+        self.second_prompts = second_prompts
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
         """Prompts."""
-        return Samples([self.prompts[draw.item] for draw in draws])
+        second = self.second_prompts and [self.second_prompts[draw.item] for draw in draws]
+        return Samples([self.prompts[draw.item] for draw in draws], second)
 
 
 class ShapesData:
@@ -300,8 +315,11 @@ def training_data(
     if contents not in CONTENTS[config.kind]:
         kinds = " or ".join(kind.value for kind, held in CONTENTS.items() if contents in held)
         raise UserError(f"data.kind={config.kind.value} has no {contents.value} to train on; use data.kind={kinds}")
+    if config.switch_path is not None and config.kind is not DataKind.prompts:
+        raise UserError(f"data.switch_path={config.switch_path} needs data.kind=prompts, not {config.kind.value}")
     if contents is Contents.prompts:
-        return Stream(PromptData(all_prompts(config, video)), seed)
+        second = None if config.switch_path is None else read_prompts(config.switch_path)
+        return Stream(PromptData(all_prompts(config, video), second), seed)
     frames = video.num_frames if contents is Contents.clips else 1
     match config.kind:
         case DataKind.shapes:

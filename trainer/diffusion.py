@@ -59,6 +59,7 @@ class DiffusionTrainer(Trainer):
             noise=batch.randn("noise", x0),
             block_mask=self.mask,
             teacher_forcing=config.diffusion.forcing is Forcing.teacher_forcing,
+            context_timesteps=self._context_timesteps(batch),
             sigma_floor=config.diffusion.sigma_floor,
             bell_weights=config.diffusion.bell_weights,
         )
@@ -110,6 +111,15 @@ class DiffusionTrainer(Trainer):
             return None
         build = teacher_forcing_mask if forcing is Forcing.teacher_forcing else block_causal_mask
         return self.config.rollout.mask(self.config.video.num_frames, build)
+
+    def _context_timesteps(self, batch: MicroBatch) -> Tensor | None:
+        """Timesteps of teacher forcing's context [B F]; None leaves it clean."""
+        highest = self.config.diffusion.noise_augmentation_max_timestep
+        if highest == 0:
+            return None
+        generator = batch.generator("context timesteps")
+        drawn = sample_timesteps(batch.total, self.chunks, self.levels, generator, highest=highest)
+        return batch.of(drawn).to(self.device)
 
     def _drop(self, prompts: list[str], batch: MicroBatch) -> list[str]:
         drawn = torch.rand(batch.total, generator=batch.generator("guidance dropout"))

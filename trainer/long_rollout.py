@@ -1,37 +1,42 @@
-"""Self-forcing on rollouts that are longer than what is scored, go on from step to step, or start from an image."""
+"""Rollouts that are longer than what is scored, that go on from update to update, or that start from an image.
+
+Shapes: B batch, F latent frames, C channels, H W latent height and width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.codec import VideoCodec
+from model.denoiser import Denoiser
 from trainer.config import Config
-from trainer.data import Contents
+from trainer.data import Contents, Stream
+from trainer.generation import Batch, Generation, Prompts, Video, check_frames
 from trainer.micro_batch import MicroBatch
-from trainer.objectives.long import draw_length, draw_switch, later_frames, score_window, visible_history
+from trainer.objectives.long import draw_length, draw_switch, score_window, visible_history
 from trainer.parallelize import local_part, own_shape, shard_rows
-from trainer.self_forcing import Batch, SelfForcingTrainer
-from trainer.trainer import SAMPLE_VIDEOS, RunContext, Update
 from utils.checkpoint import Stateful
 from utils.errors import UserError
 
 
-class LongTrainer(SelfForcingTrainer):
-    """Rollouts of up to ``long.max_frames`` frames, of which the last ``video.num_frames`` are scored."""
+class LongRollout(Generation):
+    """Rollouts of up to ``long.max_frames`` frames. The last ``video.num_frames`` of them are scored."""
 
-    def __init__(self, config: Config, context: RunContext) -> None:
-        super().__init__(config, context)
+    @classmethod
+    def check(cls, config: Config) -> None:
         shortest, longest = config.video.num_frames, config.long.max_frames
         if longest < shortest:
             raise UserError(f"long.max_frames={longest} is less than video.num_frames={shortest}, which are scored")
-        self.chunks_of(longest)
+        check_frames(config, shortest)
+        check_frames(config, longest)
 
     def length(self, micro_batch: MicroBatch) -> int:
-        """Latent frames rolled out, the same for all samples of an update."""
+        """Latent frames of the rollout, the same for all samples of an update."""
         config = self.config
         return draw_length(
             config.video.num_frames,
@@ -40,137 +45,165 @@ class LongTrainer(SelfForcingTrainer):
             micro_batch.generator("frames"),
         )
 
-    def generate(self, micro_batch: MicroBatch, batch: Batch, *, grad_start_frame: int | None) -> Tensor:
+    def video(self, micro_batch: MicroBatch, batch: Batch, *, with_grad: bool) -> Video:
         frames, scored = self.length(micro_batch), self.config.video.num_frames
-        if grad_start_frame is not None:
-            grad_start_frame += frames - scored
-        video = self.roll(micro_batch, batch.embeds, frames, grad_start_frame=grad_start_frame)
-        return score_window(video, scored, self.codec)
+        start = self.first_with_grad(with_grad, frames - scored)
+        latents, facts = self.roll(micro_batch, batch.embeds, frames, grad_start_frame=start)
+        if frames > scored:
+            facts = replace(facts, uncounted=first_chunk(self.config))
+        return Video(score_window(latents, scored, self.codec), facts)
 
-    def counted(self, micro_batch: MicroBatch) -> Tensor | None:
-        scored = self.config.video.num_frames
-        return None if self.length(micro_batch) == scored else later_frames(scored, self.device)
+
+def first_chunk(config: Config) -> int:
+    """Frames of the first chunk of a clip."""
+    return 1 if config.rollout.independent_first_frame else config.rollout.frames_per_chunk
 
 
 class Past(NamedTuple):
-    """Earlier frames of a pass's videos."""
+    """The earlier frames of the videos of one pass."""
 
     visible: Tensor
-    """Those that the next chunk sees [B F C H W]."""
+    """The frames that the next chunk sees [B F C H W]."""
     latest: Tensor
-    """Those of the last step [B F C H W]."""
+    """The last ``video.num_frames`` frames [B F C H W]."""
 
 
 @dataclass
 class Continuation:
-    """A rollout in progress, which can be saved."""
+    """A rollout that goes on from update to update. It can be saved."""
 
     micro_batch: int
-    """Samples a pass."""
+    """Samples of a pass."""
     device: torch.device
     window: int = 0
-    """Steps it has gone through; 0 is before the first."""
+    """The window that is made next, or is being made; 0 begins a new rollout."""
+    open: bool = False
+    """Whether a window was begun and its update was not applied."""
     prompts: tuple[range, range] = (range(0), range(0))
-    """Data indices of the first prompts, and of those after the switch."""
+    """Data indices of the first prompts, and of the prompts after the switch."""
     past: dict[int, Past] = field(default_factory=dict)
-    """By the number of the pass."""
+    """The earlier frames, by the number of the pass."""
 
     def state_dict(self) -> dict[str, Tensor | list[int]]:
-        """Where it is, and its frames, sharded over the processes."""
+        """Return the place in the rollout, and its frames, sharded over the processes."""
         first, second = self.prompts
         passes = [self.past[number] for number in sorted(self.past)]
         frames = {
             name: shard_rows(torch.cat([getattr(past, name) for past in passes])) for name in Past._fields if passes
         }
-        return {"place": [self.window, first.start, second.start, len(first)], **frames}
+        return {"place": [self.window, int(self.open), first.start, second.start, len(first)], **frames}
 
     def room_for(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Empty frames."""
+        """Return empty tensors for saved frames."""
         return {key: shard_rows(torch.empty(own_shape(value), device=self.device)) for key, value in saved.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor | list[int]]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self.window, first, second, count = state["place"]
+        """Restore what :meth:`state_dict` returned."""
+        self.window, is_open, first, second, count = state["place"]
+        self.open = bool(is_open)
         self.prompts = range(first, first + count), range(second, second + count)
         frames = [local_part(state[name]).split(self.micro_batch) for name in Past._fields if name in state]
         self.past = {number: Past(*each) for number, each in enumerate(zip(*frames, strict=True))}
 
 
-class ContinuedTrainer(SelfForcingTrainer):
-    """A rollout goes on from step to step (LongLive): each adds ``video.num_frames`` frames, which are scored.
+class ContinuedRollout(Generation):
+    """LongLive: every update makes the next window of a rollout, whoever learns from it, generator or critic.
 
-    The frames that the next ones see are encoded anew at each step, with the weights and the prompt of now: the cache
-    holds nothing stale, is no larger than a window and what is added to it, and need not be saved. After
-    ``long.windows`` steps a new rollout begins; before a random one of them the prompt changes.
+    The first window has ``video.num_frames`` frames. A later one adds new frames to the last ``long.overlap`` ones, so
+    that the scores see ``video.num_frames`` again; only the new frames count in the losses. After ``long.windows``
+    windows a new rollout begins. Before a random window the prompt changes.
+
+    The frames that the next chunk sees are encoded anew at the start of every window, with the weights and the prompt
+    of now, at positions that count within them. So the cache holds nothing stale, it is no larger than a window and
+    what is added to it, and it need not be saved. (The official code keeps the cache from window to window and encodes
+    it anew at the switch only.)
     """
 
-    def __init__(self, config: Config, context: RunContext) -> None:
-        super().__init__(config, context)
-        if config.dmd.replay_rollouts == 0:
-            raise UserError("dmd.replay_rollouts=0 rolls out for the critic alone; a continued rollout needs 1 or more")
-        self.progress = Continuation(config.trainer.batch_size, self.device)
-        self.window = 0
+    def __init__(self, config: Config, denoiser: Denoiser, codec: VideoCodec, device: torch.device) -> None:
+        super().__init__(config, denoiser, codec, device)
+        self.progress = Continuation(config.trainer.batch_size, device)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        frames, overlap = config.video.num_frames, cls.overlap(config)
+        if not 1 <= overlap < frames:
+            raise UserError(f"long.overlap={overlap} must be at least 1 and less than video.num_frames={frames}")
+        check_frames(config, frames)
+        check_frames(config, frames - overlap, given=overlap)
+
+    @staticmethod
+    def overlap(config: Config) -> int:
+        """Frames of a window that the window before has made already."""
+        return first_chunk(config) if config.long.overlap is None else config.long.overlap
 
     def stateful(self) -> dict[str, Stateful]:
-        return super().stateful() | {"continuation": self.progress}
+        return {"continuation": self.progress}
 
-    def updates(self) -> Iterator[Update]:
-        self.window, self.progress.window = self.progress.window, 0  # stays 0 where an update is skipped
-        if self.window == 0:
-            self.progress.past = {}
-            self.progress.prompts = self.data.draw(self.plan.total), self.data.draw(self.plan.total)
-        yield from super().updates()
-        self.progress.window = (self.window + 1) % self.config.long.windows
+    def next_prompts(self, data: Stream, count: int, stream: Callable[..., torch.Generator]) -> Prompts:
+        """Return the first prompts of the rollout, or the second ones from the switch on; begin a new rollout if due.
 
-    def next_passes(self) -> list[MicroBatch]:
-        """The first prompts of a rollout until the switch, then the second."""
-        first, second = self.progress.prompts
-        long = self.config.long
-        switch = draw_switch(long.windows, long.switch_probability, self.stream("switch", first.start))
-        return self.micro_batches(first if self.window < switch else second)
+        A rollout whose last update was skipped is not continued: its frames may not be finite.
+        """
+        progress, long = self.progress, self.config.long
+        if progress.open or progress.window == 0:
+            first = data.draw(count)
+            paired = self.config.data.switch_path is not None
+            progress.window, progress.past = 0, {}
+            progress.prompts = first, first if paired else data.draw(count)
+        progress.open = True
+        first, second = progress.prompts
+        generator = stream("switch", first.start)
+        switched = progress.window >= draw_switch(
+            long.windows, long.switch_probability, generator, last=long.last_switch
+        )
+        return Prompts(second if switched else first, second=switched)
 
-    def generate(self, micro_batch: MicroBatch, batch: Batch, *, grad_start_frame: int | None) -> Tensor:
-        config, frames, number = self.config.rollout, self.config.video.num_frames, micro_batch.number
-        past = self.progress.past.get(number)
-        context = None if past is None else past.visible
-        if context is not None and grad_start_frame is not None:
-            grad_start_frame += context.shape[1]
-        video = self.roll(micro_batch, batch.embeds, frames, grad_start_frame=grad_start_frame, context=context)
-        known = video.detach() if context is None else torch.cat([context, video.detach()], dim=1)
-        visible = visible_history(known, config.frames_per_chunk, config.window, config.sink)
-        self.progress.past[number] = Past(visible, video.detach())
-        return video if past is None else score_window(torch.cat([past.latest, video], dim=1), frames, self.codec)
+    def accept(self) -> None:
+        if self.progress.open:
+            self.progress.window = (self.progress.window + 1) % self.config.long.windows
+            self.progress.open = False
 
-    def counted(self, micro_batch: MicroBatch) -> Tensor | None:
-        return later_frames(self.config.video.num_frames, self.device) if self.window else None
+    def video(self, micro_batch: MicroBatch, batch: Batch, *, with_grad: bool) -> Video:
+        frames, number, past = (
+            self.config.video.num_frames,
+            micro_batch.number,
+            self.progress.past.get(micro_batch.number),
+        )
+        if past is None:
+            start = self.first_with_grad(with_grad)
+            latents, facts = self.roll(micro_batch, batch.embeds, frames, grad_start_frame=start)
+            self.progress.past[number] = Past(self._visible(latents.detach()), latents.detach())
+            return Video(latents, facts)
+        overlap = self.overlap(self.config)
+        start = max(0, self.config.dmd.grad_start_frame - overlap) + past.visible.shape[1] if with_grad else None
+        latents, facts = self.roll(
+            micro_batch, batch.embeds, frames - overlap, grad_start_frame=start, context=past.visible
+        )
+        known = torch.cat([past.visible, latents.detach()], dim=1)
+        joined = torch.cat([past.latest, latents], dim=1)
+        self.progress.past[number] = Past(self._visible(known), joined[:, -frames:].detach())
+        facts = replace(facts, uncounted=overlap, uncounted_by_critic=overlap)
+        return Video(score_window(joined, frames, self.codec), facts)
+
+    def _visible(self, known: Tensor) -> Tensor:
+        config = self.config.rollout
+        return visible_history(known, config.frames_per_chunk, config.window, config.sink)
 
 
-class ImageTrainer(SelfForcingTrainer):
+class ImageRollout(Generation):
     """Videos that go on from a given first latent, which the loss leaves out."""
 
     contents = Contents.first_frames
 
-    def __init__(self, config: Config, context: RunContext) -> None:
+    @classmethod
+    def check(cls, config: Config) -> None:
         if config.rollout.frames_per_chunk > 1 and not config.rollout.independent_first_frame:
             raise UserError(
                 "rollout.independent_first_frame=false: a given frame is a chunk of its own; set it to true"
             )
-        super().__init__(config, context)
-        shown = self.data.read(range(SAMPLE_VIDEOS))
-        self.sample_prompts, self.sample_images = shown.prompts, shown.encode(self.codec, self.device)
+        check_frames(config, config.video.num_frames)
 
-    def batch(self, micro_batch: MicroBatch) -> Batch:
-        samples = self.data.read(micro_batch.indices)
-        return Batch(self.text_encoder.encode(samples.prompts), samples.encode(self.codec, self.device))
-
-    def generate(self, micro_batch: MicroBatch, batch: Batch, *, grad_start_frame: int | None) -> Tensor:
-        frames = self.config.video.num_frames - 1
-        video = self.roll(micro_batch, batch.embeds, frames, grad_start_frame=grad_start_frame, context=batch.real)
-        return torch.cat([batch.real, video], dim=1)
-
-    def counted(self, micro_batch: MicroBatch) -> Tensor | None:
-        return later_frames(self.config.video.num_frames, self.device)
-
-    def sample_frames(self, prompts: list[str]) -> Tensor:
-        embeds = self.text_encoder.encode(prompts)
-        return self.sample_rollout(self.denoiser, embeds, self.codec, context=self.sample_images)
+    def video(self, micro_batch: MicroBatch, batch: Batch, *, with_grad: bool) -> Video:
+        frames, start = self.config.video.num_frames - 1, self.first_with_grad(with_grad)
+        latents, facts = self.roll(micro_batch, batch.embeds, frames, grad_start_frame=start, context=batch.real)
+        return Video(torch.cat([batch.real, latents], dim=1), replace(facts, uncounted=1))

@@ -1,245 +1,250 @@
-"""Self-forcing training: roll out as at inference, score whole videos, follow the distribution-matching gradient."""
+"""Distillation on generated videos: roll out as at inference, score whole videos, follow the gradient of the scores.
+
+A method has three parts (:data:`METHODS`): how the videos are generated, what the generator learns from them, and what
+the critic learns from them.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.kv_cache import KVCache
 from pipeline.loading import load_codec
-from pipeline.rollout import randn, rollout
 from trainer.config import Config, Objective
 from trainer.data import Contents, text_source, training_data
+from trainer.generation import (
+    Batch,
+    ChunkDenoising,
+    Generation,
+    Prompts,
+    RealVideoRollout,
+    Rollouts,
+    Video,
+    VideoFacts,
+    WholeRollout,
+)
+from trainer.long_rollout import ContinuedRollout, ImageRollout, LongRollout
+from trainer.matching import (
+    AdversarialMatching,
+    CriticDenoising,
+    Discrimination,
+    DistributionMatching,
+    LossTerm,
+    Networks,
+    Term,
+    TrajectoryRegression,
+    critic_module,
+    discriminator_on,
+)
 from trainer.micro_batch import MicroBatch
-from trainer.objectives.dmd import GeneratorLoss, critic_loss, dmd_loss, sample_score_timesteps
-from trainer.objectives.sid import sid_loss
 from trainer.parallelize import local_part, own_shape, shard_rows
-from trainer.regression import PairRegression
-from trainer.trainer import Loss, RunContext, Trainer, Update
+from trainer.trainer import SAMPLE_VIDEOS, Loss, RunContext, Trainer, Update
 from utils.checkpoint import Stateful
 
-
-class Batch(NamedTuple):
-    """What a micro-batch is about."""
-
-    embeds: Tensor
-    """Prompt embeddings [B L E]."""
-    real: Tensor | None
-    """Latents of real videos of these prompts [B F C H W], for objectives that look at any."""
+MakeTerm = Callable[[Networks], LossTerm]
 
 
-class Rollouts(NamedTuple):
-    """Generated videos of a global batch: those of this process."""
+@dataclass(frozen=True)
+class Method:
+    """The parts of a distillation method. The terms of a loss are added."""
 
-    batch: range
-    """Indices in the training data, of all processes."""
-    videos: list[Tensor]
-    """Of each of its passes [B F C H W]."""
+    generation: type[Generation]
+    matching: tuple[MakeTerm, ...]
+    """Terms of the generator's loss."""
+    critic: tuple[MakeTerm, ...]
+    """Terms of the critic's loss."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a term reads the real score."""
+        return self.matching != (AdversarialMatching,)
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether a term reads a discriminator."""
+        return AdversarialMatching in self.matching
+
+
+DMD, SID = DistributionMatching, partial(DistributionMatching, sid=True)
+METHODS: dict[Objective, Method] = {
+    Objective.self_forcing_dmd: Method(WholeRollout, (DMD,), (CriticDenoising,)),
+    Objective.self_forcing_sid: Method(WholeRollout, (SID,), (CriticDenoising,)),
+    Objective.self_forcing_gan: Method(RealVideoRollout, (AdversarialMatching,), (Discrimination,)),
+    Objective.self_forcing_dmd_gan: Method(
+        RealVideoRollout, (DMD, AdversarialMatching), (CriticDenoising, Discrimination)
+    ),
+    Objective.self_forcing_long: Method(LongRollout, (DMD,), (CriticDenoising,)),
+    Objective.self_forcing_continued: Method(ContinuedRollout, (DMD,), (CriticDenoising,)),
+    Objective.self_forcing_image: Method(ImageRollout, (DMD,), (CriticDenoising,)),
+    Objective.causvid: Method(ChunkDenoising, (DMD,), (CriticDenoising,)),
+}
 
 
 class Replay(deque[Rollouts]):
-    """The latest rollouts, which can be saved: their prompts and real videos are those of the data's indices."""
+    """The latest rollouts. They can be saved: their prompts and real videos are found again by the data's indices."""
 
     def __init__(self, length: int, micro_batch: int, device: torch.device) -> None:
         super().__init__(maxlen=length)
         self.micro_batch = micro_batch
         self.device = device
 
-    def state_dict(self) -> dict[str, Tensor | list[int]]:
-        """First data index and number of samples of each, and its videos, sharded over the processes."""
+    def state_dict(self) -> dict[str, Tensor | list]:
+        """Return what each rollout is about, and its videos, sharded over the processes."""
         videos = {str(index): shard_rows(torch.cat(each.videos)) for index, each in enumerate(self)}
-        return {"batches": [[each.batch.start, len(each.batch)] for each in self], **videos}
+        about = [
+            [each.prompts.indices.start, len(each.prompts.indices), int(each.prompts.second), *astuple(each.facts)]
+            for each in self
+        ]
+        return {"batches": about, **videos}
 
     def room_for(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Empty videos."""
+        """Return empty tensors for saved videos."""
         return {key: shard_rows(torch.empty(own_shape(value), device=self.device)) for key, value in saved.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor | list]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self.clear()
-        for index, (start, count) in enumerate(state["batches"]):
-            videos = local_part(state[str(index)]).split(self.micro_batch)
-            self.append(Rollouts(range(start, start + count), list(videos)))
+        for index, (start, count, second, *facts) in enumerate(state["batches"]):
+            videos = list(local_part(state[str(index)]).split(self.micro_batch))
+            prompts = Prompts(range(start, start + count), bool(second))
+            self.append(Rollouts(prompts, videos, VideoFacts(*facts)))
 
 
 class SelfForcingTrainer(Trainer):
-    """One generator update and several critic updates a step (Self Forcing, Algorithm 1), with DMD or SiD."""
-
-    contents = Contents.prompts
+    """One generator update and several critic updates a step (Self Forcing, Algorithm 1)."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
+        method = METHODS[config.objective]
+        method.generation.check(config)
         super().__init__(config, context)
         self.denoiser = self.load_trained(config.student)
-        self.real_score = self.load_frozen(config.real_score)
+        self.real_score = self.load_frozen(config.real_score) if method.has_teacher else None
         self.fake_score = self.load_trained(config.fake_score or config.real_score, config.critic_lora)
         self.text_encoder = text_source(config.data, config.text_encoder, self.device)
         self.codec = load_codec(config.codec, device=self.device)
         self.data = training_data(
-            config.data, self.contents, seed=self.seed("data"), video=config.video, codec=self.codec
+            config.data, method.generation.contents, seed=self.seed("data"), video=config.video, codec=self.codec
         )
-        self.chunks = self.chunks_of(config.video.num_frames)
-        self.regression = PairRegression(config, self.seed("regression")) if config.dmd.regression_weight else None
+        self.generation = method.generation(config, self.denoiser, self.codec, self.device)
+        networks = self._networks(method)
+        matching = method.matching + ((TrajectoryRegression,) if config.dmd.regression_weight else ())
+        self.matching = [make(networks) for make in matching]
+        self.critic = [make(networks) for make in method.critic]
         self.replay = Replay(max(1, config.dmd.replay_rollouts), config.trainer.batch_size, self.device)
+        self.sample_images = self._sample_images()
         steps = config.trainer.steps
         self.track(generator=self.denoiser.transformer)
         self.keep(critic=self.fake_score.transformer)
         self.updater = self.optimize("generator", self.denoiser, config.optimizer, steps)
         self.critic_updater = self.optimize(
-            "critic", self.critic(), config.critic_optimizer, steps * config.dmd.critic_updates
+            "critic", critic_module(networks), config.critic_optimizer, steps * config.dmd.critic_updates
         )
 
-    def critic(self) -> nn.Module:
-        """What the critic's optimizer trains."""
-        return self.fake_score
+    def _networks(self, method: Method) -> Networks:
+        discriminator = None
+        if method.has_discriminator:
+            discriminator = discriminator_on(self.fake_score, self.config, self.stream("heads"), self.device)
+            self.keep(discriminator_heads=discriminator.heads)
+        return Networks(
+            self.config,
+            self.denoiser,
+            self.fake_score,
+            self.real_score,
+            discriminator,
+            self.text_encoder,
+            self.device,
+            self.seed,
+        )
+
+    def _sample_images(self) -> Tensor | None:
+        """First latents of the sample videos, if the videos start from images; their prompts come from the data too."""
+        if self.generation.contents is not Contents.first_frames:
+            return None
+        shown = self.data.read(range(SAMPLE_VIDEOS))
+        self.sample_prompts = shown.prompts
+        return shown.encode(self.codec, self.device)
 
     def stateful(self) -> dict[str, Stateful]:
-        return super().stateful() | {"replay": self.replay}
+        return super().stateful() | {"replay": self.replay} | self.generation.stateful()
 
-    def batch(self, micro_batch: MicroBatch) -> Batch:
-        """The prompts of a micro-batch."""
-        return Batch(self.text_encoder.encode(self.data.read(micro_batch.indices).prompts), None)
+    def batch(self, micro_batch: MicroBatch, *, second_prompts: bool = False) -> Batch:
+        """The prompts of a micro-batch, and the real videos or images that the method reads."""
+        samples = self.data.read(micro_batch.indices)
+        prompts = samples.second_prompts if second_prompts and samples.second_prompts else samples.prompts
+        reads_videos = self.generation.contents is not Contents.prompts
+        real = samples.encode(self.codec, self.device) if reads_videos else None
+        return Batch(self.text_encoder.encode(prompts), real)
 
     def updates(self) -> Iterator[Update]:
         leads = self.step < self.config.dmd.critic_head_start
         if not leads:
-            passes, videos = self.next_passes(), []
-            yield Update(self.updater, partial(self.generator_update, videos), passes)
-            self.replay.append(Rollouts(passes[0].batch, videos))
+            prompts, made = self.next_prompts(), []
+            passes = self.micro_batches(prompts.indices)
+            yield Update(self.updater, partial(self.generator_update, prompts, made), passes)
+            self.generation.accept()
+            self.replay.append(Rollouts(prompts, [video.latents for video in made], made[0].facts))
         for number in range(self.config.dmd.critic_updates):
             if self.config.dmd.replay_rollouts == 0 or (leads and number == 0):
-                self.replay.append(self.roll_out(self.next_passes()))
+                self.replay.append(self.roll_out())
             rollouts = self.replay[-1 if number == 0 else self.replayed(number)]
-            passes = self.micro_batches(rollouts.batch)
+            passes = self.micro_batches(rollouts.prompts.indices)
             yield Update(self.critic_updater, partial(self.critic_update, rollouts), passes, prefix="critic_")
+            self.generation.accept()
 
-    def next_passes(self) -> list[MicroBatch]:
+    def next_prompts(self) -> Prompts:
         """What the next rollout is about."""
-        return self.micro_batches()
+        return self.generation.next_prompts(self.data, self.plan.total, self.stream)
 
-    def generator_update(self, videos: list[Tensor], micro_batch: MicroBatch) -> Loss:
-        """Score a rollout with gradient as a whole; appends it to ``videos``."""
+    def generator_update(self, prompts: Prompts, made: list[Video], micro_batch: MicroBatch) -> Loss:
+        """Generate videos with gradient and score them as a whole; append them, without their graph, to ``made``."""
         with self.clock.phase("data"):
-            batch = self.batch(micro_batch)
+            batch = self.batch(micro_batch, second_prompts=prompts.second)
         with self.clock.phase("rollout"):
-            video = self.generate(micro_batch, batch, grad_start_frame=self.config.dmd.grad_start_frame)
-        videos.append(video.detach())
+            video = self.generation.video(micro_batch, batch, with_grad=True)
+        made.append(video._replace(latents=video.latents.detach()))
         with self.clock.phase("scores"):
-            loss, score_gradient = self.generator_loss(micro_batch, video, batch)
-        variance = videos[-1].float().var(dim=(1, 2, 3, 4)).mean()
-        metrics = {"generator_loss": loss.detach(), "score_gradient": score_gradient, "sample_variance": variance}
-        if self.regression is not None:
-            term = self.regression.loss(self.denoiser, micro_batch, self.text_encoder)
-            loss = loss + self.config.dmd.regression_weight * term
-            metrics["regression_loss"] = term.detach()
-        return Loss(loss, metrics)
+            total, metrics = added([term(micro_batch, video, batch) for term in self.matching])
+        variance = made[-1].latents.float().var(dim=(1, 2, 3, 4)).mean()
+        return Loss(total, {"generator_loss": total.detach(), **metrics, "sample_variance": variance})
 
     def critic_update(self, rollouts: Rollouts, micro_batch: MicroBatch) -> Loss:
-        """The critic's loss on replayed videos."""
+        """The critic's loss on generated videos."""
         with self.clock.phase("data"):
-            batch = self.batch(micro_batch)
+            batch = self.batch(micro_batch, second_prompts=rollouts.prompts.second)
         with self.clock.phase("critic"):
-            loss = self.critic_loss(micro_batch, rollouts.videos[micro_batch.number], batch)
-        return Loss(loss, {"critic_loss": loss.detach()})
+            video = Video(rollouts.videos[micro_batch.number], rollouts.facts)
+            total, metrics = added([term(micro_batch, video, batch) for term in self.critic])
+        return Loss(total, {"critic_loss": total.detach(), **metrics})
 
-    def roll_out(self, micro_batches: list[MicroBatch]) -> Rollouts:
-        """Videos for the critic alone."""
+    def roll_out(self) -> Rollouts:
+        """Generate videos for the critic alone."""
+        prompts = self.next_prompts()
         with self.clock.phase("rollout"):
-            videos = [self.generate(each, self.batch(each), grad_start_frame=None) for each in micro_batches]
-        return Rollouts(micro_batches[0].batch, videos)
+            videos = [
+                self.generation.video(each, self.batch(each, second_prompts=prompts.second), with_grad=False)
+                for each in self.micro_batches(prompts.indices)
+            ]
+        return Rollouts(prompts, [video.latents for video in videos], videos[0].facts)
 
     def replayed(self, number: int) -> int:
-        """Which rollouts critic update ``number`` of this step draws."""
+        """Which rollouts critic update ``number`` of this step reads."""
         return int(torch.randint(len(self.replay), (), generator=self.stream("replay", self.step, number)))
 
-    def generator_loss(self, micro_batch: MicroBatch, video: Tensor, batch: Batch) -> GeneratorLoss:
-        """Distribution matching of generated videos [B F C H W]."""
-        config = self.config
-        match = dmd_loss
-        if config.objective is Objective.self_forcing_sid:
-            match = partial(sid_loss, alpha=config.sid.alpha)
-        negative = self.text_encoder.encode([config.sampling.negative_prompt] * len(batch.embeds))
-        return match(
-            video,
-            self.real_score,
-            self.fake_score,
-            batch.embeds,
-            negative,
-            **self.score_noise(micro_batch, "score", video),
-            real_guidance_scale=config.dmd.real_guidance_scale,
-            counted=self.counted(micro_batch),
-        )
-
-    def counted(self, micro_batch: MicroBatch) -> Tensor | None:
-        """Which frames [F] bool of a scored video the generator's loss counts; None is all of them."""
-        return None
-
-    def critic_loss(self, micro_batch: MicroBatch, video: Tensor, batch: Batch) -> Tensor:
-        """Flow matching of the fake score on generated videos [B F C H W]."""
-        return critic_loss(
-            video,
-            self.fake_score,
-            batch.embeds,
-            **self.score_noise(micro_batch, "critic", video),
-            sigma_floor=self.config.dmd.sigma_floor,
-        )
-
-    def generate(self, micro_batch: MicroBatch, batch: Batch, *, grad_start_frame: int | None) -> Tensor:
-        """Whole videos [B F C H W]."""
-        frames = self.config.video.num_frames
-        return self.roll(micro_batch, batch.embeds, frames, grad_start_frame=grad_start_frame)
-
-    def roll(
-        self,
-        micro_batch: MicroBatch,
-        embeds: Tensor,
-        frames: int,
-        *,
-        grad_start_frame: int | None,
-        context: Tensor | None = None,
-    ) -> Tensor:
-        """Roll out ``frames`` latent frames [B F C H W] of prompts [B L E].
-
-        Every chunk of every video of an update stops at one random step.
-
-        Args:
-            grad_start_frame: first frame with gradient, given ones counted; None is none.
-            context: given frames before them [B f C H W].
-        """
-        config = self.config.rollout
-        given = 0 if context is None else context.shape[1]
-        shape = (len(embeds), *self.config.video.latent_shape(self.codec, frames))
-        exits = torch.randint(len(config.denoising_steps), (), generator=micro_batch.generator("exit step"))
-        blocks = rollout(
-            self.denoiser,
-            randn(shape, micro_batch.generators("start noise"), embeds),
-            embeds,
-            KVCache(self.denoiser.transformer.config.num_layers, append_only=True),
-            config,
-            context_latents=context,
-            exit_steps=[int(exits)] * len(config.chunks(frames, given)),
-            grad_start_frame=grad_start_frame,
-            generator=micro_batch.generators("step noise"),
-        )
-        return torch.cat([block.latents for block in blocks], dim=1)
-
-    def score_noise(self, micro_batch: MicroBatch, purpose: str, video: Tensor) -> dict[str, Tensor]:
-        """A noise level a video and the noise, for any loss."""
-        drawn = sample_score_timesteps(
-            micro_batch.total, self.denoiser.schedule, micro_batch.generator(f"{purpose} timesteps")
-        )
-        return {
-            "timesteps": micro_batch.of(drawn).to(self.device),
-            "noise": micro_batch.randn(f"{purpose} noise", video),
-        }
-
     def sample_frames(self, prompts: list[str]) -> Tensor:
-        return self.sample_rollout(self.denoiser, self.text_encoder.encode(prompts), self.codec)
+        embeds = self.text_encoder.encode(prompts)
+        return self.sample_rollout(self.denoiser, embeds, self.codec, context=self.sample_images)
 
     def export(self, folder: Path) -> None:
         self.export_transformer(folder)
+
+
+def added(terms: list[Term]) -> Term:
+    """Add the terms of a loss."""
+    metrics = {name: value for term in terms for name, value in term.metrics.items()}
+    return Term(sum(term.loss for term in terms), metrics)

@@ -129,10 +129,12 @@ import train
 from trainer.self_forcing import SelfForcingTrainer
 from trainer.trainer import Trainer
 
-report, critic_loss = Trainer.report, SelfForcingTrainer.critic_loss
+report, critic_update = Trainer.report, SelfForcingTrainer.critic_update
 
 def poisoned(self, *arguments):
-    return critic_loss(self, *arguments) * (float("nan") if self.step == 1 else 1)
+    loss = critic_update(self, *arguments)
+    bad = float("nan") if self.step == 1 else 1
+    return loss._replace(total=loss.total * bad, metrics={{name: bad * value for name, value in loss.metrics.items()}})
 
 def dying(self, *arguments):
     report(self, *arguments)
@@ -141,7 +143,7 @@ def dying(self, *arguments):
         raise RuntimeError("rank 1 is out of luck")
 
 if os.environ["RANK"] == "1":
-    SelfForcingTrainer.critic_loss, Trainer.report = poisoned, dying
+    SelfForcingTrainer.critic_update, Trainer.report = poisoned, dying
 sys.exit(train.main(sys.argv[1:]))
 """
 

@@ -29,55 +29,82 @@ def build(release, tmp_path):
 
 def test_rollouts_have_every_allowed_length_and_the_scores_see_the_last_window(build, monkeypatch):
     trainer, rolled = build(*LONG), []
-    roll = trainer.roll
+    generation, roll = trainer.generation, trainer.generation.roll
 
     def noted(*args, **options):
-        rolled.append((args[2], options["grad_start_frame"], roll(*args, **options)))
-        return rolled[-1][2]
+        latents, facts = roll(*args, **options)
+        rolled.append((args[2], options["grad_start_frame"], latents))
+        return latents, facts
 
-    monkeypatch.setattr(trainer, "roll", noted)
+    monkeypatch.setattr(generation, "roll", noted)
     for _ in range(8):
         micro_batch = trainer.micro_batches()[0]
-        video = trainer.generate(micro_batch, trainer.batch(micro_batch), grad_start_frame=0)
+        video, facts = generation.video(micro_batch, trainer.batch(micro_batch), with_grad=True)
         frames, grad_start, whole = rolled[-1]
-        counted = trainer.counted(micro_batch)
         assert video.shape[1] == 6 and grad_start == frames - 6
         assert torch.equal(video[:, 1:], whole[:, frames - 5 :])
+        assert facts.uncounted_by_critic == 0
         if frames == 6:
-            assert counted is None and torch.equal(video, whole)
-        else:
-            assert counted.tolist() == [False] + [True] * 5 and not torch.equal(video[:, 0], whole[:, frames - 6])
+            assert facts.uncounted == 0 and torch.equal(video, whole)
+        else:  # the whole chunk whose first latent was encoded anew
+            assert facts.uncounted == 3 and not torch.equal(video[:, 0], whole[:, frames - 6])
         trainer.step += 1
     assert {frames for frames, _, _ in rolled} == {6, 9, 12}
 
 
+def test_with_an_independent_first_frame_only_that_frame_is_left_out(build):
+    trainer = build(*LONG, "rollout.independent_first_frame=true", "video.num_frames=7", "long.max_frames=10")
+    left_out = set()
+    for _ in range(8):
+        micro_batch = trainer.micro_batches()[0]
+        left_out.add(trainer.generation.video(micro_batch, trainer.batch(micro_batch), with_grad=False).facts.uncounted)
+        trainer.step += 1
+    assert left_out == {0, 1}
+
+
 def test_a_continued_rollout_goes_on_from_its_last_visible_frames_and_changes_its_prompt(build):
-    trainer, prompts, visible = build(*CONTINUED), [], []
+    trainer, prompts, steps = build(*CONTINUED), [], []
+    progress = trainer.generation.progress
     for _ in range(4):
-        before = trainer.progress.past.get(0)
+        window, before = progress.window, progress.past.get(0)
         trainer.train_step()
-        prompts.append(trainer.data.read(trainer.replay[-1].batch).prompts)
-        visible.append((before, trainer.progress.past[0], trainer.replay[-1].videos[0], trainer.window))
-    assert [window for *_, window in visible] == [0, 1, 2, 0]
+        rollouts = trainer.replay[-1]
+        prompts.append(trainer.data.read(rollouts.prompts.indices).prompts)
+        steps.append((window, before, progress.past[0], rollouts))
+    assert [window for window, *_ in steps] == [0, 1, 2, 0]
     assert prompts[0] != prompts[2] and prompts[1] in (prompts[0], prompts[2]) and prompts[3] not in prompts[:3]
-    for before, after, video, window in visible[:3]:
+    for window, before, after, rollouts in steps[:3]:
+        video, facts = rollouts.videos[0], rollouts.facts
         assert after.visible.shape[1] == 3  # window 6 less a chunk of 3
-        assert torch.equal(after.visible, after.latest[:, -3:])
+        assert torch.equal(after.visible, after.latest[:, -3:]) and after.latest.shape[1] == video.shape[1] == 6
         assert torch.equal(video[:, 1:], after.latest[:, 1:]) and torch.equal(video, after.latest) == (window == 0)
-        assert (trainer.counted(None) is None) == (trainer.window == 0)
-        assert window == 0 or not torch.equal(before.latest, after.latest)
+        assert facts.uncounted == facts.uncounted_by_critic == (3 if window else 0)
+        if window:  # the first chunk is the last one of the window before
+            assert torch.equal(after.latest[:, :3], before.latest[:, -3:])
+
+
+def test_every_critic_update_makes_the_next_window_without_replay(build):
+    trainer, windows = build(*CONTINUED, "dmd.replay_rollouts=0", "dmd.critic_updates=2"), []
+    for _ in range(3):
+        for update in trainer.updates():
+            windows.append(trainer.generation.progress.window)
+            trainer.accumulate(update)
+        trainer.step += 1
+    assert windows == [0, 1, 2] * 3
 
 
 def test_a_skipped_update_ends_its_rollout(build):
     trainer = build(*CONTINUED)
     trainer.train_step()
-    assert trainer.progress.window == 1
+    progress = trainer.generation.progress
+    assert progress.window == 1
     updates = trainer.updates()
     next(updates)
     updates.close()  # what the loop does after a skipped update
     trainer.step += 1
+    first = progress.prompts[0]
     trainer.train_step()
-    assert trainer.window == 0 and trainer.progress.window == 1
+    assert progress.window == 1 and progress.prompts[0] != first
 
 
 def test_a_continued_rollout_resumes_to_the_last_bit(build):
@@ -92,7 +119,7 @@ def test_a_continued_rollout_resumes_to_the_last_bit(build):
     resumed.train_step()
     expected, actual = straight.denoiser.state_dict(), resumed.denoiser.state_dict()
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
-    assert torch.equal(resumed.progress.past[0].latest, straight.progress.past[0].latest)
+    assert torch.equal(resumed.generation.progress.past[0].latest, straight.generation.progress.past[0].latest)
 
 
 def test_a_video_goes_on_from_the_given_image_which_the_loss_leaves_out(build):
@@ -100,9 +127,9 @@ def test_a_video_goes_on_from_the_given_image_which_the_loss_leaves_out(build):
     micro_batch = trainer.micro_batches()[0]
     batch = trainer.batch(micro_batch)
     first = trainer.codec.encode(trainer.data.read(micro_batch.indices).frames)
-    video = trainer.generate(micro_batch, batch, grad_start_frame=0)
+    video, facts = trainer.generation.video(micro_batch, batch, with_grad=True)
     assert video.shape[1] == 7 and torch.equal(video[:, :1], first)
-    assert trainer.counted(micro_batch).tolist() == [False] + [True] * 6
+    assert facts.uncounted == 1 and facts.uncounted_by_critic == 0
     metrics = trainer.train_step()
     assert metrics["generator_loss"] > 0
     shown = trainer.sample_frames(trainer.sample_prompts)
@@ -115,7 +142,9 @@ def test_a_video_goes_on_from_the_given_image_which_the_loss_leaves_out(build):
     [
         ((*LONG, "long.max_frames=3"), "long.max_frames=3 is less than video.num_frames=6"),
         ((*LONG, "long.max_frames=10"), "num_frames=10 is not a multiple of frames_per_chunk=3"),
-        ((*CONTINUED, "dmd.replay_rollouts=0"), "a continued rollout needs 1 or more"),
+        ((*CONTINUED, "long.overlap=6"), "long.overlap=6 must be at least 1 and less than video.num_frames=6"),
+        ((*CONTINUED, "long.overlap=2"), "num_frames=4 is not a multiple of frames_per_chunk=3"),
+        ((*CONTINUED, "data.switch_path=x"), "data.switch_path=x needs data.kind=prompts, not shapes"),
         ((*IMAGE, "rollout.independent_first_frame=false"), "rollout.independent_first_frame=false: a given frame"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.build import build_trainer
+from trainer.matching import Term
 from trainer.objectives.dmd import critic_loss
 from trainer.self_forcing import SelfForcingTrainer
 from trainer.trainer import Averages, RunContext, Trainer, Update
@@ -86,7 +87,7 @@ def test_the_replay_holds_the_latest_rollouts_without_their_graph(build):
     trainer = build("dmd.replay_rollouts=2", "trainer.total_batch_size=4", "dmd.critic_updates=1")
     for _ in range(3):
         trainer.train_step()
-    assert [rollouts.batch for rollouts in trainer.replay] == [range(4, 8), range(8, 12)]
+    assert [rollouts.prompts.indices for rollouts in trainer.replay] == [range(4, 8), range(8, 12)]
     videos = [video for rollouts in trainer.replay for video in rollouts.videos]
     assert len(videos) == 4 and not torch.equal(videos[0], videos[2])
     assert all(video.shape == (2, 6, 16, 12, 12) and not video.requires_grad for video in videos)
@@ -99,7 +100,7 @@ def test_the_first_critic_update_takes_the_newest_rollouts(build, monkeypatch):
         seen.append(video)
         return critic_loss(video, *args, **kwargs)
 
-    monkeypatch.setattr("trainer.self_forcing.critic_loss", record)
+    monkeypatch.setattr("trainer.matching.critic_loss", record)
     for _ in range(3):
         trainer.train_step()
         assert seen[-2] is trainer.replay[-1].videos[0]
@@ -116,37 +117,35 @@ def test_in_its_head_start_only_the_critic_learns(build):
 
 def test_without_replay_every_critic_update_rolls_out_anew(build, monkeypatch):
     trainer, rollouts = build("dmd.critic_updates=3"), []
-    generate = trainer.generate
+    generate = trainer.generation.video
 
-    def count(micro_batch, batch, *, grad_start_frame):
-        rollouts.append((grad_start_frame, micro_batch.indices))
-        return generate(micro_batch, batch, grad_start_frame=grad_start_frame)
+    def count(micro_batch, batch, *, with_grad):
+        rollouts.append((with_grad, micro_batch.indices))
+        return generate(micro_batch, batch, with_grad=with_grad)
 
-    monkeypatch.setattr(trainer, "generate", count)
+    monkeypatch.setattr(trainer.generation, "video", count)
     trainer.train_step()
-    assert rollouts == [(0, range(0, 2)), (None, range(2, 4)), (None, range(4, 6)), (None, range(6, 8))]
+    assert rollouts == [(True, range(0, 2)), (False, range(2, 4)), (False, range(4, 6)), (False, range(6, 8))]
 
 
-@pytest.mark.parametrize("failing", ["generator_loss", "critic_loss"])
+@pytest.mark.parametrize("failing", ["matching", "critic"])
 def test_a_loss_that_is_not_finite_skips_the_rest_of_its_step_and_nothing_else(build, monkeypatch, failing):
     trainer = build("dmd.replay_rollouts=2")
     trainer.train_step()
     modules = (trainer.denoiser, trainer.fake_score)
     before, replayed = [copy(module) for module in modules], len(trainer.replay)
-    original = getattr(trainer, failing)
+    (original,) = getattr(trainer, failing)
 
     def poisoned(micro_batch, video, batch):
-        result = original(micro_batch, video, batch)
-        return (
-            result._replace(loss=result.loss * float("nan")) if failing == "generator_loss" else result * float("inf")
-        )
+        term = original(micro_batch, video, batch)
+        return term._replace(loss=term.loss * float("nan" if failing == "matching" else "inf"))
 
-    monkeypatch.setattr(trainer, failing, poisoned)
+    monkeypatch.setattr(trainer, failing, [poisoned])
     metrics = trainer.train_step()
     assert metrics["skipped"] == 1 and trainer.step == 2
     moved = [changed(module, old) for module, old in zip(modules, before, strict=True)]
-    assert moved == [failing == "critic_loss", False]
-    assert len(trainer.replay) == replayed + (failing == "critic_loss")
+    assert moved == [failing == "critic", False]
+    assert len(trainer.replay) == replayed + (failing == "critic")
     (record,) = (trainer.context.logdir / "skipped").iterdir()
     assert len(json.loads(record.read_text())["prompts"]) == 2
     monkeypatch.undo()
@@ -158,18 +157,18 @@ def test_a_loss_that_is_not_finite_skips_the_rest_of_its_step_and_nothing_else(b
 def test_a_run_whose_steps_all_fail_ends(build, monkeypatch):
     trainer = build("health.max_skipped=2", "trainer.steps=9")
     bias = trainer.fake_score.transformer.head.head.bias
-    monkeypatch.setattr(trainer, "critic_loss", lambda *_: bias.sum() * float("nan"))
+    monkeypatch.setattr(trainer, "critic", [lambda *_: Term(bias.sum() * float("nan"), {})])
     with pytest.raises(UserError, match="2 steps in a row were skipped"):
         trainer.train()
     assert trainer.step == 2
 
 
 def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
-    trainer = build()
-    (passes,) = trainer.micro_batches()
-    batch = trainer.batch(passes)
     for start, expected in ((0, [True, True]), (3, [False, True])):
-        video = trainer.generate(passes, batch, grad_start_frame=start)
+        trainer = build(f"dmd.grad_start_frame={start}")
+        (passes,) = trainer.micro_batches()
+        batch = trainer.batch(passes)
+        video = trainer.generation.video(passes, batch, with_grad=True).latents
         reached = []
         for chunk in (video[:, :3], video[:, 3:]):
             gradients = torch.autograd.grad(
@@ -177,7 +176,7 @@ def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
             ) if chunk.requires_grad else []  # fmt: skip
             reached.append(any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients))
         assert reached == expected
-    assert not trainer.generate(passes, batch, grad_start_frame=None).requires_grad
+        assert not trainer.generation.video(passes, batch, with_grad=False).latents.requires_grad
 
 
 def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build):

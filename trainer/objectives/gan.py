@@ -33,33 +33,44 @@ class AdversarialLoss(Enum):
 
 
 class DiscriminatorLoss(NamedTuple):
-    """A scalar loss, penalty included, and what is worth logging of it, detached."""
+    """The loss of a discriminator and its parts."""
 
     loss: Tensor
+    """Scalar with gradient, penalties included."""
     real_logit: Tensor
+    """Mean logit of the real videos, detached."""
     fake_logit: Tensor
+    """Mean logit of the generated videos, detached."""
     penalty: Tensor
+    """Sum of the weighted penalties, detached."""
 
 
 def generator_logit_loss(fake: Tensor, real: Tensor | None, kind: AdversarialLoss) -> Tensor:
-    """``mean softplus(-(D(fake) - D(real)))``, or ``mean softplus(-D(fake))``, which needs no real logits; [B K]."""
+    """Return ``mean softplus(D(real) - D(fake))``, or ``mean softplus(-D(fake))``; logits [B K].
+
+    The second, non-saturating form needs no real logits.
+    """
     if kind is AdversarialLoss.non_saturating:
         return softplus(-fake).mean()
     return softplus(real - fake).mean()
 
 
 def discriminator_logit_loss(fake: Tensor, real: Tensor, kind: AdversarialLoss) -> Tensor:
-    """``mean softplus(-(D(real) - D(fake)))``, or ``mean softplus(-D(real)) + mean softplus(D(fake))``; [B K]."""
+    """Return ``mean softplus(D(fake) - D(real))``, or ``mean softplus(-D(real)) + mean softplus(D(fake))``; [B K]."""
     if kind is AdversarialLoss.non_saturating:
         return softplus(-real).mean() + softplus(fake).mean()
     return softplus(fake - real).mean()
 
 
 def gradient_penalty(logits: Tensor, perturbed: Tensor, sigma: float) -> Tensor:
-    """``mean (((D(x + sigma e) - D(x)) / sigma)^2)``, e ~ N(0, 1): in expectation ``|grad D|^2``, of first order only.
+    """Return ``mean (((D(x + sigma e) - D(x)) / sigma)^2)`` with e ~ N(0, 1), whose expectation is ``|grad D|^2``.
 
-    Of real videos it stands for R1, of generated ones for R2 (arXiv 1801.04406), without a second backward
-    (Seaweed-APT, arXiv 2501.08316, which leaves the division by sigma^2 to the weight).
+    At real videos this approximates R1, at generated ones R2 (arXiv 1801.04406), without a second backward pass
+    (Seaweed-APT, arXiv 2501.08316, where the weight contains the division by sigma^2).
+
+    Args:
+        logits, perturbed: D(x) and D(x + sigma e), [B K].
+        sigma: size of the perturbation.
     """
     return ((perturbed - logits) / sigma).square().mean()
 
@@ -74,11 +85,11 @@ def gan_generator_loss(
     noise: Tensor,
     kind: AdversarialLoss,
 ) -> GeneratorLoss:
-    """Make the discriminator take generated videos for real ones; the discriminator gets no gradient.
+    """Make the discriminator believe that generated videos are real. The discriminator gets no gradient.
 
     Args:
         x0: generated video [B F C H W], with gradient.
-        real_x0: real videos of the same prompts [B F C H W]; the non-saturating loss does not look at them.
+        real_x0: real videos of the same prompts [B F C H W]; the non-saturating loss does not use them.
         prompt_embeds: [B L E].
         timesteps: [B 1], one noise level a video.
         noise: [B F C H W].
@@ -110,11 +121,12 @@ def gan_discriminator_loss(
     perturbation_sigma: float,
     r1_weight: float,
     r2_weight: float,
+    logit_weight: float = 1.0,
 ) -> DiscriminatorLoss:
-    """Tell real videos from generated ones, with penalties on the discriminator's slope at either.
+    """Tell real videos from generated ones, with penalties on the slope of the discriminator at both.
 
-    Everything the discriminator must see goes through it in one batch: generated, real, and their perturbed copies
-    where a penalty has weight.
+    Everything that the discriminator must see goes through it in one batch: generated videos, real ones, and the
+    perturbed copies that a penalty needs.
 
     Args:
         x0: generated videos [B F C H W]; they get no gradient.
@@ -123,7 +135,8 @@ def gan_discriminator_loss(
         timesteps: [B 1], one noise level a video.
         noise, perturbation: standard normal [B F C H W].
         perturbation_sigma: size of the finite difference, added to the noisy latents.
-        r1_weight, r2_weight: of the squared slopes at real and at generated videos; 0 leaves one out.
+        r1_weight, r2_weight: weights of the squared slopes at real and at generated videos; 0 leaves one out.
+        logit_weight: weight of the loss of the logits.
     """
     timesteps = timesteps.expand(-1, x0.shape[1])
     fake, real = (add_noise(x.detach(), noise, timesteps) for x in (x0, real_x0))
@@ -140,5 +153,5 @@ def gan_discriminator_loss(
     ]
     fake_logits, real_logits = logits[:2]
     penalty = sum(penalties, start=fake_logits.new_zeros(()))
-    loss = discriminator_logit_loss(fake_logits, real_logits, kind) + penalty
+    loss = logit_weight * discriminator_logit_loss(fake_logits, real_logits, kind) + penalty
     return DiscriminatorLoss(loss, real_logits.detach().mean(), fake_logits.detach().mean(), penalty.detach())

@@ -24,31 +24,35 @@ def sid_loss(
     timesteps: Tensor,
     noise: Tensor,
     real_guidance_scale: float,
+    fake_guidance_scale: float = 0.0,
     alpha: float = 1.0,
     counted: Tensor | None = None,
 ) -> GeneratorLoss:
-    """``mean((real - fake) ((real - x) - alpha (real - fake)) / mean|x - real|)``, the mean of |x - real| a constant.
+    """Return ``mean((real - fake) ((real - x) - alpha (real - fake)) / mean|x - real|)``.
 
-    Unlike DMD it follows the gradient of the scores: through both networks' inputs to ``x0``, never to their
-    parameters. With alpha = 1 the numerator is ``(real - fake) (fake - x)``.
+    ``mean|x - real|`` counts as a constant. Unlike DMD, SiD follows the gradient of the scores: it goes through the
+    inputs of both networks to ``x0``, and never to their parameters. With alpha = 1 the numerator is
+    ``(real - fake) (fake - x)``.
 
     Args:
         x0: generated video [B F C H W], with gradient.
         prompt_embeds, negative_embeds: [B L E].
         timesteps: [B 1], one noise level a video.
         noise: [B F C H W].
-        real_guidance_scale: g of ``c + g (c - u)``: 0 is no guidance, 3 is CFG 4 in the usual convention.
-        alpha: weight of the squared score difference that is taken off.
-        counted: frames [F] bool the loss is taken over, such as all but a given first one; None takes all.
+        real_guidance_scale: g of ``c + g (c - u)`` for the real score: 0 is no guidance, 3 is CFG 4 in the usual
+            convention.
+        fake_guidance_scale: the same g for the fake score.
+        alpha: weight of the squared score difference that is subtracted.
+        counted: frames [F] bool that the loss is taken over, for example all but a given first one. None takes all.
 
     Returns:
-        loss and gradient norm; both are non-finite where a score is, so that the caller can skip the step.
+        loss and gradient norm. Both are not finite if a score is not finite, so that the caller can skip the update.
     """
     timesteps = timesteps.expand(-1, x0.shape[1])
 
     def loss(x: Tensor) -> Tensor:
         noisy = add_noise(x, noise, timesteps)
-        fake = fake_score(noisy, timesteps, prompt_embeds).x0.float()
+        fake = guided_x0(fake_score, noisy, timesteps, prompt_embeds, negative_embeds, fake_guidance_scale).float()
         real = guided_x0(real_score, noisy, timesteps, prompt_embeds, negative_embeds, real_guidance_scale).float()
         scale = (x.float() - real).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         difference = real - fake
