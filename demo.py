@@ -142,11 +142,10 @@ def build_server(args: argparse.Namespace) -> Server:
 
 def read_config(args: argparse.Namespace) -> PipelineConfig:
     """The configuration; imports torch."""
-    from trainer.config import Config
-    from utils.config import load_config
+    from pipeline.config import load_pipeline_config
 
     weights = [] if args.checkpoint_path is None else [f"generator.weights={args.checkpoint_path}"]
-    return load_config(Config, args.config_path, [*weights, *args.overrides])
+    return load_pipeline_config(args.config_path, [*weights, *args.overrides])
 
 
 def model_arguments(args: argparse.Namespace) -> list[str]:
