@@ -26,6 +26,7 @@ setup(
     install_requires=requirements("requirements.txt"),
     extras_require={
         "flash": ["flash-attn>=2.7"],  # after torch, with --no-build-isolation
+        "gguf": ["gguf>=0.17"],  # reads .gguf weights
         "wandb": ["wandb>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
         "quant": ["torchao>=0.10"],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from model.attention import AttentionBackend
 from model.codec import VideoCodec
@@ -25,10 +26,10 @@ class DenoiserConfig:
     preset then fills in what neither of them says, and must agree with the rest."""
     weights: str | None = None
     """Folder or file of weights in any format; null starts from random ones."""
-    lora: str | None = None
-    """Folder or file of a LoRA to merge into the weights."""
+    lora: Any = None
+    """LoRA to merge into the weights: a path, PATH:SCALE, PATH#ADAPTER:SCALE, or a list of these (docs/weights.md)."""
     lora_scale: float = 1.0
-    """How much of the LoRA to merge."""
+    """How much of the LoRA to merge: 1 is as trained. It multiplies the scale of each LoRA."""
     shift: float = 5.0
     """Timestep shift of its schedule."""
     attention: AttentionBackend = AttentionBackend.auto
@@ -39,6 +40,9 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is none of {', '.join(PRESETS)}")
+        entries = self.lora if isinstance(self.lora, list) else [self.lora]
+        if self.lora is not None and not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(f"lora={self.lora!r} is not a path or a list of paths, such as [a.safetensors:0.8, b.pt]")
 
 
 class CodecKind(Enum):

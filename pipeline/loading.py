@@ -17,8 +17,8 @@ from model.prompt_files import PromptFiles
 from model.text_encoder import PromptCache, TextEncoder, clean_prompt, open_prompt_files
 from model.transformer import PRESETS, WanTransformer
 from model.weights import load_state_dict, not_found, weights_hash
-from model.weights.lora import merge_lora
-from model.weights.lora_dialects import load_lora
+from model.weights.lora import merge_loras
+from model.weights.lora_choice import load_loras, loras_hash
 from model.weights.transformer_read import read_transformer
 from pipeline.config import CodecConfig, CodecKind, DenoiserConfig, PipelineConfig, TextConfig
 from utils.errors import UserError
@@ -44,6 +44,7 @@ def load_transformer(
     Raises:
         UserError: weights that are missing, damaged or of other sizes.
     """
+    loras = load_loras(config.lora, config.lora_scale)  # first: a mistake shows before the large files are read
     if streamed:
         waiting = waiting_dtype(torch.device(device), dtype)
         model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, dtype=waiting)
@@ -55,8 +56,7 @@ def load_transformer(
         model.to(device, dtype)
     else:
         model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, device=device, dtype=dtype)
-    if config.lora is not None:
-        merge_lora(dict(model.named_parameters()), load_lora(config.lora), config.lora_scale, source=config.lora)
+    merge_loras(dict(model.named_parameters()), loras)
     if streamed:
         for name, part in model.named_children():
             if name != "blocks":
@@ -90,17 +90,9 @@ def stream_weights(module: nn.Module, device: torch.device | str, dtype: torch.d
 
 
 def generator_hash(config: DenoiserConfig, *, use_ema: bool | None = None) -> str:
-    """What identifies a generator: the hash of its stored weights, then that of a LoRA after its scale."""
+    """What identifies a generator: the hash of its stored weights, then the scale and the hash of each LoRA."""
     digest = weights_hash(load_state_dict(config.weights, use_ema=use_ema))
-    if config.lora is None:
-        return digest
-    lora = load_lora(config.lora)
-    parts = {
-        f"{name}.{part}": torch.as_tensor(value)
-        for name, low in lora.layers.items()
-        for part, value in vars(low).items()
-    }
-    return f"{digest}+{config.lora_scale:g}*{weights_hash(parts | lora.full)}"
+    return f"{digest}{loras_hash(load_loras(config.lora, config.lora_scale))}"
 
 
 def load_denoiser(config: DenoiserConfig, **options) -> Denoiser:

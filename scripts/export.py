@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--format", required=True, choices=FORMATS, help=formats)
     add("--ema", action="store_true", help="averaged weights of a training checkpoint; without it the raw ones")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    add("--lora", help="LoRA to merge first: folder, .safetensors or .pt")
+    add("--lora", help="LoRA to merge first: PATH[:SCALE], or '[PATH:SCALE, ...]'")
     add("--lora_scale", type=float, default=1.0, help="default: %(default)s")
     add("--parts", help="release folder that holds the other parts of a diffusers pipeline; default: IN")
     add("--shift", type=float, default=5.0, help="timestep shift of a diffusers pipeline; default: %(default)s")
@@ -72,17 +72,17 @@ def export_transformer(args: argparse.Namespace) -> str:
 
     from model.transformer import PRESETS
     from model.weights import check_finite, convert, weights_hash
-    from model.weights.lora import merge_lora
-    from model.weights.lora_dialects import load_lora
+    from model.weights.lora import merge_loras
+    from model.weights.lora_choice import load_loras
     from model.weights.transformer_read import open_transformer
     from model.weights.transformer_write import write_transformer
     from utils.errors import UserError
 
     if args.preset not in PRESETS:
         raise UserError(f"--preset={args.preset} is none of {', '.join(PRESETS)}")
+    loras = load_loras(args.lora, args.lora_scale)
     model, state = open_transformer(args.input, preset=args.preset, use_ema=args.ema)
-    if args.lora is not None:
-        merge_lora(state, load_lora(args.lora), args.lora_scale, source=args.lora)
+    merge_loras(state, loras)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     for name, tensor in state.items():
         check_finite(convert(tensor, dtype), f"{args.input}: the tensor {name!r}")
@@ -116,7 +116,7 @@ def export_lora(args: argparse.Namespace) -> str:
     import torch
 
     from model.weights.lora import save_lora
-    from model.weights.lora_dialects import load_lora
+    from model.weights.lora_read import load_lora
     from utils.errors import UserError
 
     lora = load_lora(args.input)

@@ -14,7 +14,7 @@ from model.text_encoder import TextEncoder
 from model.wan_vae import WanVAE
 from model.weights import load_state_dict
 from model.weights.lora import merge_lora
-from model.weights.lora_dialects import load_lora
+from model.weights.lora_read import load_lora
 from model.weights.transformer_read import read_transformer
 from model.weights.transformer_write import FORMATS
 from scripts.export import main

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.weights.mapping import StateDict
+from model.weights.packed import PackedTensor, unpack
 from model.weights.read import load_state_dict
 from utils.errors import UserError
 
@@ -35,7 +36,7 @@ def load_into(
     check_fit(module, state, source=source)
     converted: StateDict = {}
     for key in list(state):
-        tensor = state.pop(key)
+        tensor = unpack(state.pop(key), dtype)
         converted[key] = tensor.to(device or tensor.device, dtype if tensor.is_floating_point() else None)
         check_finite(converted[key], f"{source}: the tensor {key!r}")
     module.load_state_dict(converted, strict=True, assign=True)
@@ -74,17 +75,17 @@ def check_finite(tensor: Tensor, name: str) -> None:
 def weights_hash(weights: Mapping[str, Tensor] | str | Path) -> str:
     """12 hex digits that identify weights: the same names, dtypes, shapes and values give the same, in any format.
 
-    Of tensors above 256 KiB only 16 evenly spaced blocks are read, so that 14B parameters take a second, not a minute:
-    it tells checkpoints apart, it does not prove them unaltered.
+    Of tensors above 256 KiB only 16 evenly spaced blocks are read, so that 14B parameters take a second, not a minute.
+    The hash tells checkpoints apart; it does not prove that nobody changed them.
     """
     block, blocks = 16 * 1024, 16
     state = weights if isinstance(weights, Mapping) else load_state_dict(weights)
     digest = hashlib.sha256()
     for key in sorted(state):
-        tensor = state[key].detach()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content = tensor.contiguous().reshape(-1).view(torch.uint8)
-        step = max(block, (content.numel() - block) // (blocks - 1))
-        for start in range(0, content.numel(), step):
-            digest.update(content[start : start + block].cpu().numpy())
+        for tensor in state[key].stored if isinstance(state[key], PackedTensor) else (state[key].detach(),):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            content = tensor.contiguous().reshape(-1).view(torch.uint8)
+            step = max(block, (content.numel() - block) // (blocks - 1))
+            for start in range(0, content.numel(), step):
+                digest.update(content[start : start + block].cpu().numpy())
     return digest.hexdigest()[:12]

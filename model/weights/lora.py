@@ -1,100 +1,117 @@
-"""LoRA: low-rank differences of weights; merge them into weights, take them out again, save them for peft.
+"""LoRA and its relatives: differences of a transformer's weights; merge them, or save them for peft.
 
 Letters: r rank, I inputs and O outputs of a layer.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.weights.mapping import StateDict
+from model.weights.adapters import Decomposed, Hadamard, Kronecker, LowRank, Replacement, Whole
+from model.weights.packed import PackedTensor, unpack
 from model.weights.write import save_folder
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # The files of a peft folder, and the prefix of its tensors.
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The difference ``scale * up @ down`` of one layer's weight."""
-
-    down: Tensor
-    """[r I] or, of a convolution, [r I ...]."""
-    up: Tensor
-    """[O r] or [O r 1 ...]."""
-    scale: float
-    """alpha / r."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight it belongs to."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-    def difference(self) -> Tensor:
-        """In float32 and the weight's shape."""
-        return (self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))).view(self.shape)
+IMAGE_INPUT = "patch_embedding.weight"  # an image-to-video model has more input channels
+NAMED = 3  # how many layers a message names
 
 
 @dataclass
 class LoRA:
-    """Differences to a transformer's weights, under original Wan names."""
+    """Differences of a transformer's weights, under original Wan names."""
 
-    layers: dict[str, LowRank] = field(default_factory=dict)
-    """Layer name, such as blocks.0.self_attn.q → the difference of its weight."""
-    full: StateDict = field(default_factory=dict)
-    """Parameter name → a difference of full rank; some files bring these for biases and norms."""
+    layers: dict[str, LowRank | Hadamard | Kronecker | Decomposed] = field(default_factory=dict)
+    """Layer name, such as blocks.0.self_attn.q -> the difference of its weight."""
+    full: dict[str, Whole | Replacement] = field(default_factory=dict)
+    """Parameter name -> its difference; files bring these for biases, norms and modulations."""
+    source: str = "LoRA"
+    """The file, for messages."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Layers that a text-to-video model does not have, by the name in the file -> what they belong to."""
+
+    def adapters(self) -> Iterator[tuple[str, LowRank | Hadamard | Kronecker | Decomposed | Whole | Replacement]]:
+        """Parameter names and their adapters."""
+        for name, adapter in self.layers.items():
+            yield f"{name}.weight", adapter
+        yield from self.full.items()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name → shape of its difference."""
-        shapes = {f"{name}.weight": layer.shape for name, layer in self.layers.items()}
-        return shapes | {name: tuple(tensor.shape) for name, tensor in self.full.items()}
+        """Parameter name -> shape of its difference."""
+        return {name: adapter.shape for name, adapter in self.adapters()}
 
-    def differences(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameter names and their differences in float32, one at a time."""
-        for name, layer in self.layers.items():
-            yield f"{name}.weight", layer.difference()
-        for name, tensor in self.full.items():
-            yield name, tensor.float()
+    def differences(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Parameter names and their differences in float32, one at a time.
+
+        `weights` is needed by DoRA and by new values, which depend on the weight they change.
+        """
+        for name, adapter in self.adapters():
+            yield name, adapter.difference(None if weights is None else weights[name].detach().float())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor and scale under a name of its own: what identifies this LoRA."""
+        return dict(_tensors(dict(self.adapters())))
 
 
-def merge_lora(weights: Mapping[str, Tensor], lora: LoRA, scale: float = 1.0, *, source: str = "LoRA") -> None:
-    """Add `scale` times the differences to `weights` in place: computed in float32, rounded once to the weight's dtype.
+def merge_lora(weights: dict[str, Tensor], lora: LoRA, scale: float = 1.0, *, source: str | None = None) -> None:
+    """Add `scale` times the differences of one LoRA to `weights` in place. See :func:`merge_loras`."""
+    merge_loras(weights, [(lora if source is None else _named(lora, source), scale)])
+
+
+def merge_loras(weights: dict[str, Tensor], loras: Sequence[tuple[LoRA, float]]) -> None:
+    """Add the scaled differences of several LoRAs to `weights` in place.
+
+    All differences are computed in float32 from the weights without any of them, so their order does not matter. Each
+    weight is rounded once. A LoRA for image-to-video models gives one warning that names the layers left out.
 
     Args:
         weights: a state dict, or ``dict(module.named_parameters())``.
+        loras: pairs of a LoRA and its scale (1 is as trained, 0 is nothing, negative takes it out again).
 
     Raises:
-        UserError: a tensor that is not among the weights or has another shape there; the weights are left alone.
+        UserError: a tensor is not among the weights or has another shape there; the weights are then unchanged.
     """
-    for name, shape in lora.shapes().items():
-        given = tuple(weights[name].shape) if name in weights else "missing"
-        if shape != given:
-            raise UserError(f"{source}: does not fit the weights: {name} (LoRA: {shape}, weights: {given})")
+    changes: dict[str, list[tuple[LowRank | Whole, float]]] = {}
+    for lora, scale in loras:
+        for name, adapter in _fitting(weights, lora):
+            changes.setdefault(name, []).append((adapter, scale))
     with torch.no_grad():
-        for name, difference in lora.differences():
+        for name, adapters in changes.items():
             weight = weights[name]
-            weight.copy_(weight.float() + scale * difference.to(weight.device))
-
-
-def unmerge_lora(weights: Mapping[str, Tensor], lora: LoRA, scale: float = 1.0) -> None:
-    """Undo `merge_lora` with the same scale, up to the rounding of each weight's dtype."""
-    merge_lora(weights, lora, -scale)
+            before = unpack(weight, torch.float32).detach().float()
+            after = before
+            for adapter, scale in adapters:
+                difference = adapter.difference(before.cpu())
+                after = after + scale * difference.view_as(weight).to(weight.device)
+            if isinstance(weight, PackedTensor):
+                weights[name] = after.to(weight.dtype)
+            else:
+                weight.copy_(after)
 
 
 def save_lora(folder: str | Path, lora: LoRA) -> None:
     """Write a peft folder: adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        UserError: differences of full rank, which peft's format has no place for.
+        UserError: the LoRA holds something other than low-rank matrices of linear layers.
     """
-    if lora.full:
-        raise UserError(f"{folder}: peft's format has no place for full differences such as {min(lora.full)!r}")
+    others = {name: part.kind for name, part in lora.layers.items() if not isinstance(part, LowRank)}
+    others |= {name: part.kind for name, part in lora.full.items()}
+    if others:
+        name = min(others)
+        raise UserError(
+            f"{folder}: a peft LoRA has no place for the {others[name]} of {name!r}; "
+            "merge it into the weights with --lora instead"
+        )
     ranks = {name: len(layer.down) for name, layer in lora.layers.items()}
     alphas = {name: layer.scale * ranks[name] for name, layer in lora.layers.items()}
     rank, alpha = (max(values.values(), default=1) for values in (ranks, alphas))
@@ -119,3 +136,55 @@ def save_lora(folder: str | Path, lora: LoRA) -> None:
         for letter, tensor in (("A", layer.down), ("B", layer.up))
     }
     save_folder(folder, state, config, name=PEFT_WEIGHTS, config_file=PEFT_CONFIG)
+
+
+def _named(lora: LoRA, source: str) -> LoRA:
+    return LoRA(lora.layers, lora.full, source, lora.left_out)
+
+
+def _fitting(weights: Mapping[str, Tensor], lora: LoRA) -> Iterator[tuple[str, LowRank | Whole]]:
+    """The adapters of a LoRA that belong to `weights`; warn about the others if they are of another kind of model."""
+    left_out, fitting = dict(lora.left_out), []
+    for name, adapter in lora.adapters():
+        given = tuple(weights[name].shape) if name in weights else "missing"
+        if given != "missing" and _same_values(adapter.shape, given):
+            fitting.append((name, adapter))
+        elif name == IMAGE_INPUT and lora.left_out:
+            left_out[name.removesuffix(".weight")] = "image-to-video"
+        else:
+            raise UserError(
+                f"{lora.source}: does not fit the weights: {name} (LoRA: {adapter.shape}, weights: {given})"
+            )
+    if left_out and not fitting:
+        raise UserError(f"{lora.source}: holds nothing for a text-to-video Wan transformer; use another LoRA")
+    if left_out:
+        named = ", ".join(list(left_out)[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
+        purposes = " and ".join(sorted(set(left_out.values())))
+        log.warning(
+            "%s: %d layers for %s models are left out, because this model does not have them (%s); %d are merged",
+            lora.source,
+            len(left_out),
+            purposes,
+            named,
+            len(fitting),
+        )
+    return iter(fitting)
+
+
+def _same_values(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a difference fits a weight; a kernel may be flattened into the inputs."""
+    return shape == weight or (
+        len(shape) == 2 and len(weight) > 2 and shape == (weight[0], torch.Size(weight[1:]).numel())
+    )
+
+
+def _tensors(value: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    if value is None:
+        return
+    if isinstance(value, Tensor | float | int):
+        yield prefix, torch.as_tensor(value)
+        return
+    parts = vars(value) if not isinstance(value, dict | tuple) else value
+    items = enumerate(parts) if isinstance(parts, tuple) else parts.items()
+    for name, part in items:
+        yield from _tensors(part, f"{prefix}.{name}" if prefix else str(name))

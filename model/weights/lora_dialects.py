@@ -1,109 +1,148 @@
-"""Read a LoRA as peft, diffusers, Kohya and ComfyUI write it."""
+"""How LoRA files spell what they hold. A new dialect is a new row in one of these tables, with a test.
 
-import json
+A key is made of a layer's name and a part: ``diffusion_model.blocks.0.self_attn.q`` + ``.lora_down.weight``.
+
+Layer names are compared without regard to their separators: dots and underscores are the same, however often they
+repeat. So ``lora_unet_blocks_0.self_attn.q``, ``lora_unet__blocks_0_self_attn_q`` and ``blocks.0.attn1.to_q`` are one
+layer.
+"""
+
 import re
-from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
+from typing import NamedTuple
 
-from torch import Tensor
+from model.weights.names import WAN_TO_DIFFUSERS
 
-from model.weights.fit import check_finite
-from model.weights.lora import PEFT_CONFIG, PEFT_WEIGHTS, LoRA, LowRank
-from model.weights.names import WAN_TO_DIFFUSERS, strip_wrappers
-from model.weights.paths import not_found, read_json
-from model.weights.read import read_file
-from model.weights.safetensors_file import read_metadata
-from utils.errors import UserError
+# What may stand before a layer's name, in any order and number: trainers, wrappers and libraries.
+PREFIXES = (
+    "base_model",  # peft
+    "model",
+    "transformer",  # diffusers, finetrainers
+    "diffusion_model",  # ComfyUI, diffusion-pipe, ai-toolkit, LightX2V
+    "lora_unet",  # kohya, musubi-tuner; with two underscores VideoX-Fun
+    "lora_transformer",
+    "lora_dit",
+    "lycoris",  # LyCORIS, SimpleTuner, ai-toolkit
+    "pipe",  # DiffSynth-Studio: pipe.dit
+    "dit",
+    "unet",
+    "generator",
+    "denoiser",
+    "module",
+    "net",
+    "orig_mod",
+    "fsdp_wrapped_module",
+)
 
-# What a folder may hold: peft's name, then diffusers'.
-LORA_FILES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-PREFIX = re.compile(r"(base_model\.)?(transformer\.)?(lora_unet_|lora_transformer_)?")
-KINDS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
-DIFFERENCES = {"diff": "weight", "diff_b": "bias"}
-# A layer, what of it, perhaps the adapter's name, perhaps .weight: blocks.0.self_attn.q.lora_A.default.weight
-TENSOR = re.compile(rf"(?P<layer>.+?)\.(?P<kind>{'|'.join([*KINDS, *DIFFERENCES])})(\.(?!bias)\w+)?(\.weight)?")
+# The end of a key -> the part of an adapter. The name of an adapter may follow (lora_A.default.weight).
+PARTS = {
+    "lora_A": "down",
+    "lora_B": "up",
+    "lora_down": "down",
+    "lora_up": "up",
+    "lora_mid": "mid",
+    "lora.down": "down",
+    "lora.up": "up",
+    "lora_linear_layer.down": "down",
+    "lora_linear_layer.up": "up",
+    "alpha": "alpha",
+    "lora_magnitude_vector": "row lengths",
+    "dora_scale": "lengths",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "diff_m": "diff_m",
+    "w_norm": "diff",  # LyCORIS norms
+    "b_norm": "diff_b",
+    "set_weight": "set_weight",
+    **{f"lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f"hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+}
+
+# The end of a key -> a kind of adapter that this program cannot apply.
+UNSUPPORTED = {
+    "oft_blocks": "OFT",
+    "oft_diag": "OFT",
+    "oft_R": "OFT",
+    "boft_R": "BOFT",
+    "boft_s": "BOFT",
+    "a1": "GLoRA",
+    "b1": "GLoRA",
+    "on_input": "IA3",
+    "ia3_l": "IA3",
+    "vera_lambda_b": "VeRA",
+    "vera_lambda_d": "VeRA",
+    "hra_u": "HRA",
+    "ln_tuning_layers": "LN tuning",
+}
+
+# Layers of other models that a text-to-video LoRA may be applied without -> what they are for.
+FOREIGN_LAYERS = {
+    r"blocks_\d+_cross_attn_(k_img|v_img|norm_k_img)": "image-to-video",
+    r"img_emb(_.+)?": "image-to-video",
+    r"blocks_\d+_attn2_(add_k_proj|add_v_proj|norm_added_k)": "image-to-video",
+    r"condition_embedder_image_embedder_.+": "image-to-video",
+    r"vace_(blocks|patch_embedding).*": "VACE",
+    r"(ref_conv|control_adapter)(_.+)?": "Fun-Control",
+    r"(text_encoder|text_model|lora_te\d?|te\d?|clip)_.+": "text encoder",
+}
+
+_PREFIX = re.compile(rf"^((?:{'|'.join(PREFIXES)})_)+")
+_ENDING = "|".join(map(re.escape, sorted([*PARTS, *UNSUPPORTED], key=len, reverse=True)))
+_KEY = re.compile(
+    rf"(?P<layer>.+?)\.(?P<part>{_ENDING})(\.(?P<adapter>(?!weight$|bias$)[\w-]+))?(\.(?P<end>weight|bias))?"
+)
 
 
-def load_lora(path: str | Path) -> LoRA:
-    """Read a LoRA: a peft or diffusers folder, a .safetensors, or a PyTorch file such as LongLive's lora.pt.
+class Key(NamedTuple):
+    """A tensor's name, taken apart."""
 
-    Raises:
-        UserError: one line naming the file, for anything missing, damaged, incomplete or without a place in a
-            text-to-video Wan transformer.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise not_found(path)
-    if path.is_dir():
-        file = next((path / name for name in LORA_FILES if (path / name).is_file()), None)
-        if file is None:
-            raise UserError(f"{path}: holds neither {' nor '.join(LORA_FILES)}")
-        path = file
-    state = strip_wrappers(read_file(path, key="generator_lora"), source=str(path))
-    config = _read_scales(path)
-    lora = LoRA()
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: the tensor {key!r} is stored as {tensor.dtype}; use a LoRA in float or bfloat16")
-        check_finite(tensor, f"{path}: the tensor {key!r}")
-        match = TENSOR.fullmatch(PREFIX.sub("", key, count=1))
-        if match is None:
-            raise UserError(f"{path}: the tensor {key!r} {tuple(tensor.shape)} is none of a LoRA this reader knows")
-        name, kind = match["layer"], match["kind"]
-        if kind in DIFFERENCES:
-            lora.full[f"{_our_name(name, path)}.{DIFFERENCES[kind]}"] = tensor
-        else:
-            layers.setdefault(name, {})[KINDS[kind]] = tensor
-    for name, parts in layers.items():
-        lora.layers[_our_name(name, path)] = _low_rank(name, parts, config, path)
-    return lora
+    layer: str
+    """The layer as the file spells it, with its prefix."""
+    part: str
+    """A value of PARTS, or the key of UNSUPPORTED."""
+    adapter: str | None
+    """The name of the adapter if the key says it, such as default."""
+    is_bias: bool
+    """Whether the key ends in .bias."""
 
 
-def _read_scales(path: Path) -> dict:
-    """What stands beside the tensors about their scale, in peft's terms; empty where alpha is the rank or a tensor."""
-    if (path.parent / PEFT_CONFIG).is_file() and path.name == LORA_FILES[0]:
-        return read_json(path.parent / PEFT_CONFIG)
-    if path.suffix != ".safetensors" or not (text := read_metadata(path).get(DIFFUSERS_METADATA)):
-        return {}
-    try:
-        return {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its metadata {DIFFUSERS_METADATA} cannot be read ({error})") from None
+def split_key(key: str) -> Key | None:
+    """Take a tensor's name apart; None if it is not one of an adapter."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    part = PARTS.get(match["part"], match["part"])
+    return Key(match["layer"], part, match["adapter"], match["end"] == "bias")
 
 
-def _low_rank(name: str, parts: Mapping[str, Tensor], config: Mapping, path: Path) -> LowRank:
-    down, up = parts.get("down"), parts.get("up")
-    if down is None or up is None:
-        raise UserError(f"{path}: {name} has but one of its two matrices; the file is incomplete")
-    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down):
-        raise UserError(f"{path}: {name}: the matrices {tuple(down.shape)} and {tuple(up.shape)} do not multiply")
-    rank = len(down)
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            alpha = value
-    if "alpha" in parts:
-        alpha = parts["alpha"].item()
-    return LowRank(down, up, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+def our_layer(name: str) -> str | None:
+    """Our name of a layer, from any spelling; None if a text-to-video Wan transformer has no such layer."""
+    plain = _plain(name)
+    for pattern, ours in _layer_patterns():
+        if match := pattern.fullmatch(plain):
+            return ours.format(*match.groups())
+    return None
+
+
+def foreign_layer(name: str) -> str | None:
+    """What a layer of another model is for, such as image-to-video; None if it is not known."""
+    flat = re.sub(r"[._]+", "_", name)
+    spellings = (_plain(name), flat)
+    known = (purpose for pattern, purpose in FOREIGN_LAYERS.items() for s in spellings if re.fullmatch(pattern, s))
+    return next(known, None)
+
+
+def _plain(name: str) -> str:
+    """A layer's name with single underscores only and without prefixes."""
+    return _PREFIX.sub("", re.sub(r"[._]+", "_", name).lstrip("_"), count=1)
 
 
 @cache
 def _layer_patterns() -> tuple[tuple[re.Pattern, str], ...]:
-    """How files call a layer → our name for it: with our or diffusers' names, and dots or (Kohya) underscores."""
-    layers = [(ours[:-2], theirs[:-2]) for ours, theirs in WAN_TO_DIFFUSERS if ours.endswith(".*")]
+    layers = {ours.removesuffix(".*"): theirs.removesuffix(".*") for ours, theirs in WAN_TO_DIFFUSERS}
+    owners = {ours.removesuffix(".modulation"): ours.removesuffix(".modulation") for ours in layers}
+    pairs = [*layers.items(), *owners.items(), *((ours, ours) for ours in layers)]
     return tuple(
-        (re.compile(re.escape(spelled).replace(r"\*", r"(\d+)")), ours.replace("*", "{}"))
-        for ours, theirs in layers
-        for name in (ours, theirs)
-        for spelled in (name, name.replace(".", "_"))
+        (re.compile(re.escape(theirs.replace(".", "_")).replace(r"\*", r"(\d+)")), ours.replace("*", "{}"))
+        for ours, theirs in pairs
     )
-
-
-def _our_name(name: str, path: Path) -> str:
-    for pattern, ours in _layer_patterns():
-        if match := pattern.fullmatch(name):
-            return ours.format(*match.groups())
-    raise UserError(f"{path}: the layer {name!r} has no place in a text-to-video Wan transformer")

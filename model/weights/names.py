@@ -11,14 +11,19 @@ from utils.errors import UserError
 # Rows of (name here, name there); each `*` stands for one dotted segment and must occur equally often on both sides.
 KeyMap = tuple[tuple[str, str], ...]
 COMFYUI_PREFIX = "model.diffusion_model."
-WRAPPER_SEGMENTS = {
-    "model",
-    "module",
-    "diffusion_model",
-    "_fsdp_wrapped_module",
-    "_orig_mod",
-    "_checkpoint_wrapped_module",
-}
+# What wrappers add anywhere in a name, and what they add before it.
+INNER_SEGMENTS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+WRAPPER_SEGMENTS = {"model", "module", "diffusion_model", *INNER_SEGMENTS}
+# Tensors that every transformer or text encoder has. Whatever stands before them is a prefix, such as "transformer.".
+ANCHORS = (
+    "patch_embedding.weight",
+    "condition_embedder.time_proj.weight",
+    "token_embedding.weight",
+    "shared.weight",
+    "token_embd.weight",
+    "encoder.final_layer_norm.weight",
+)
+
 # Wan2.1's models_t5_umt5-xxl-enc-bf16.pth → transformers' UMT5EncoderModel.
 WAN_T5_TO_TRANSFORMERS: KeyMap = (
     ("token_embedding.weight", "shared.weight"),
@@ -59,9 +64,23 @@ WAN_TO_DIFFUSERS: KeyMap = (
     ("head.modulation", "scale_shift_table"),
 )
 # A tensor only that library's files have → how its names become ours.
+# GGUF of llama.cpp's T5 encoder, as city96 publishes UMT5 -> transformers' UMT5EncoderModel.
+GGUF_T5_TO_TRANSFORMERS: KeyMap = (
+    ("token_embd.weight", "shared.weight"),
+    ("enc.output_norm.weight", "encoder.final_layer_norm.weight"),
+    ("enc.blk.*.attn_norm.weight", "encoder.block.*.layer.0.layer_norm.weight"),
+    *((f"enc.blk.*.attn_{x}.weight", f"encoder.block.*.layer.0.SelfAttention.{x}.weight") for x in "qkvo"),
+    ("enc.blk.*.attn_rel_b.weight", "encoder.block.*.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ("enc.blk.*.ffn_norm.weight", "encoder.block.*.layer.1.layer_norm.weight"),
+    ("enc.blk.*.ffn_gate.weight", "encoder.block.*.layer.1.DenseReluDense.wi_0.weight"),
+    ("enc.blk.*.ffn_up.weight", "encoder.block.*.layer.1.DenseReluDense.wi_1.weight"),
+    ("enc.blk.*.ffn_down.weight", "encoder.block.*.layer.1.DenseReluDense.wo.weight"),
+)
+
 FOREIGN_NAMES: dict[str, KeyMap] = {
     "condition_embedder.time_proj.weight": tuple((ours, theirs) for theirs, ours in WAN_TO_DIFFUSERS),
     "token_embedding.weight": WAN_T5_TO_TRANSFORMERS,
+    "token_embd.weight": GGUF_T5_TO_TRANSFORMERS,
 }
 
 
@@ -88,7 +107,10 @@ def diffusers_to_wan(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def strip_wrappers(state: StateDict, *, source: str) -> StateDict:
-    """Drop the name segments that wrappers add; of a whole ComfyUI checkpoint keep the diffusion model alone."""
+    """Drop what wrappers, trainers and packers add to the names of a model's tensors.
+
+    Of a checkpoint of several models, such as ComfyUI's, the diffusion model is kept.
+    """
     if any(key.startswith(COMFYUI_PREFIX) for key in state):
         state = {key: tensor for key, tensor in state.items() if key.startswith(COMFYUI_PREFIX)}
     stripped: StateDict = {}
@@ -97,12 +119,28 @@ def strip_wrappers(state: StateDict, *, source: str) -> StateDict:
         if name in stripped:
             raise UserError(f"{source}: two tensors are called {name!r} once wrapper prefixes are dropped")
         stripped[name] = tensor
-    return stripped
+    prefix = _common_prefix(stripped, source)
+    return {key.removeprefix(prefix): tensor for key, tensor in stripped.items() if key.startswith(prefix)}
+
+
+def _common_prefix(state: Mapping[str, Tensor], source: str) -> str:
+    """What stands before the name of a tensor that every model of a kind has; "" if nothing does."""
+    if any(anchor in state for anchor in ANCHORS):
+        return ""
+    found = sorted({key.removesuffix(anchor) for key in state for anchor in ANCHORS if key.endswith(f".{anchor}")})
+    if len(found) > 1:
+        raise UserError(f"{source}: holds the models {', '.join(map(repr, found))}; give a file with one of them")
+    return found[0] if found else ""
 
 
 def plain_name(key: str) -> str:
     """A tensor's name without the parts that FSDP, DDP, torch.compile, checkpointing and wrappers add, anywhere."""
     return ".".join(part for part in key.split(".") if part not in WRAPPER_SEGMENTS)
+
+
+def without_wrappers(key: str) -> str:
+    """A tensor's name without the parts that FSDP, torch.compile and checkpointing add inside it."""
+    return ".".join(part for part in key.split(".") if part not in INNER_SEGMENTS)
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -1,13 +1,16 @@
 """Where weights lie: the folders and file names of published releases, and the command that downloads a missing one."""
 
-import json
 import re
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.side_files import read_json
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+# What other programs call the weights in a folder.
+OTHER_WEIGHT_FILES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
+WEIGHT_ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 # What a release calls its parts: a diffusers pipeline's subfolder, then Wan's own file or folder.
 PARTS = {
     "transformer": ("transformer",),
@@ -65,18 +68,11 @@ def find_part(path: str | Path, part: str) -> Path:
 
 
 def read_config(folder: str | Path) -> dict:
-    """The config.json of a model folder; UserError when it is missing or not a JSON object."""
-    return read_json(Path(folder) / CONFIG_FILE)
+    """The config.json of a model folder; UserError if it is missing or not a JSON object."""
+    return read_json(Path(folder) / CONFIG_FILE, dict)
 
 
-def read_json(path: Path) -> dict:
-    """A file with a JSON object; UserError when it is missing or holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object")
-    return content
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, whatever they are called; hidden files are not."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in WEIGHT_ENDINGS)

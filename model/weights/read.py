@@ -1,13 +1,33 @@
 """Read weights from any known file or folder, under the names of the original Wan model."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+
+from model.weights.gguf import MAGIC as GGUF_MAGIC
+from model.weights.gguf import read_gguf
 from model.weights.mapping import StateDict, map_tensors
 from model.weights.names import FOREIGN_NAMES, rename_keys, strip_wrappers
-from model.weights.paths import WEIGHT_FILES, find_part, not_found, read_json
-from model.weights.safetensors_file import safetensors_entries
+from model.weights.paths import OTHER_WEIGHT_FILES, WEIGHT_FILES, find_part, not_found, weight_files
+from model.weights.safetensors_file import SAFETENSORS_ENDINGS, safetensors_entries
+from model.weights.scaled import apply_scales
 from model.weights.torch_file import read_torch
 from utils.errors import UserError
+from utils.side_files import read_json
+from utils.unpickle import ZIP_MAGIC
+
+TOKENIZER_TENSOR = "spiece_model"  # repackaged text encoders hold their tokenizer's file as a tensor of bytes
+MAX_INDEX_BYTES = 64 * 2**20
+
+
+@dataclass
+class ShardIndex:
+    """The listing beside the shards of a model."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+    """Tensor name -> file."""
 
 
 def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDict:
@@ -28,7 +48,10 @@ def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDi
     if not path.exists():
         raise not_found(path)
     path = find_part(path, "transformer")
-    state = strip_wrappers(read_folder(path) if path.is_dir() else read_file(path, use_ema=use_ema), source=str(path))
+    state = read_folder(path) if path.is_dir() else read_file(path, use_ema=use_ema)
+    state = strip_wrappers(state, source=str(path))
+    state.pop(TOKENIZER_TENSOR, None)
+    state = apply_scales(state, source=str(path))
     for marker, key_map in FOREIGN_NAMES.items():
         if marker in state:
             return rename_keys(state, key_map, source=str(path))
@@ -37,18 +60,25 @@ def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDi
 
 def read_folder(folder: Path) -> StateDict:
     """The weights of a model folder, single or sharded with an index, under the names they are stored by."""
-    for name in WEIGHT_FILES:
+    for name in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES):
         if (folder / name).is_file():
             return read_file(folder / name)
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder / f"{name}.index.json")
+    files = weight_files(folder)
+    if len(files) == 1:
+        return read_file(files[0])
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) == 1:
+        return _read_shards(indexes[0])
+    if files:
+        named = ", ".join(file.name for file in files[:5])
+        raise UserError(f"{folder}: holds {len(files)} files of weights ({named}); name the one to read")
     raise UserError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)} (nor their .index.json)")
 
 
 def _read_shards(index: Path) -> StateDict:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
-        raise UserError(f"{index}: has no usable weight_map")
+    weight_map = read_json(index, ShardIndex, max_bytes=MAX_INDEX_BYTES).weight_map
     state: StateDict = {}
     for name in sorted(set(weight_map.values())):
         # Lexical on purpose: the shards of a hub snapshot are links that lead out of the folder.
@@ -72,12 +102,21 @@ def read_file(path: Path, *, use_ema: bool | None = None, key: str | None = None
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty; download it again")
-        if path.suffix == ".safetensors":
-            state = map_tensors(path, safetensors_entries(path))
-        else:
-            state = read_torch(path, use_ema=use_ema, key=key)
+        state = _read_kind(path, use_ema=use_ema, key=key)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); download it again") from None
     if not state:
         raise UserError(f"{path}: holds no tensors")
     return state
+
+
+def _read_kind(path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
+    """The tensors of a file. What it begins with says its format; the ending only counts if that says nothing."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(GGUF_MAGIC):
+        return read_gguf(path)
+    is_torch = start.startswith((ZIP_MAGIC, b"\x80"))
+    if start[8:] == b"{" or (path.suffix.lower() in SAFETENSORS_ENDINGS and not is_torch):
+        return map_tensors(path, safetensors_entries(path))
+    return read_torch(path, use_ema=use_ema, key=key)

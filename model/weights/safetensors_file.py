@@ -3,13 +3,26 @@
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from model.weights.mapping import SAFETENSORS_DTYPES, Entry
 from utils.errors import UserError
 
+SAFETENSORS_ENDINGS = (".safetensors", ".sft")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as a safetensors file does."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
 
 def safetensors_entries(path: Path) -> dict[str, Entry]:
-    from safetensors import SafetensorError, safe_open
+    """Where the tensors lie in a file.
 
+    Raises:
+        UserError: the file is truncated, is something else, or holds a type that torch does not have.
+    """
     try:
         with safe_open(path, framework="pt"):  # checks the header against the file
             pass
@@ -29,7 +42,5 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The free text entries of a safetensors file."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}

@@ -1,6 +1,5 @@
 """PyTorch files (.pt, .pth, .bin): safe to read, memory-mapped, and the one state dict that is meant."""
 
-import pickle
 import re
 import struct
 import zipfile
@@ -14,26 +13,19 @@ from torch import Tensor
 from model.weights.mapping import SAFETENSORS_DTYPES, Entry, StateDict, map_tensors
 from model.weights.names import plain_name
 from utils.errors import UserError
+from utils.unpickle import load_torch
 
 
 def read_torch(path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    is_zip = magic == b"PK\x03\x04"  # files from before torch 1.6 are plain pickles and cannot be memory-mapped
-    if not is_zip and magic[:2] != b"\x80\x02":
-        if magic[:1] == b"\x80":  # torch.save writes protocol 2
-            raise UserError(f"{path}: is some Python pickle, which may hold code; refused, nothing was run")
-        raise UserError(f"{path}: is not a PyTorch file (it starts with {magic!r}); download it again")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "reduce" in str(error):
-            raise UserError(f"{path}: contains pickled code besides tensors; refused, nothing was run") from None
-        raise UserError(f"{path}: is not a PyTorch checkpoint or is damaged; download it again") from None
-    except Exception as error:  # damaged bytes can raise anything while they are unpickled
-        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}); download it again") from None
+    """The one state dict that is meant, out of what a PyTorch file holds.
+
+    Args:
+        use_ema: which generator of a training checkpoint: averaged, raw, or (None) averaged if there is one.
+        key: the entry that is meant, if the file has it; None finds it.
+    """
+    content = load_torch(path)
     state = _select_weights(content, path, use_ema=use_ema, key=key)
-    return _remap(content, state, path) if is_zip else state
+    return _remap(content, state, path)
 
 
 def _remap(content: object, state: StateDict, path: Path) -> StateDict:
@@ -41,6 +33,8 @@ def _remap(content: object, state: StateDict, path: Path) -> StateDict:
 
     Storages lie in memory as their records lie in the file; where the two do not match one to one, torch's map is kept.
     """
+    if not zipfile.is_zipfile(path):  # files from before torch 1.6
+        return state
     addresses = {t.untyped_storage().data_ptr() for t in _tensors(content) if t.untyped_storage().nbytes()}
     try:
         records = set(_record_offsets(path))

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from model.transformer import WanTransformer
 from model.weights import diffusers_to_wan, wan_to_diffusers
-from model.weights.lora import LoRA, LowRank, merge_lora, save_lora, unmerge_lora
-from model.weights.lora_dialects import load_lora
+from model.weights.lora import LoRA, LowRank, merge_lora, save_lora
+from model.weights.lora_read import load_lora
 from model.weights.transformer_read import read_transformer
 from pipeline.config import DenoiserConfig
 from pipeline.loading import load_transformer
@@ -150,7 +150,7 @@ def test_merging_adds_the_scaled_product_and_unmerging_takes_it_back(weights, lo
     torch.testing.assert_close(merged[name], weights[name] + 0.5 * ALPHA / RANK * layer.up @ layer.down)
     assert all(not torch.equal(merged[f"{name}.weight"], weights[f"{name}.weight"]) for name in LAYERS)
     assert torch.equal(merged["head.head.weight"], weights["head.head.weight"])
-    unmerge_lora(merged, lora, 0.5)
+    merge_lora(merged, lora, -0.5)
     for name, tensor in weights.items():
         torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
 
@@ -160,7 +160,7 @@ def test_half_precision_weights_come_back_to_one_rounding(weights, lora):
     merged = {name: tensor.clone() for name, tensor in half.items()}
     merge_lora(merged, lora)
     largest = max(difference.abs().max() for _, difference in lora.differences())
-    unmerge_lora(merged, lora)
+    merge_lora(merged, lora, -1.0)
     for name, tensor in half.items():
         assert (merged[name].float() - tensor.float()).abs().max() <= 2**-8 * (tensor.float().abs().max() + largest) * 2
 
@@ -213,7 +213,7 @@ def test_saved_and_reloaded_lora_is_bitwise_equal(tmp_path, lora):
     assert config["rank_pattern"] == {first: 2}
 
 
-def test_full_differences_of_biases_and_norms_are_merged_but_not_saved_for_peft(tmp_path, weights):
+def test_differences_of_biases_and_norms_are_merged_but_not_saved_for_peft(tmp_path, weights):
     state = {
         "diffusion_model.blocks.0.self_attn.q.diff_b": torch.full((SMALL.dim,), 0.5),
         "diffusion_model.blocks.1.norm3.diff": torch.full((SMALL.dim,), -1.0),
@@ -224,7 +224,7 @@ def test_full_differences_of_biases_and_norms_are_merged_but_not_saved_for_peft(
     merge_lora(merged, lora, 2.0)
     assert torch.equal(merged["blocks.0.self_attn.q.bias"], weights["blocks.0.self_attn.q.bias"] + 1)
     assert torch.equal(merged["blocks.1.norm3.weight"], weights["blocks.1.norm3.weight"] - 2)
-    with pytest.raises(UserError, match=r"no place for full differences such as 'blocks.0.self_attn.q.bias'"):
+    with pytest.raises(UserError, match=r"no place for the whole difference of 'blocks.0.self_attn.q.bias'; merge it"):
         save_lora(tmp_path / "out", lora)
 
 
@@ -244,11 +244,25 @@ def broken_files(folder, lora):
     yield folder / "hollow", "holds neither adapter_model.safetensors nor"
     name, layer = next(iter(lora.layers.items()))
     down, up, unread = layer.down, layer.up, "none of a LoRA this reader knows"
-    image_layer = "blocks.0.cross_attn.k_img"
+    matrices = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     cases = {
-        "half": ({f"{name}.lora_A.weight": down}, "but one of its two matrices"),
-        "i2v": ({f"{image_layer}.lora_A.weight": down, f"{image_layer}.lora_B.weight": up}, image_layer),
-        "dora": ({f"{name}.lora_magnitude_vector": down}, unread),
+        "half": ({f"{name}.lora_A.weight": down}, "blocks.0.self_attn.q has no up .LoRA.; the file is incomplete"),
+        "flux": (
+            {"single_blocks.0.q.lora_A.weight": down, "single_blocks.0.q.lora_B.weight": up},
+            "no place in a text",
+        ),
+        "dora": ({f"{name}.lora_magnitude_vector": down[0].clone()}, "part 'row lengths' is alone"),
+        "lengths": (matrices | {f"{name}.dora_scale": torch.ones(7)}, r"lengths \(7,\) of DoRA do not fit a weight"),
+        "oft": ({f"{name}.oft_blocks": down}, "adapter of the kind OFT"),
+        "boft": ({f"{name}.boft_R": down}, "adapter of the kind BOFT"),
+        "alphas": (matrices | {f"{name}.alpha": torch.ones(2)}, "2 values"),
+        "integers": ({f"{name}.lora_A.weight": down.int(), f"{name}.lora_B.weight": up}, "stored as torch.int32"),
+        "twice": (
+            matrices | {f"transformer.{key}": tensor.clone() for key, tensor in matrices.items()},
+            "is there twice",
+        ),
+        "lokr": ({f"{name}.lokr_w1": down}, r"has no lokr_w2 .LoKr.; the file is incomplete"),
+        "loha": ({f"{name}.hada_w1_a": up, f"{name}.hada_w1_b": down}, r"has no hada_w2_a .LoHa."),
         "model": ({f"{name}.weight": down}, unread),
         "product": ({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up[:, :2].clone()}, "do not multiply"),
     }

@@ -335,7 +335,7 @@ def hostile_files(folder, state):
         "which no shard holds",
     )
     (write_shards(folder / "bad", state) / "diffusion_pytorch_model.safetensors.index.json").write_text("{")
-    yield folder / "bad", "not readable as JSON"
+    yield folder / "bad", "is not JSON"
 
 
 def test_every_hostile_file_gives_one_line_that_names_it(tmp_path, state):

@@ -6,7 +6,7 @@ import torch
 import train
 from model.weights import load_state_dict
 from model.weights.lora import merge_lora
-from model.weights.lora_dialects import load_lora
+from model.weights.lora_read import load_lora
 from tests.shapes_parts import SIZES, tiny_transformer
 from trainer.lora import LoRAConfig, add_lora, merge, take_lora
 

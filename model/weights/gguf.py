@@ -1,0 +1,145 @@
+"""GGUF files, as city96's ComfyUI-GGUF writes Wan and UMT5: read with bounds, unpacked by the `gguf` package.
+
+Layout (ggml/docs/gguf.md): magic, version, counts, key-value pairs, tensor entries, padding, data.
+"""
+
+import math
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.weights.mapping import Entry, StateDict, map_tensors
+from model.weights.packed import PackedTensor
+from utils.errors import UserError
+
+MAGIC = b"GGUF"
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # GGUF has 4 axes at most; the 3D convolution has 5
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_ITEMS = 2**20
+SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+PLAIN = {0: torch.float32, 1: torch.float16, 24: torch.int8, 30: torch.bfloat16}
+
+
+def read_gguf(path: Path) -> StateDict:
+    """The tensors of a GGUF file, memory-mapped; quantised ones are unpacked one at a time when they are used.
+
+    Raises:
+        UserError: the package `gguf` is missing, or the file is damaged or in a format that cannot be unpacked.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f"{path}: is a GGUF file; install the reader with: pip install gguf") from None
+    with path.open("rb") as file:
+        header = _Header(file.read(MAX_HEADER_BYTES), path)
+    fields, tensors, start = header.read()
+    entries, kinds = {}, {}
+    for name, (shape, kind, offset) in tensors.items():
+        if kind in PLAIN:
+            entries[name] = Entry(PLAIN[kind], shape, start + offset)
+        else:
+            try:
+                block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            except (ValueError, KeyError):
+                raise UserError(f"{path}: {name!r} has the unknown type {kind}; use another quantisation") from None
+            if shape[-1] % block:
+                raise UserError(f"{path}: {name!r} has rows of {shape[-1]}, not of blocks of {block}; damaged")
+            entries[name] = Entry(torch.uint8, (*shape[:-1], shape[-1] // block * size), start + offset)
+            kinds[name] = gguf.GGMLQuantizationType(kind)
+        if entries[name].end > path.stat().st_size:
+            raise UserError(f"{path}: truncated: {name!r} ends behind the end of the file; download it again")
+    state = map_tensors(path, entries)
+    for name, kind in kinds.items():
+        state[name] = _packed(state[name], kind, tensors[name][0], f"{path}: {name!r}")
+    return {name: _in_shape(tensor, fields.get(f"{ORIGINAL_SHAPE}{name}"), path) for name, tensor in state.items()}
+
+
+def _packed(stored: Tensor, kind: Any, shape: tuple[int, ...], name: str) -> PackedTensor:
+    from gguf.quants import dequantize
+
+    def read() -> Tensor:
+        return torch.from_numpy(np.array(dequantize(stored.numpy(), kind), dtype=np.float32)).view(shape)
+
+    try:
+        dequantize(stored.flatten(0, -2)[:1].numpy(), kind)
+    except NotImplementedError:
+        raise UserError(f"{name} is in the format {kind.name}, which cannot be unpacked; use another file") from None
+    return PackedTensor(shape, (stored,), read)
+
+
+def _in_shape(tensor: Tensor, shape: Any, path: Path) -> Tensor:
+    if shape is None:
+        return tensor
+    if not isinstance(shape, list) or math.prod(shape) != tensor.numel():
+        raise UserError(f"{path}: states a shape {str(shape)[:60]} for {tuple(tensor.shape)}; the file is damaged")
+    if isinstance(tensor, PackedTensor):
+        return PackedTensor(tuple(shape), tensor.stored, partial(_read_as, tensor, tuple(shape)))
+    return tensor.view(shape)
+
+
+def _read_as(tensor: PackedTensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor.read().view(shape)
+
+
+class _Header:
+    """A cursor over the beginning of a file. Nothing it reads may be longer than the bytes that are there."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]], int]:
+        """Fields, tensors (shape, type, offset) and where the data begin."""
+        try:
+            magic, version, tensors, fields = self.take("4sIQQ")
+            if magic != MAGIC or version not in (2, 3) or max(tensors, fields) > MAX_ITEMS:
+                raise UserError(f"{self.path}: GGUF version {version} with {tensors} tensors cannot be read")
+            values = dict(self._field() for _ in range(fields))
+            entries = dict(self._tensor() for _ in range(tensors))
+            alignment = values.get("general.alignment", 32)
+            return values, entries, self.at + -self.at % alignment
+        except (struct.error, UnicodeDecodeError, KeyError, TypeError, ZeroDivisionError, OverflowError):
+            raise UserError(f"{self.path}: truncated or damaged GGUF file; download it again") from None
+
+    def take(self, code: str) -> tuple:
+        values = struct.unpack_from(f"<{code}", self.data, self.at)
+        self.at += struct.calcsize(f"<{code}")
+        return values
+
+    def _text(self) -> str:
+        (length,) = self.take("Q")
+        if length > len(self.data) - self.at:
+            raise struct.error
+        self.at += length
+        return self.data[self.at - length : self.at].decode()
+
+    def _field(self) -> tuple[str, Any]:
+        name = self._text()
+        (kind,) = self.take("I")
+        return name, self._value(kind)
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._text()
+        if kind != ARRAY:
+            return self.take(SCALARS[kind])[0]
+        inner, count = self.take("IQ")
+        if inner == ARRAY or count > len(self.data) - self.at:
+            raise struct.error
+        return [self._text() for _ in range(count)] if inner == STRING else list(self.take(f"{count}{SCALARS[inner]}"))
+
+    def _tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+        name = self._text()
+        (axes,) = self.take("I")
+        if not 1 <= axes <= 4:
+            raise struct.error
+        shape = self.take(f"{axes}Q")[::-1]  # the innermost axis comes first
+        kind, offset = self.take("IQ")
+        if math.prod(shape) > 2**48:
+            raise struct.error
+        return name, (tuple(shape), kind, offset)

@@ -1,0 +1,92 @@
+"""Weights in 8 bits with a scale: value = stored * scale. ComfyUI's scaled fp8, LightX2V's fp8 and int8.
+
+`X.weight` is float8 or int8; its scale is one number, or one number a row, or one a block of a row and column.
+"""
+
+import json
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.weights.mapping import StateDict
+from model.weights.packed import PackedTensor
+from utils.errors import UserError
+
+# Beside `X.weight`: the names of its scale; the scales of a layer's input, which are not needed for the weight.
+SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+INPUT_SCALES = ("scale_input", "input_scale")
+MARKERS = ("scaled_fp8",)
+FORMAT = "comfy_quant"  # ComfyUI: a JSON text in uint8 that names the format
+KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8", "int8_tensorwise")
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+def apply_scales(state: StateDict, *, source: str) -> StateDict:
+    """Turn scaled 8-bit weights into packed tensors, and leave out markers and scales of inputs.
+
+    Raises:
+        UserError: a scale has no weight, does not fit it, or belongs to a format that cannot be read.
+    """
+    scales = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] in SCALES}
+    rest = {key: tensor for key, tensor in state.items() if key not in scales and not _is_marker(key, tensor, source)}
+    for key, scale in scales.items():
+        name = f"{key.rpartition('.')[0]}.weight"
+        if name not in rest:
+            raise UserError(f"{source}: the scale {key!r} belongs to no weight; the file is incomplete")
+        weight = rest[name]
+        if weight.dtype in EIGHT_BITS:
+            rest[name] = _packed(weight, scale, f"{source}: the scale {key!r}")
+        elif weight.dtype is torch.uint8 or isinstance(weight, PackedTensor):
+            raise UserError(
+                f"{source}: the weight {name!r} is packed in fewer than 8 bits; use bfloat16 or fp8 weights"
+            )
+        elif not torch.equal(scale.float(), torch.ones_like(scale, dtype=torch.float32)):
+            raise UserError(f"{source}: the weight {name!r} is {weight.dtype} and has a scale; use another file")
+    return rest
+
+
+def _is_marker(key: str, tensor: Tensor, source: str) -> bool:
+    last = key.rpartition(".")[2]
+    if last == FORMAT:
+        try:
+            name = json.loads(bytes(tensor.to(torch.uint8).tolist()[:4096])).get("format")
+        except (ValueError, AttributeError):
+            name = None
+        if name not in KNOWN_FORMATS:
+            raise UserError(
+                f"{source}: {key!r} is in the format {name}, which cannot be read; use bfloat16 or fp8 weights"
+            )
+    return last in (*INPUT_SCALES, *MARKERS, FORMAT)
+
+
+def _packed(weight: Tensor, scale: Tensor, name: str) -> PackedTensor:
+    if not scale.is_floating_point() or not scale.float().isfinite().all():
+        raise UserError(f"{name} is not made of finite numbers; use an undamaged file")
+    fits = scale.numel() == 1 or (
+        weight.ndim == 2
+        and (
+            scale.numel() == len(weight) if scale.ndim == 1 else scale.ndim == 2 and _divides(scale.shape, weight.shape)
+        )
+    )
+    if not fits:
+        raise UserError(f"{name} {tuple(scale.shape)} does not fit a weight {tuple(weight.shape)}; use another file")
+    return PackedTensor(tuple(weight.shape), (weight, scale), partial(_scaled, weight, scale))
+
+
+def _divides(blocks: torch.Size, shape: torch.Size) -> bool:
+    """Whether a grid of blocks covers the weight: each block has the same size, the last ones may be cut."""
+    return all(0 < count <= size for count, size in zip(blocks, shape, strict=True))
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight [O I] times a scale: of one number, [O], [O 1] or of blocks [o i]."""
+    values, scale = weight.float(), scale.float()
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    if scale.ndim == 1:
+        return values * scale[:, None]
+    for axis in (0, 1):
+        block = -(-values.shape[axis] // scale.shape[axis])
+        scale = scale.repeat_interleave(block, dim=axis).narrow(axis, 0, values.shape[axis])
+    return values * scale
