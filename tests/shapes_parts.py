@@ -1,4 +1,4 @@
-"""A complete tiny release in the real formats, made once a session: weights, configuration, prompts.
+"""A complete tiny release in the real formats, made once a run: weights, configuration, prompts.
 
 A test module asks for it with ``pytest_plugins = ["tests.shapes_parts"]`` and the fixture ``release``.
 """
@@ -17,6 +17,7 @@ from model.text_encoder import TextEncoderConfig, build_text_encoder
 from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
 from model.transformer import WanConfig, WanTransformer
 from model.weights import save_folder
+from tests.made_once import made_once
 from trainer.config import Config
 from trainer.objectives.codec import fit_linear_code
 from utils.config import load_config
@@ -69,7 +70,11 @@ class Release:
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     """The release; tests read it and write elsewhere."""
-    folder = tmp_path_factory.mktemp("release")
+    return Release(made_once(tmp_path_factory, "release", write_release))
+
+
+def write_release(folder: Path) -> None:
+    """Write every file of a :class:`Release`."""
     for seed, name in enumerate(("generator", "student", "teacher")):
         save_folder(folder / name, tiny_transformer(seed), asdict(SIZES))
     tiny_codec().save_pretrained(folder / "codec")
@@ -81,7 +86,6 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     (folder / "samples.txt").write_text("\n".join(vocabulary[:2]) + "\n", encoding="utf-8")
     base = REPOSITORY / "configs" / "shapes" / "base.yaml"
     (folder / "config.yaml").write_text(CONFIG.format(base=base, folder=folder), encoding="utf-8")
-    return Release(folder)
 
 
 @pytest.fixture

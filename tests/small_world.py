@@ -22,6 +22,7 @@ from pipeline.loading import load_codec, load_denoiser
 from pipeline.rollout import rollout
 from pipeline.sampling import sample
 from scripts import cache_embeddings
+from tests.made_once import made_once
 from tests.shapes_parts import REPOSITORY, tiny_codec
 from trainer.config import Config
 from trainer.data import StoredEmbeddings
@@ -103,7 +104,11 @@ def mean_colour(frames: Tensor) -> Tensor:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """The world, its teacher trained on it; tests read it and write elsewhere."""
-    folder = tmp_path_factory.mktemp("world")
+    return World(made_once(tmp_path_factory, "world", write_world))
+
+
+def write_world(folder: Path) -> None:
+    """Write every part of a :class:`World`, and train its teacher."""
     world = World(folder)
     tiny_codec().save_pretrained(folder / "codec")
     encoder = TextEncoderConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32)
@@ -118,7 +123,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     teaching = ["trainer.steps=150", "trainer.batch_size=16", "optimizer.lr=5e-3", "generator.weights={folder}/fresh"]
     shutil.copytree(world.train("teacher", folder / "run", *teaching, *CACHED), folder / "teacher")
     save_folder(folder / "student", disturbed(load_state_dict(folder / "teacher"), 0.7), asdict(SIZES))
-    return world
 
 
 def disturbed(state: dict[str, Tensor], share: float) -> dict[str, Tensor]:

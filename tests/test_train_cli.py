@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from model.transformer import WanTransformer
 from model.weights import load_into, load_state_dict
 from scripts import make_ode_pairs
 from scripts.kill_and_resume import repeated_metrics
+from tests.made_once import made_once
 from tests.shapes_parts import SIZES
 from trainer.config import Config
 from utils.checkpoint_search import latest_checkpoint
@@ -49,22 +51,31 @@ DISTILLED = ("self-forcing dmd", "self-forcing sid", "self-forcing gan", "causvi
 LOADED = {"generator": "generator.weights", "codec": "codec.weights", "text_encoder": "text_encoder.weights"}
 
 
-@pytest.fixture(scope="module")
-def run_folders(release, tmp_path_factory) -> dict[str, Path]:
-    """Every run's folder, after two runs from the same start into `first` and `second`."""
-    assert make_ode_pairs.main(["--config_path", release.config_path, "--count", "4", "--solver_steps", "4"]) == 0
-    folders = {}
-    for name, overrides in RUNS.items():
-        folders[name] = tmp_path_factory.mktemp("train")
-        for run in ("first", "second"):
-            logdir = ["--logdir", str(folders[name] / run)]
-            assert train.main(["--config_path", release.config_path, *logdir, *overrides]) == 0
-    return folders
+@pytest.fixture(scope="session")
+def run_folder(release, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the folder of a run of RUNS, after two trainings from the same start into `first` and `second`."""
+
+    def make_pairs(_: Path) -> None:
+        assert make_ode_pairs.main(["--config_path", release.config_path, "--count", "4", "--solver_steps", "4"]) == 0
+
+    def run_folder(name: str) -> Path:
+        def train_twice(folder: Path) -> None:
+            for run in ("first", "second"):
+                logdir = ["--logdir", str(folder / run)]
+                assert train.main(["--config_path", release.config_path, *logdir, *RUNS[name]]) == 0
+
+        if name == "ode regression":
+            made_once(tmp_path_factory, "release/pairs", make_pairs)
+        return made_once(tmp_path_factory, f"train {name}", train_twice)
+
+    return run_folder
 
 
-@pytest.fixture(params=RUNS)
-def run(request, run_folders) -> tuple[str, Path]:
-    return request.param, run_folders[request.param] / "first"
+@pytest.fixture(
+    scope="session", params=RUNS
+)  # tests of one run come one after the other, so that two workers train different ones
+def run(request, run_folder) -> tuple[str, Path]:
+    return request.param, run_folder(request.param) / "first"
 
 
 def metrics(logdir: Path) -> list[dict]:
@@ -131,8 +142,8 @@ def test_a_checkpoint_has_the_official_layout(run):
         load_into(WanTransformer(SIZES), state, source=f"{use_ema=}")
 
 
-def test_tied_weights_are_averaged_under_both_their_names(run_folders):
-    content = torch.load(checkpoint(run_folders["bidirectional"] / "first"), weights_only=True)
+def test_tied_weights_are_averaged_under_both_their_names(run_folder):
+    content = torch.load(checkpoint(run_folder("bidirectional") / "first"), weights_only=True)
     averaged, trained = content["text_encoder_ema"], content["text_encoder"]
     assert torch.equal(averaged["model.shared.weight"], averaged["model.encoder.embed_tokens.weight"])
     assert not torch.equal(averaged["model.shared.weight"], trained["model.shared.weight"])
@@ -147,9 +158,9 @@ def test_inference_makes_a_video_with_what_a_run_leaves(run, release, tmp_path):
     assert len(read_video(tmp_path / "a cat-0.mp4")) == 21
 
 
-def test_the_exported_generator_is_the_average_in_the_dtype_asked_for(run_folders):
+def test_the_exported_generator_is_the_average_in_the_dtype_asked_for(run_folder):
     for name, dtype in (("bidirectional", torch.float16), ("self-forcing dmd", torch.float32)):
-        logdir = run_folders[name] / "first"
+        logdir = run_folder(name) / "first"
         exported, averaged = load_state_dict(logdir / "model" / "generator"), load_state_dict(checkpoint(logdir))
         assert all(torch.equal(tensor, averaged[key].to(dtype)) for key, tensor in exported.items())
 
