@@ -8,9 +8,9 @@ Run it again to go on after an interruption, or when videos were added.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,21 +132,12 @@ def read_clip(path: Path, num_frames: int, video: VideoConfig) -> Tensor:
     import torch
 
     from utils.errors import UserError
-    from utils.video import fit_image, open_video
+    from utils.video import stream_video
 
-    images: list[Tensor] = []
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        rate = float(stream.average_rate or video.fps)
-        for number, frame in enumerate(container.decode(stream), start=1):
-            wanted = math.ceil(number / rate * video.fps - 1e-6)  # frames begun before this one ends
-            if wanted > len(images):
-                images += [fit_image(frame.to_image(), video.height, video.width)] * (wanted - len(images))
-            if len(images) >= num_frames:
-                break
+    images = list(itertools.islice(stream_video(path, video.height, video.width, video.fps), num_frames))
     if len(images) < num_frames:
         raise UserError(f"{path}: has {len(images)} frames at {video.fps} fps; {num_frames} are needed")
-    return torch.stack(images[:num_frames])
+    return torch.cat(images)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What is written comes back: size, number, order and colours of frames."""
 
-import errno
 import json
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -128,18 +129,45 @@ def test_a_stopped_video_plays_under_a_name_that_says_so_and_never_replaces_anot
     assert [len(read_video(tmp_path / f"clip.{name}.mp4")) for name in ("partial", "partial-2")] == [5, 9]
 
 
-def test_an_error_keeps_what_plays_if_asked_to(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("utils.video.atomic_path", full)
+def test_an_error_keeps_what_plays_if_asked_to(tmp_path):
     with (
-        pytest.raises(OSError, match="No space left"),
+        pytest.raises(RuntimeError, match="stopped"),
         VideoWriter(tmp_path / "clip.mp4", fps=8, keep_partial=True) as writer,
     ):
         writer.write(moving_squares(20))
+        raise RuntimeError("stopped")
     assert [path.name for path in tmp_path.iterdir()] == ["clip.partial.mp4"]
     assert len(read_video(writer.partial)) == 20
+
+
+WRITE_TO_A_FULL_DISK = """
+import resource, sys, torch
+from utils.errors import UserError
+from utils.video import VideoWriter
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    with VideoWriter(sys.argv[1], fps=8) as writer:
+        for seed in range(64):
+            writer.write(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 300_000])
+def test_a_full_disk_keeps_what_plays_and_is_one_line(tmp_path, limit):
+    """RLIMIT_FSIZE makes a write fail in the middle, as a full disk does. The whole video has about 1 MB."""
+    command = [sys.executable, "-c", WRITE_TO_A_FULL_DISK, str(tmp_path / "clip.mp4"), str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stderr == "" and run.stdout.count("\n") == 1
+    assert run.stdout.startswith(f"cannot write {tmp_path / 'clip.mp4'}: File too large")
+    left = [path.name for path in tmp_path.iterdir()]
+    if limit < 1000:  # not even the header
+        assert left == []
+    else:
+        assert left == ["clip.partial.mp4"] and "clip.partial.mp4 and plays" in run.stdout
+        assert len(read_video(tmp_path / left[0])) > 8
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
@@ -165,7 +193,7 @@ def test_a_rate_is_exact(tmp_path, fps, rate):
 
 
 @pytest.mark.parametrize(
-    ("fps", "expected"), [(8, range(6)), (4, range(0, 6, 2)), (16, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])]
+    ("fps", "expected"), [(8, range(6)), (4, range(0, 6, 2)), (16, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])]
 )
 def test_a_streamed_video_keeps_its_speed_at_any_rate(tmp_path, fps, expected):
     clip = torch.linspace(-0.9, 0.9, 6).view(6, 1, 1, 1).expand(6, 3, 32, 64)

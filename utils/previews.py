@@ -1,0 +1,98 @@
+"""Small pictures of clips to look at: GIFs, and contact sheets with a row of frames for each clip.
+
+Shapes: F frames, H height, W width. Clips are float [F 3 H W] in [-1, 1] or uint8 [F H W 3] in [0, 255].
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio.v3 as iio
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from utils.files import atomic_path
+from utils.frames import enlarge, evenly_spaced, to_uint8
+
+THUMBNAIL_HEIGHT = 144
+MARGIN = 12
+GAP = 3
+FONT_SIZE = 16
+BACKGROUND, INK = "white", "#222222"
+
+
+def write_gif(path: str | Path, frames: Tensor, fps: float, *, scale: int = 1) -> None:
+    """Write a clip as a looping GIF. A GIF's delays are multiples of 10 ms, so its speed is the nearest of those."""
+    if len(frames) == 0:
+        raise ValueError(f"no frames to write to {path}")
+    pixels = enlarge(to_uint8(frames), scale).cpu().numpy()
+    with atomic_path(path) as temporary:
+        iio.imwrite(temporary, pixels, plugin="pillow", extension=".gif", duration=round(1000 / fps), loop=0)
+
+
+def contact_sheet(
+    clips: Sequence[Tensor], labels: Sequence[str], *, columns_frames: int = 8, scale: int | None = None
+) -> Image.Image:
+    """Draw one row for each clip: its label, and below it `columns_frames` frames from the first to the last.
+
+    The clips may have different sizes. `scale` enlarges them by a whole factor. Without it, small clips grow by the
+    whole factor that brings them nearest to 144 pixels in height, and large ones shrink to that height.
+    """
+    if len(clips) != len(labels) or not clips:
+        raise ValueError(f"{len(clips)} clips and {len(labels)} labels: give one label for each of at least one clip")
+    strips = [_strip(to_uint8(clip), columns_frames, scale) for clip in clips]
+    width = max(strip.width for strip in strips)
+    font = ImageFont.load_default(size=FONT_SIZE)
+    texts = [_wrap(label, font, width) for label in labels]
+    line_height = round(1.3 * FONT_SIZE)
+    heights = [line_height * len(text) + strip.height + 2 * GAP for text, strip in zip(texts, strips, strict=True)]
+    sheet = Image.new("RGB", (width + 2 * MARGIN, sum(heights) + MARGIN * (len(clips) + 1)), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    y = MARGIN
+    for text, strip, height in zip(texts, strips, heights, strict=True):
+        for line_number, line in enumerate(text):
+            draw.text((MARGIN, y + line_number * line_height), line, fill=INK, font=font)
+        sheet.paste(strip, (MARGIN, y + line_height * len(text) + 2 * GAP))
+        y += height + MARGIN
+    return sheet
+
+
+def save_contact_sheet(
+    path: str | Path,
+    clips: Sequence[Tensor],
+    labels: Sequence[str],
+    *,
+    columns_frames: int = 8,
+    scale: int | None = None,
+) -> None:
+    """Write the :func:`contact_sheet` of the clips. The suffix of `path` names the format, usually .png."""
+    sheet = contact_sheet(clips, labels, columns_frames=columns_frames, scale=scale)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+
+
+def _strip(frames: Tensor, count: int, scale: int | None) -> Image.Image:
+    """Put `count` of the frames, uint8 [F H W 3], side by side."""
+    frames = frames[evenly_spaced(len(frames), count)]
+    height, width = frames.shape[1:3]
+    scale = max(1, round(THUMBNAIL_HEIGHT / height)) if scale is None else scale
+    images = [Image.fromarray(image) for image in enlarge(frames, scale).cpu().numpy()]
+    if scale == 1 and height > THUMBNAIL_HEIGHT:
+        size = (round(width * THUMBNAIL_HEIGHT / height), THUMBNAIL_HEIGHT)
+        images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
+    strip = Image.new("RGB", (len(images) * (images[0].width + GAP) - GAP, images[0].height), BACKGROUND)
+    for i, image in enumerate(images):
+        strip.paste(image, (i * (image.width + GAP), 0))
+    return strip
+
+
+def _wrap(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break the label into lines of at most `width` pixels."""
+    text = " ".join(label.split())
+    characters = len(text)
+    while characters > 1:
+        lines = textwrap.wrap(text, characters)
+        if max(font.getlength(line) for line in lines) <= width:
+            return lines
+        characters = min(characters - 1, int(characters * 0.95))
+    return [text]

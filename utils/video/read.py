@@ -1,0 +1,224 @@
+"""Reading of video files as a player shows them: upright, in square pixels, in sRGB, each frame at its time.
+
+Shapes: F frames, H height, W width. Pixels are float in [-1, 1] as [F 3 H W] or uint8 in [0, 255] as [F H W 3].
+PyAV is imported when a file is opened, so that everything that reads no video works without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.frames import evenly_spaced, fit_image
+from utils.video.picture import MAX_PIXELS, to_picture
+from utils.video.pyav import load_pyav, reason
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+log = logging.getLogger(__name__)
+
+FORMATS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,gif,apng,webp_anim,mxf,nut,ivf,h264,hevc,av1,obu,"
+    "yuv4mpegpipe,dv,rm,3gp,swf,wtv,mjpeg,vc1,h263,h261"
+)
+"""The containers that are read. None of them can name other files or addresses, as playlists can."""
+LONGEST_HOLD = 60.0  # seconds a frame can stay; a longer gap, or time that goes back, is a break in the time stamps
+LATE = 0.1  # of a sampled frame's length: how far a time stamp may be rounded up
+NO_FRAMES = "it has no frames"
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """An open video file and the stream that a player would show."""
+
+    container: InputContainer
+    stream: VideoStream
+
+    path: Path
+
+    def decode(self) -> Iterator[av.VideoFrame]:
+        """Yield the frames in the order in which they are shown.
+
+        Damage after the first frame, as in a file that was cut off, ends the video there with one warning.
+        """
+        count = 0
+        try:
+            for frame in self.container.decode(self.stream):
+                yield frame
+                count += 1
+        except (load_pyav().FFmpegError, OSError) as error:
+            if not count:
+                raise
+            log.warning(
+                "%s: is damaged after frame %d (%s); the frames before are used", self.path, count, reason(error)
+            )
+
+    def pictures(self) -> Iterator[Image.Image]:
+        """Yield all frames as upright RGB images in square pixels."""
+        for frame in self.decode():
+            yield self.picture(frame)
+
+    def picture(self, frame: av.VideoFrame) -> Image.Image:
+        """Return a frame as an upright RGB image in square pixels."""
+        return to_picture(frame, self.stream.sample_aspect_ratio)
+
+    def sampled(self, fps: float) -> Iterator[tuple[av.VideoFrame, int]]:
+        """Yield the frames with how many of the times k / fps, for k = 0, 1, ..., fall on each.
+
+        Time 0 is the first frame's. A frame is shown until the next one begins, and the last one for its own length.
+        """
+        tolerance = min(float(self.stream.time_base or 0) * fps, LATE) + 1e-6
+        taken = 0
+        for frame, end in self._with_ends():
+            count = max(0, math.ceil(end * fps - tolerance) - taken)
+            yield frame, count
+            taken += count
+
+    def _with_ends(self) -> Iterator[tuple[av.VideoFrame, float]]:
+        """Yield the frames with the seconds at which each ends; the times never go back."""
+        period = 1 / float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        held, begin, stamp = None, 0.0, None
+        for frame in self.decode():
+            if held is not None:
+                passed = period if stamp is None or frame.time is None else frame.time - stamp
+                begin += passed if 0 <= passed <= LONGEST_HOLD else period
+                yield held, begin
+            held, stamp = frame, frame.time
+        if held is None:
+            raise ValueError(NO_FRAMES)
+        length = float((held.duration or 0) * (held.time_base or 0))
+        yield held, begin + (length if 0 < length <= LONGEST_HOLD else period)
+
+
+@contextmanager
+def open_video(path: str | Path) -> Iterator[VideoFile]:
+    """Open a video file.
+
+    Raises:
+        UserError: the file is missing or is no video, at once or while it is read within the block.
+    """
+    av = load_pyav()
+    path = Path(path)
+    try:
+        if not path.stat().st_size:
+            raise ValueError("the file is empty")
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        with av.open(f"file:{path}", metadata_errors="replace", options=options) as container:
+            yield VideoFile(container, _shown_stream(container), path)
+    except UserError:
+        raise
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise UserError(f"cannot read a video from {path}: {reason(error)}") from error
+
+
+def _shown_stream(container: InputContainer) -> VideoStream:
+    """Return the stream that is shown. Cover pictures of music and lists of thumbnails are none."""
+    from av.stream import Disposition
+
+    hidden = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & hidden]
+    if not streams:
+        raise ValueError("it has only sound" if container.streams.audio else "it has no pictures")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    context = stream.codec_context
+    if context is None:
+        raise ValueError("its codec is not known")
+    if context.width * context.height > MAX_PIXELS:
+        raise ValueError(f"frames of {context.width}x{context.height} have more than {MAX_PIXELS:,} pixels")
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream
+
+
+def read_video(path: str | Path) -> Tensor:
+    """Read all frames of a video file, uint8 [F H W 3]. Raises UserError if it is missing or not a video."""
+    with open_video(path) as video:
+        return _stack(video.pictures())
+
+
+def sample_frames(path: str | Path, count: int) -> Tensor:
+    """Read `count` frames from the first to the last, uint8 [count H W 3]; no others are kept in memory.
+
+    Raises UserError if the file is missing or not a video.
+    """
+    with open_video(path) as video:
+        frames = video.stream.frames or sum(1 for _ in video.decode())
+    with open_video(path) as video:
+        wanted = evenly_spaced(frames, count)
+        return _stack(video.picture(frame) for index, frame in enumerate(video.decode()) if index in wanted)
+
+
+def stream_video(path: str | Path, height: int, width: int, fps: float) -> Iterator[Tensor]:
+    """Yield the frames of a video file one by one, [1 3 H W] in [-1, 1], `fps` of them a second.
+
+    Frame k is the one that a player shows at k / fps seconds, so the speed stays the same: frames are repeated or left
+    out. Each is scaled to cover H x W and cropped around the centre.
+
+    Raises:
+        UserError: the file is missing or not a video.
+    """
+    with open_video(path) as video:
+        for frame, count in video.sampled(fps):
+            if count:
+                picture = fit_image(video.picture(frame), height, width)[None]
+                for _ in range(count):
+                    yield picture
+
+
+def plays(path: str | Path) -> bool:
+    """Whether at least one frame of a video file can be shown."""
+    try:
+        with open_video(path) as video:
+            return next(video.decode(), None) is not None
+    except UserError:
+        return False
+
+
+def count_frames(path: str | Path) -> int:
+    """Decode a video file to its end and count the frames.
+
+    Raises UserError if it is missing, is not a video, or is damaged or cut off.
+    """
+    with open_video(path) as video:
+        count = 0
+        for frame in video.container.decode(video.stream):
+            if frame.is_corrupt:
+                raise ValueError(f"frame {count} is damaged")
+            count += 1
+        if count < video.stream.frames:
+            raise ValueError(f"it has {count} frames, and {video.stream.frames} are announced")
+        return count
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the tags of a video file; an empty dict if the file cannot be read."""
+    try:
+        with open_video(path) as video:
+            return dict(video.container.metadata)
+    except UserError:
+        return {}
+
+
+def _stack(pictures: Iterable[Image.Image]) -> Tensor:
+    """Stack images to uint8 [F H W 3]. Raises ValueError if there are none or they differ in size."""
+    frames = [torch.from_numpy(np.array(picture)) for picture in pictures]
+    if not frames:
+        raise ValueError(NO_FRAMES)
+    sizes = {frame.shape for frame in frames}
+    if len(sizes) > 1:
+        raise ValueError("its frames have different sizes")
+    return torch.stack(frames)
