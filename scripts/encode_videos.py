@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import sys
 from pathlib import Path
@@ -108,18 +107,14 @@ def video_prompts(folder: Path, listing: Path | None) -> dict[str, str]:
 
 def _listed_prompts(folder: Path, listing: Path) -> dict[str, str]:
     from utils.errors import UserError
-    from utils.prompts import read_prompts
+    from utils.prompts import one_line, read_entries
 
     prompts = {}
-    for line in read_prompts(listing):
-        try:
-            entry = json.loads(line)
-            name, prompt = str(Path(entry["video"])), entry["prompt"].strip()
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
-            raise UserError(f'{listing}: {line!r} is not {{"video": ..., "prompt": ...}}') from None
+    for number, entry in read_entries(listing, needs=("video", "prompt")):
+        name = str(Path(entry["video"]))
         if not (folder / name).is_file():
-            raise UserError(f"{listing}: video {folder / name} not found")
-        prompts[name] = prompt
+            raise UserError(f"{listing}, line {number}: video {folder / name} not found")
+        prompts[name] = one_line(entry["prompt"])
     return prompts
 
 

@@ -80,7 +80,7 @@ def read_image_lines(path: str | Path) -> list[PromptLine]:
     """
     path = Path(path)
     lines = []
-    for number, entry in _json_lines(_read_text(path), path, needs=("image", PROMPT_COLUMN)):
+    for number, entry in read_entries(path, needs=("image", PROMPT_COLUMN)):
         image = path.parent / entry["image"]
         if not _is_file(image):
             raise UserError(f"{path}, line {number}: image {image} not found")
@@ -88,6 +88,16 @@ def read_image_lines(path: str | Path) -> list[PromptLine]:
     if not lines:
         raise UserError(f"{path}: holds no prompt; write one a line")
     return lines
+
+
+def read_entries(path: str | Path, *, needs: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the objects of a JSON-lines file with their line numbers; each has text under every key in `needs`.
+
+    Raises:
+        UserError: names the file if it is missing or not text, and the line if it is not such an object.
+    """
+    path = Path(path)
+    yield from _json_lines(_read_text(path), path, needs=needs)
 
 
 def pair_prompts(names: Sequence[PromptLine], source: str, path: str | Path) -> list[str]:
