@@ -14,6 +14,7 @@ from model.transformer import PRESETS
 from pipeline.optimize import OptimizeConfig
 from pipeline.rollout import RolloutConfig
 from pipeline.sampling import SamplingConfig
+from utils.bounds import POSITIVE, require
 from utils.config import load_config
 
 
@@ -43,6 +44,7 @@ class DenoiserConfig:
         entries = self.lora if isinstance(self.lora, list) else [self.lora]
         if self.lora is not None and not all(isinstance(entry, str) for entry in entries):
             raise ValueError(f"lora={self.lora!r} is not a path or a list of paths, such as [a.safetensors:0.8, b.pt]")
+        require(self, POSITIVE, "shift")
 
 
 class CodecKind(Enum):

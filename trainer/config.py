@@ -13,6 +13,7 @@ from trainer.lora import LoRAConfig
 from trainer.objectives.gan import AdversarialLoss
 from trainer.optimizer import OptimizerConfig
 from trainer.parallelize import ParallelConfig
+from utils.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, require
 
 
 class Objective(Enum):
@@ -55,6 +56,10 @@ class AutoencoderConfig:
     motion_weight: float = 0.5
     """Weight of the error of the change between frames."""
 
+    def __post_init__(self) -> None:
+        require(self, AT_LEAST_1, "fit_clips", "crop_frames")
+        require(self, NOT_NEGATIVE, "latent_noise", "motion_weight")
+
 
 @dataclass
 class DiffusionConfig:
@@ -76,6 +81,9 @@ class DiffusionConfig:
     """Train the text encoder along; without weights it starts from nothing."""
 
     def __post_init__(self) -> None:
+        require(self, SHARE, "guidance_dropout")
+        require(self, POSITIVE, "timestep_shift")
+        require(self, NOT_NEGATIVE, "sigma_floor")
         if not 0 <= self.noise_augmentation_max_timestep <= 1000:
             raise ValueError(
                 f"noise_augmentation_max_timestep={self.noise_augmentation_max_timestep} must lie in [0, 1000]"
@@ -120,13 +128,11 @@ class DMDConfig:
     """causvid: a chunk may also be drawn clean, as if 0 were one more entry of rollout.denoising_steps."""
 
     def __post_init__(self) -> None:
+        require(self, AT_LEAST_1, "critic_updates")
+        require(self, NOT_NEGATIVE, "critic_head_start", "replay_rollouts", "sigma_floor", "grad_start_frame")
+        require(self, NOT_NEGATIVE, "regression_weight")
         if not 0 <= self.min_timestep < 1000:
             raise ValueError(f"min_timestep={self.min_timestep} must lie in [0, 1000)")
-        if self.critic_updates < 1:
-            raise ValueError(f"critic_updates={self.critic_updates} must be at least 1")
-        for name in ("critic_head_start", "replay_rollouts", "regression_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass
@@ -145,11 +151,9 @@ class LongConfig:
     """self_forcing_continued: last window (counted from 0) before which the prompt may change; null is the last one."""
 
     def __post_init__(self) -> None:
-        for name in ("max_frames", "windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.switch_probability <= 1:
-            raise ValueError(f"switch_probability={self.switch_probability} must lie in [0, 1]")
+        require(self, AT_LEAST_1, "max_frames", "windows")
+        require(self, NOT_NEGATIVE, "overlap")
+        require(self, SHARE, "switch_probability")
         if self.last_switch is not None and self.last_switch < 1:
             raise ValueError(
                 f"last_switch={self.last_switch} must be at least 1: window 0 begins with the first prompt"
@@ -185,6 +189,10 @@ class GANConfig:
     """Size of the finite difference behind the penalties."""
     heads: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
+    def __post_init__(self) -> None:
+        require(self, NOT_NEGATIVE, "generator_weight", "discriminator_weight", "r1_weight", "r2_weight")
+        require(self, POSITIVE, "perturbation_sigma")
+
 
 @dataclass
 class ConsistencyConfig:
@@ -196,6 +204,9 @@ class ConsistencyConfig:
     """Of the teacher, ``u + g (c - u)``; 1 is none."""
     per_chunk: bool = False
     """One timestep a chunk instead of one a video."""
+
+    def __post_init__(self) -> None:
+        require(self, AT_LEAST_1, "solver_steps")
 
 
 @dataclass
@@ -236,11 +247,9 @@ class LoopConfig:
     """Report to TensorBoard too."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.total_batch_size is not None and self.total_batch_size < 1:
-            raise ValueError(f"total_batch_size={self.total_batch_size} must be at least 1")
+        require(self, AT_LEAST_1, "steps", "batch_size", "total_batch_size", "log_every", "keep_last")
+        require(self, NOT_NEGATIVE, "ema_start_step", "sample_every", "save_every", "keep_every", "export_every")
+        require(self, SHARE_BELOW_1, "ema_decay")
         if self.export_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"export_dtype={self.export_dtype!r} must be float32, float16 or bfloat16")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from trainer.micro_batch import MicroBatch
+from utils.bounds import AT_LEAST_1, NOT_NEGATIVE, require
 from utils.errors import UserError
 from utils.files import atomic_write_text
 
@@ -30,11 +31,9 @@ class HealthConfig:
     """The variance within generated videos may fall to this share of its highest median."""
 
     def __post_init__(self) -> None:
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped={self.max_skipped} must be at least 1")
-        if self.window < 0:
-            raise ValueError(f"window={self.window} must not be negative")
-        if self.critic_rise <= 1:
+        require(self, AT_LEAST_1, "max_skipped")
+        require(self, NOT_NEGATIVE, "window")
+        if not self.critic_rise > 1:
             raise ValueError(f"critic_rise={self.critic_rise} must be more than 1")
         if not 0 < self.variance_fall < 1:
             raise ValueError(f"variance_fall={self.variance_fall} must lie in (0, 1)")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from model.transformer import WanTransformer
 from model.weights.lora import LoRA, LowRank, merge_lora
+from utils.bounds import NOT_NEGATIVE, POSITIVE, require
 
 DOWN, UP, ALPHA = "lora_down", "lora_up", "lora_alpha"
 
@@ -29,10 +30,8 @@ class LoRAConfig:
     """Parts of a block whose linear layers learn."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank={self.rank} must not be negative")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"alpha={self.alpha} must be positive")
+        require(self, NOT_NEGATIVE, "rank")
+        require(self, POSITIVE, "alpha")
 
 
 def add_lora(transformer: WanTransformer, config: LoRAConfig, generator: torch.Generator) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.parallelize import is_sharded, local_part, sharded_like, whole
+from utils.bounds import NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, require
 
 
 class OptimizerKind(Enum):
@@ -41,12 +42,12 @@ class OptimizerConfig:
     """Last share of the run over which it falls linearly to a twentieth."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr={self.lr} must be positive")
+        require(self, POSITIVE, "lr", "clip_norm")
+        require(self, NOT_NEGATIVE, "weight_decay", "warmup_steps")
+        require(self, SHARE_BELOW_1, "betas")
+        require(self, SHARE, "decay_fraction")
         if len(self.betas) != 2:
             raise ValueError(f"betas={self.betas} must be two numbers")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} must lie in [0, 1]")
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

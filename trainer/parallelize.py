@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.denoiser import Denoiser
 from model.transformer import WanTransformer
+from utils.bounds import AT_LEAST_1, require
 from utils.distributed import Ranks, device_mesh, resolve_dtype
 from utils.errors import UserError
 
@@ -39,8 +40,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"precision={self.precision!r} must be auto, bfloat16 or float32")
-        if self.shard_size is not None and self.shard_size < 1:
-            raise ValueError(f"shard_size={self.shard_size} must be at least 1")
+        require(self, AT_LEAST_1, "shard_size")
 
 
 class Parallelism:

@@ -7,6 +7,7 @@ by name or value in any case. A YAML file may start with `defaults: [base, ../ot
 """
 
 import difflib
+import math
 import os
 import re
 import types
@@ -57,18 +58,26 @@ def load_config(
 
 
 def from_dict(schema: type[T], values: Mapping[str, Any], source: str) -> T:
-    """The inverse of `to_dict`; `source` (a checkpoint's path, say) is what errors name. Raises UserError."""
-    return _build(schema, [(source, values)], source)
+    """The inverse of `to_dict`: every text is taken as it stands. `source` is what errors name. Raises UserError."""
+    return _build(schema, [(source, _literal(values))], source)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Any:
     """A schema instance as plain dicts, lists and scalars (enums by name, paths as text), for checkpoints and JSON."""
-    return yaml.safe_load(to_yaml(config))
+    if is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(value) for value in config]
+    if isinstance(config, Enum):
+        return config.name
+    return str(config) if isinstance(config, Path) else config
 
 
 def to_yaml(config: Any) -> str:
     """A schema instance as YAML that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config))))
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -122,20 +131,21 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _parse_override(schema: type, text: str) -> dict[str, Any]:
-    """`a.b=value` -> {"a": {"b": value}}; the value is YAML, except that a text field takes any text as it stands."""
+    """`a.b=value` -> {"a": {"b": value}}. The value is YAML; a text field takes any text as it stands, ${...} too."""
     match = OVERRIDE.fullmatch(text)
     if match is None:
         raise UserError(f"{COMMAND_LINE}: {text!r} is not an override of the form section.key=value")
     key, raw = match.groups()
     is_text = _without_none(_hint_at(schema, key)) is str
+    text = _literal(raw) if is_text else raw
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
-    except yaml.YAMLError as error:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         if not is_text:
             raise UserError(f"{COMMAND_LINE}: {key}={raw}: the value is not valid YAML") from error
-        value = raw
-    if is_text and (raw == "" or not isinstance(value, str | None)):
-        value = raw
+        value = text
+    if is_text and (not raw.strip() or value == text.strip() or not isinstance(value, str | None)):
+        value = text
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -180,6 +190,25 @@ def _merge(
                 config.merge_with({name: _enum_member(kind, value)})
         except (OmegaConfBaseException, TypeError):
             raise UserError(f"{origin}: {key}={_show(value)} is not {_describe(hints[name], value)}") from None
+        if not OmegaConf.is_interpolation(config, name) and _has_infinity(OmegaConf.to_container(config)[name]):
+            raise UserError(f"{origin}: {key}={_show(value)} must be finite; give a number")
+
+
+def _has_infinity(value: Any) -> bool:
+    """Whether a value holds nan or an infinity. No key of any schema means something by them."""
+    numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return any(isinstance(number, float) and not math.isfinite(number) for number in numbers)
+
+
+def _literal(value: Any) -> Any:
+    """The same values for omegaconf, with nothing in a text that it would replace: ${...} is written as \\${...}."""
+    if isinstance(value, Mapping):
+        return {key: _literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_literal(each) for each in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def _enum_member(kind: Any, value: Any) -> Any:

@@ -191,3 +191,11 @@ def test_wrong_defaults_are_one_line(write):
 
 def test_an_interpolation_that_leads_nowhere_is_one_line(write):
     assert "Interpolation key 'nothing' not found" in error_line(write("name: ${nothing}\n"))
+
+
+@pytest.mark.parametrize("text", ["${HOME}/x", "a${b}", "\\${c}", "${", "$x", "}{", "\\\\${d:e}", " ", " a "])
+def test_a_text_of_the_command_line_is_taken_as_it_stands_and_reads_back(write, tmp_path, text):
+    config = load_config(Config, write("name: a\n"), [f"name={text}"])
+    assert config.name == text
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(Config, tmp_path / "saved.yaml") == config == from_dict(Config, to_dict(config), "checkpoint")
