@@ -25,7 +25,10 @@ DIFFUSERS_TO_WAN = {
     "patch_size": "patch_size",
     "eps": "eps",
     "prediction_type": "prediction_type",
+    "text_len": "text_len",
 }
+UNKNOWN_TO_DIFFUSERS = ("prediction_type", "text_len")
+"""Keys that diffusers does not have. They are written only if they differ from the values it assumes."""
 
 
 def transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset: str) -> WanConfig:

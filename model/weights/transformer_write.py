@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from model.transformer import WanConfig
 from model.weights.mapping import StateDict
 from model.weights.names import COMFYUI_PREFIX, wan_to_diffusers
-from model.weights.transformer_config import DIFFUSERS_TO_WAN
+from model.weights.transformer_config import DIFFUSERS_TO_WAN, UNKNOWN_TO_DIFFUSERS
 from model.weights.write import SHARD_BYTES, convert, save_folder, save_safetensors, save_torch
 from utils.errors import UserError
 
@@ -63,14 +63,14 @@ def _write_diffusers(
     ours = asdict(config)
     values = {
         "_class_name": "WanTransformer3DModel",
-        **{theirs: ours[name] for theirs, name in DIFFUSERS_TO_WAN.items() if name != "prediction_type"},
+        **{theirs: ours[name] for theirs, name in DIFFUSERS_TO_WAN.items() if name not in UNKNOWN_TO_DIFFUSERS},
         "attention_head_dim": config.dim // config.num_heads,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
     }
-    if config.prediction_type != "flow":  # diffusers knows no other
-        values["prediction_type"] = config.prediction_type
+    assumed = {field.name: field.default for field in fields(WanConfig)}
+    values |= {name: ours[name] for name in UNKNOWN_TO_DIFFUSERS if ours[name] != assumed[name]}
     folder = path / "transformer"
     save_folder(folder, wan_to_diffusers(state), values, dtype=dtype, name=WAN_FILE, shard_bytes=shard_bytes)
 
