@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import AttentionBackend
+from model.kv_cache import CachedText
 from model.layers import CrossAttention, LayerNorm
 from model.transformer import WanTransformer
 
@@ -58,7 +59,9 @@ class RegisterHead(nn.Module):
         """[B F T C] -> [B] float32."""
         tokens = self.registers.expand(features.shape[0], 1, -1, -1)
         video = self.norm(features.to(tokens).flatten(1, 2))
-        return self.mlp((tokens + self.attention(tokens, video, backend=backend)).flatten(1)).squeeze(1).float()
+        video = CachedText(*self.attention.key_value(video), None)
+        tokens = tokens + self.attention(tokens, video, backend=backend)
+        return self.mlp(tokens.flatten(1)).squeeze(1).float()
 
 
 class Discriminator(nn.Module):

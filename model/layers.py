@@ -8,8 +8,9 @@ its tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,14 @@ from model.kv_cache import CachedText
 from model.layer_cache import ChunkSlots, LayerCache
 from model.rope import apply_rotary
 
+T = TypeVar("T")
+
 RECOMPUTED = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 """Run a module whose activations backward computes again. Nothing in a block is random, so no random state is kept."""
+
+
+def _call(module: Callable[..., T], *args, **options) -> T:
+    return module(*args, **options)
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -235,11 +242,10 @@ class CrossAttention(Attention):
         """Keys and values [B L N D] of embedded text [B L C]."""
         return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
 
-    def forward(self, x: Tensor, text: Tensor | CachedText, *, backend: AttentionBackend) -> Tensor:
-        """x [B F T C]; ``text`` is embedded text [B L C], or its keys and values."""
-        cached = text if isinstance(text, CachedText) else CachedText(*self.key_value(text), None)
+    def forward(self, x: Tensor, text: CachedText, *, backend: AttentionBackend) -> Tensor:
+        """x [B F T C] attends to the keys and values of a prompt -> [B F T C]."""
         q = self.heads(self.norm_q(self.q(x)))
-        out = attention(q.flatten(1, 2), cached.k, cached.v, bias=cached.bias, backend=backend.for_text())
+        out = attention(q.flatten(1, 2), text.k, text.v, bias=text.bias, backend=backend.for_text())
         return self.o(out.flatten(-2).view_as(x))
 
 
@@ -260,7 +266,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        text: Tensor | CachedText,
+        text: CachedText,
         rotary: Tensor,
         *,
         mask: BlockMask | FlexMask | None = None,
@@ -320,7 +326,8 @@ class BlockStack(nn.ModuleList):
 
         Args:
             x, modulation, rotary, mask, chunks, backend: as :meth:`Block.forward`.
-            texts, caches: one a block.
+            texts: one a block: embedded text [B L C], or its keys and values.
+            caches: one a block.
             checkpointing: recompute blocks in backward.
         """
         outputs, last = [], len(self) - 1
@@ -329,11 +336,14 @@ class BlockStack(nn.ModuleList):
                 "mask": mask,
                 "cache": caches[layer],
                 "chunks": chunks,
-                "output_frames": output_frames if layer == last else None,
+                "output_frames": output_frames if layer == last else x.shape[1],
                 "backend": backend,
             }
-            run = partial(RECOMPUTED, block) if checkpointing else block
-            x = run(x, modulation, texts[layer], rotary, **options)
+            run = RECOMPUTED if checkpointing else _call
+            text = texts[layer]
+            if isinstance(text, Tensor):  # outside the block: its layers may be sharded apart, for caches of a prompt
+                text = CachedText(*run(block.cross_attn.key_value, text), None)
+            x = run(block, x, modulation, text, rotary, **options)
             if layer in kept:
                 outputs.append(x)
         return outputs

@@ -199,6 +199,7 @@ class PromptCache:
         files: embeddings of earlier runs; None keeps none.
         keep_encoder: False frees the encoder, which must be one that is loaded here, as soon as it has encoded.
         device: where embeddings go; None is where the encoder puts them.
+        dtype: of the embeddings; None is that of the encoder.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class PromptCache:
         files: PromptFiles | None = None,
         keep_encoder: bool = True,
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if max_prompts < 1:
             raise ValueError(f"max_prompts={max_prompts} must be at least 1")
@@ -219,13 +221,17 @@ class PromptCache:
         self.files = files
         self.keep_encoder = keep_encoder
         self.device = device
+        self.dtype = dtype
         self._prompts: OrderedDict[str, StoredPrompt] = OrderedDict()  # oldest use first
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B L D] of B prompts."""
         return torch.stack(
             [
-                F.pad(stored.embeds.to(self.device), (0, 0, 0, stored.text_len - len(stored.embeds)))
+                F.pad(
+                    stored.embeds.to(device=self.device, dtype=self.dtype),
+                    (0, 0, 0, stored.text_len - len(stored.embeds)),
+                )
                 for stored in self._recall(prompts)
             ]
         )

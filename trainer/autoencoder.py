@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -55,8 +55,8 @@ class AutoencoderTrainer(Trainer):
         quality = psnr(decoded.detach().clamp(-1, 1), frames)
         return Loss(loss, {"loss": loss.detach(), "psnr": quality})
 
-    def sample_frames(self, prompts: list[str]) -> Tensor:
-        scenes = [Scene.from_prompt(prompt) for prompt in prompts]
+    def sample_frames(self, indices: Sequence[int]) -> Tensor:
+        scenes = [Scene.from_prompt(self.sample_prompts[index]) for index in indices]
         frames = self.codec.num_frames(self.config.video.num_frames)
         clips = render_clips(scenes, frames, torch.Generator().manual_seed(0), self.config.data.shapes)
         return self.codec.decode(self.codec.encode(clips.to(self.device)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -65,8 +65,9 @@ class ConsistencyTrainer(Trainer):
         loss = in_context_loss(self.denoiser, noisy, timesteps, target, clean, embeds, self.mask)
         return Loss(loss, {"loss": loss.detach()})
 
-    def sample_frames(self, prompts: list[str]) -> Tensor:
-        return self.sample_rollout(self.denoiser, self.text_encoder.encode(prompts), self.codec)
+    def sample_frames(self, indices: Sequence[int]) -> Tensor:
+        embeds = self.sample_embeds(self.text_encoder, indices)
+        return self.sample_rollout(indices, self.denoiser, embeds, self.codec)
 
     def export(self, folder: Path) -> None:
         self.export_transformer(folder)

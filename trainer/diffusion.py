@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,13 +65,12 @@ class DiffusionTrainer(Trainer):
         )
         return Loss(loss, {"loss": loss.detach()})
 
-    def sample_frames(self, prompts: list[str]) -> Tensor:
-        embeds = self.text_encoder.encode(prompts)
+    def sample_frames(self, indices: Sequence[int]) -> Tensor:
+        embeds = self.sample_embeds(self.text_encoder, indices)
         if self.config.diffusion.forcing is not Forcing.bidirectional:
-            return self.sample_rollout(self.denoiser, embeds, self.codec)
-        negative = self.text_encoder.encode([self.config.sampling.negative_prompt] * len(prompts))
-        shape = (len(prompts), *self.config.video.latent_shape(self.codec))
-        noise = torch.randn(shape, generator=self.stream("samples")).to(self.device)
+            return self.sample_rollout(indices, self.denoiser, embeds, self.codec)
+        negative = self.text_encoder.encode([self.config.sampling.negative_prompt] * len(indices))
+        noise = self.sample_noise(indices, self.config.video.latent_shape(self.codec))
         return self.codec.decode(sample(self.denoiser, noise, embeds, negative, self.config.sampling))
 
     def export(self, folder: Path) -> None:

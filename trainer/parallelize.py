@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.denoiser import Denoiser
 from model.transformer import WanTransformer
+from pipeline.optimize import CompileMode, compile_blocks
 from utils.bounds import AT_LEAST_1, require
 from utils.distributed import Ranks, device_mesh, resolve_dtype
 from utils.errors import UserError
@@ -31,7 +32,10 @@ class ParallelConfig:
     """Of the passes of trained and frozen transformers: auto (bfloat16 on CUDA, else float32), bfloat16 or float32.
     Trained weights, their gradients' sums and the optimizers stay in float32."""
     compile: bool = False
-    """Compile every block with torch.compile."""
+    """Compile the blocks with torch.compile: one graph for all of them in each kind of pass."""
+    reduce_every_pass: bool = False
+    """Sum gradients over the processes after every micro-batch. This takes more messages, but a process then keeps its
+    shard of the float32 gradients between micro-batches, not the whole (5.7 GB at 1.3B, 57 GB at 14B)."""
     offload_teacher: bool = False
     """Keep the frozen teacher's shards in CPU memory."""
     offload_trained: bool = False
@@ -84,8 +88,7 @@ class Parallelism:
     def _apply(self, denoiser: Denoiser, *, offload: bool) -> Denoiser:
         transformer = denoiser.transformer
         if self.config.compile:
-            for block in transformer.blocks:
-                block.compile()
+            compile_blocks(transformer, CompileMode.default)
         if self.active:
             self._shard(transformer, offload=offload)
         return denoiser

@@ -7,7 +7,7 @@ teacher, stored with the clean clips that were their context, train every chunk 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -84,8 +84,9 @@ class RegressionTrainer(Trainer):
         loss = self.regression.loss(self.denoiser, batch, self.text_encoder)
         return Loss(loss, {"loss": loss.detach()})
 
-    def sample_frames(self, prompts: list[str]) -> Tensor:
-        return self.sample_rollout(self.denoiser, self.text_encoder.encode(prompts), self.codec)
+    def sample_frames(self, indices: Sequence[int]) -> Tensor:
+        embeds = self.sample_embeds(self.text_encoder, indices)
+        return self.sample_rollout(indices, self.denoiser, embeds, self.codec)
 
     def export(self, folder: Path) -> None:
         self.export_transformer(folder)

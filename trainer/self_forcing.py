@@ -7,7 +7,7 @@ the critic learns from them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -236,9 +236,10 @@ class SelfForcingTrainer(Trainer):
         """Which rollouts critic update ``number`` of this step reads."""
         return int(torch.randint(len(self.replay), (), generator=self.stream("replay", self.step, number)))
 
-    def sample_frames(self, prompts: list[str]) -> Tensor:
-        embeds = self.text_encoder.encode(prompts)
-        return self.sample_rollout(self.denoiser, embeds, self.codec, context=self.sample_images)
+    def sample_frames(self, indices: Sequence[int]) -> Tensor:
+        embeds = self.sample_embeds(self.text_encoder, indices)
+        given = None if self.sample_images is None else self.sample_images[list(indices)]
+        return self.sample_rollout(indices, self.denoiser, embeds, self.codec, context=given)
 
     def export(self, folder: Path) -> None:
         self.export_transformer(folder)

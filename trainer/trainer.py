@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -20,19 +20,21 @@ from tqdm import tqdm
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.kv_cache import KVCache
+from model.text_encoder import PromptCache
 from model.weights import save_folder, save_torch
 from model.weights.lora import save_lora
 from pipeline.config import DenoiserConfig
 from pipeline.loading import load_denoiser
 from pipeline.rollout import rollout
 from trainer.config import Config, Objective
-from trainer.data import Stream
+from trainer.data import StoredEmbeddings, Stream
 from trainer.ema import EMA
 from trainer.health import Health
 from trainer.lora import LoRAConfig, add_lora, merge
 from trainer.micro_batch import MicroBatch, plan_batches
 from trainer.optimizer import Optimizer, OptimizerConfig
 from trainer.parallelize import Parallelism, average_replicated, full_state, synchronise_gradients
+from trainer.samples import make_together
 from utils.checkpoint import Checkpoints, KeepPolicy, Stateful, load_checkpoint, read_about
 from utils.checkpoint_search import find_good_checkpoint, put_away
 from utils.config import save_config, to_dict
@@ -47,6 +49,7 @@ from utils.distributed import (
 from utils.errors import UserError
 from utils.prompts import read_prompts
 from utils.tracking import Stopwatch, Tracker, peak_memory, progress
+from utils.transfer import send
 from utils.video import VideoWriter, save_contact_sheet
 
 log = logging.getLogger(__name__)
@@ -229,8 +232,11 @@ class Trainer(ABC):
         out, so what follows a ``yield`` happens only if that update was applied."""
 
     @abstractmethod
-    def sample_frames(self, prompts: list[str]) -> Tensor:
-        """Sample videos with the averaged weights: [B F 3 H W] in [-1, 1]."""
+    def sample_frames(self, indices: Sequence[int]) -> Tensor:
+        """Sample videos of ``sample_prompts`` with the weights as they are: [B F 3 H W] in [-1, 1].
+
+        A video depends on its index alone, not on the others; see :meth:`sample_noise`.
+        """
 
     @abstractmethod
     def export(self, folder: Path) -> None:
@@ -326,7 +332,8 @@ class Trainer(ABC):
         sums: dict[str, Tensor] = {}
         share = 1 / len(update.micro_batches)
         for micro_batch in update.micro_batches:
-            synchronise_gradients(update.optimizer.module, micro_batch is update.micro_batches[-1])
+            last = micro_batch is update.micro_batches[-1]
+            synchronise_gradients(update.optimizer.module, last or self.config.parallel.reduce_every_pass)
             loss = update.loss(micro_batch)
             with self.clock.phase("backward"):
                 (share * loss.total).backward()
@@ -364,13 +371,14 @@ class Trainer(ABC):
             log.info("step %d/%d  %s  %.2f s/step  %.0f min left", self.step, loop.steps, values, seconds, left)
 
     def sample(self) -> None:
-        """Write one video a fixed prompt and a contact sheet of all."""
+        """Write one video a fixed prompt and a contact sheet of all. All processes share the work."""
+        count, ranks = len(self.sample_prompts), self.context.ranks
         with self.ema.applied(), torch.no_grad():
-            clips = self.sample_frames(self.sample_prompts).float().cpu()
+            clips = make_together(self.sample_frames, count, ranks, batch=self.config.trainer.batch_size)
         if not self.is_main:
             return
         with self._going_on("samples"):
-            self._write_samples(list(clips))
+            self._write_samples(clips)
 
     def _write_samples(self, clips: list[Tensor]) -> None:
         video = self.config.video
@@ -390,25 +398,40 @@ class Trainer(ABC):
         except OSError as error:
             log.warning("%s of step %d not written: %s; training goes on", what, self.step, error.strerror or error)
 
+    def sample_embeds(self, text_encoder: PromptCache | StoredEmbeddings, indices: Sequence[int]) -> Tensor:
+        """Embeddings [B L E] of ``sample_prompts``."""
+        return text_encoder.encode([self.sample_prompts[index] for index in indices])
+
+    def sample_noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """Noise [B ...] of sample videos; that of an index is always the same."""
+        drawn = [torch.randn(shape, generator=self.stream("samples", index)) for index in indices]
+        return send(torch.stack(drawn), self.device)
+
     def sample_rollout(
-        self, denoiser: Denoiser, prompt_embeds: Tensor, codec: VideoCodec, *, context: Tensor | None = None
+        self,
+        indices: Sequence[int],
+        denoiser: Denoiser,
+        prompt_embeds: Tensor,
+        codec: VideoCodec,
+        *,
+        context: Tensor | None = None,
     ) -> Tensor:
-        """Few-step videos [B F 3 H W] of prompts [B L E], from the same noise at every call.
+        """Few-step videos [B F 3 H W], from the same noise for an index at every call.
 
         Args:
+            prompt_embeds: of the prompts of these indices [B L E].
             context: given first latents [B f C H W], which are shown too.
         """
         shown = [] if context is None else [context]
         frames = self.config.video.num_frames - sum(part.shape[1] for part in shown)
-        shape = (len(prompt_embeds), *self.config.video.latent_shape(codec, frames))
         blocks = rollout(
             denoiser,
-            torch.randn(shape, generator=self.stream("samples")).to(self.device),
+            self.sample_noise(indices, self.config.video.latent_shape(codec, frames)),
             prompt_embeds,
             KVCache(denoiser.transformer.config.num_layers),
             self.config.rollout,
             context_latents=context,
-            generator=self.stream("sample noise"),
+            generator=[self.stream("sample noise", index) for index in indices],
         )
         return codec.decode(torch.cat([*shown, *(block.latents for block in blocks)], dim=1))
 

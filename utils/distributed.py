@@ -200,7 +200,11 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, else MPS, else CPU. Raises UserError if unknown or not available."""
+    """The device called `name`; "auto" is CUDA, else MPS, else CPU.
+
+    A GPU that is named by its number becomes the current one: kernels and libraries that are told no device use it.
+    Raises UserError if the device is unknown or not available.
+    """
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -217,6 +221,8 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not available on this machine: {choices}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

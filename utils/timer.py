@@ -8,19 +8,38 @@ from contextlib import contextmanager
 
 import torch
 
+Moment = float | torch.cuda.Event
+
+
+def moment(device: torch.device) -> Moment:
+    """Now: by the clock, or on CUDA, where work is only queued, by the current stream. Nothing is waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def elapsed(start: Moment, end: Moment) -> float:
+    """Seconds between two moments; on CUDA it waits until the second has come."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
 
 class StageTimer:
     """Seconds by stage. On CUDA, where work is only queued, they are measured between events in the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._spans: list[tuple[str, Moment, Moment]] = []
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = self._now()
+        start = moment(self._device)
         yield
-        self._spans.append((stage, start, self._now()))
+        self._spans.append((stage, start, moment(self._device)))
 
     def throttle(self) -> None:
         """Wait until only the newest span of work is still queued. A stop then takes effect soon."""
@@ -31,18 +50,5 @@ class StageTimer:
         """Seconds of each stage. Waits for the work that is queued."""
         total: dict[str, float] = {}
         for stage, start, end in self._spans:
-            total[stage] = total.get(stage, 0.0) + self._elapsed(start, end)
+            total[stage] = total.get(stage, 0.0) + elapsed(start, end)
         return total
-
-    def _now(self) -> float | torch.cuda.Event:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def _elapsed(self, start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        if self._device.type != "cuda":
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1000

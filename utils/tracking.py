@@ -7,7 +7,6 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.files import NO_FOLLOW, atomic_write_bytes, atomic_write_text, is_own_file, set_aside
 from utils.side_files import read_json_lines, read_limited
+from utils.timer import Moment, elapsed, moment
 from utils.video import evenly_spaced, read_video
 
 log = logging.getLogger(__name__)
@@ -146,13 +146,16 @@ def progress(
 
 
 class Stopwatch:
-    """Seconds spent in named phases. A phase within a phase is not counted twice."""
+    """Seconds spent in named phases. A phase within a phase is not counted twice.
+
+    On CUDA it puts events into the current stream, so that no phase waits for the device; only :meth:`lap` does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._seconds: dict[str, float] = {}
+        self._spans: list[tuple[str, Moment, Moment]] = []
         self._open: list[str] = []
-        self._since = time.perf_counter()
+        self._since: Moment | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -167,16 +170,17 @@ class Stopwatch:
 
     def lap(self) -> dict[str, float]:
         """Seconds of every phase since the last lap, by order of appearance."""
-        seconds, self._seconds = self._seconds, {}
+        spans, self._spans = self._spans, []
+        seconds: dict[str, float] = {}
+        for name, start, end in spans:
+            seconds[name] = seconds.get(name, 0.0) + elapsed(start, end)
         return seconds
 
     def _turn(self) -> None:
         """Book the time since the last turn on the innermost open phase."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
+        now = moment(self.device)
         if self._open:
-            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+            self._spans.append((self._open[-1], self._since, now))
         self._since = now
 
 

@@ -122,7 +122,7 @@ def memory_use() -> dict[str, float | None]:
     """Gigabytes in use: ``ram`` of this process, ``vram`` of the GPU."""
     torch = sys.modules.get("torch")  # not worth waiting for its import
     vram = total = None
-    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_available():
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():  # asking would open a context
         free, total = torch.cuda.mem_get_info()
         vram, total = (total - free) / 1e9, total / 1e9
     return {"ram": resident_bytes() / 1e9, "vram": vram, "vram_total": total}

@@ -181,11 +181,11 @@ def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
 
 def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build):
     trainer = build("trainer.ema_decay=0.999", "optimizer.lr=0.1")
-    prompts = trainer.sample_prompts
+    indices = range(len(trainer.sample_prompts))
 
     def sample() -> Tensor:
         with trainer.ema.applied(), torch.no_grad():
-            return trainer.sample_frames(prompts)
+            return trainer.sample_frames(indices)
 
     before = sample()
     assert torch.equal(sample(), before)
@@ -193,7 +193,17 @@ def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build)
     trainer.apply(update, Averages(), finite=True)
     assert torch.equal(sample(), before)
     with torch.no_grad():
-        assert not torch.equal(trainer.sample_frames(prompts), before)
+        assert not torch.equal(trainer.sample_frames(indices), before)
+
+
+def test_a_sample_does_not_depend_on_the_batch_it_is_made_in(build):
+    trainer = build()
+    with torch.no_grad():
+        together = trainer.sample_frames([0, 1])
+        assert not torch.equal(together[0], together[1])
+        for index in (0, 1):
+            alone = trainer.sample_frames([index])[0]
+            assert torch.allclose(alone, together[index], atol=1e-4)
 
 
 def test_guidance_dropout_replaces_prompts_by_the_negative_one(build):

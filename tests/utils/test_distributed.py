@@ -185,6 +185,16 @@ def test_devices_are_found_or_refused(monkeypatch):
         resolve_device("cuda:1")
 
 
+def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda").index is None and resolve_device("cpu").type == "cpu" and current == []
+    assert current == [] and resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)]
+
+
 def test_dtypes_are_found_or_refused():
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
