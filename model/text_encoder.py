@@ -289,17 +289,23 @@ def open_prompt_files(
     memory = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:40]}.encoder"
     if not Path(weights).exists():
         return PromptFiles(folder, memory.read_text()) if memory.is_file() else None
+    digest = encoder_digest(weights, tokenizer_folder, dtype)
+    try:
+        atomic_write_text(memory, digest)
+    except OSError as error:
+        log.warning("%s: %s; prompt embeddings are not kept", folder, error.strerror or error)
+        return None
+    return PromptFiles(folder, digest)
+
+
+def encoder_digest(weights: str | Path, tokenizer_folder: str | Path | None, dtype: torch.dtype) -> str:
+    """Return a hash of all that decides an encoder's embeddings: weights, tokenizer, config.json and dtype."""
     source = find_part(weights, "text_encoder")
     digest = hashlib.sha256(f"{weights_hash(source)}\n{dtype}".encode())
     for file in (_tokenizer_file(find_tokenizer(source, tokenizer_folder)), source / CONFIG_FILE):
         if file is not None and file.is_file():
             digest.update(file.read_bytes())
-    try:
-        atomic_write_text(memory, digest.hexdigest())
-    except OSError as error:
-        log.warning("%s: %s; prompt embeddings are not kept", folder, error.strerror or error)
-        return None
-    return PromptFiles(folder, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def build_text_encoder(vocabulary: Iterable[str], config: TextEncoderConfig, *, seed: int = 0) -> TextEncoder:

@@ -17,6 +17,9 @@ from pipeline.sampling import SamplingConfig
 from utils.bounds import POSITIVE, require
 from utils.config import load_config
 
+MAX_FPS = 1000
+RANDOM_SEED = -1
+
 
 @dataclass
 class DenoiserConfig:
@@ -86,15 +89,17 @@ class VideoConfig:
     """Pixels."""
     num_frames: int = 21
     """Latent frames of a training clip, and of a generated one unless asked otherwise."""
-    fps: int = 16
-    """Frames per second of the written video."""
+    fps: int | float = 16
+    """Frames per second of the written video, such as 16 or 23.976."""
     scale: int = 1
     """Whole-number enlargement of the written video, for worlds of few pixels."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "num_frames", "fps", "scale"):
+        for name in ("height", "width", "num_frames", "scale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.fps <= MAX_FPS:
+            raise ValueError(f"fps={self.fps} must be above 0 and at most {MAX_FPS}")
 
     def latent_shape(self, codec: VideoCodec, num_frames: int | None = None) -> tuple[int, int, int, int]:
         """F C H W of a clip's latents; ``num_frames`` stands in for the configured length."""
@@ -111,11 +116,13 @@ class InferenceConfig:
     output_folder: str = "videos"
     """Where videos go."""
     seed: int = 0
-    """With the prompt and the sample index it decides every random number."""
+    """With the prompt and the sample index it decides every random number; -1 draws a seed and records it."""
     num_samples: int = 1
     """Videos a prompt."""
 
     def __post_init__(self) -> None:
+        if self.seed < RANDOM_SEED:
+            raise ValueError(f"seed={self.seed} must be at least 0, or {RANDOM_SEED} to draw one")
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples} must be at least 1")
 

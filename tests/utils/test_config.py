@@ -189,6 +189,16 @@ def test_wrong_defaults_are_one_line(write):
     assert error_line(first) == f"{second}: defaults form a cycle: {first} -> {second} -> {first}"
 
 
+@pytest.mark.parametrize(
+    "text", ["out/${x}", "a${b", "${oc.env:HOME}", "a\\${x}", "$${a}", "${a:${b}}", "}${", "a: ${b}"]
+)
+def test_a_text_from_the_command_line_stays_as_it_is_and_reads_back(write, text):
+    config = load_config(Config, write("name: a\n"), [f"name={text}"])
+    assert config.name == text
+    assert load_config(Config, write(to_yaml(config), "again.yaml")) == config
+    assert from_dict(Config, to_dict(config), "dict") == config
+
+
 def test_an_interpolation_that_leads_nowhere_is_one_line(write):
     assert "Interpolation key 'nothing' not found" in error_line(write("name: ${nothing}\n"))
 

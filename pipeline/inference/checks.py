@@ -1,0 +1,123 @@
+"""What is refused, or warned of, before anything heavy loads."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from model.text_encoder import WAN_TEXT_LEN, clean_prompt, find_tokenizer
+from model.weights import find_part, not_found, read_config
+from pipeline.config import PipelineConfig, Sampler, TextConfig
+from pipeline.inference.options import InferenceOptions
+from pipeline.loading import needs_text_encoder
+from pipeline.sizes import token_size
+from utils.errors import UserError
+
+log = logging.getLogger("inference")
+
+TOKENIZER_FILE = "tokenizer.json"
+UNKNOWN = "<unk>"
+SMALL_TOKENIZER = 2**20  # bytes
+LISTED_WORDS = 60
+
+
+def fit_length(config: PipelineConfig, options: InferenceOptions) -> PipelineConfig:
+    """Return the configuration with room for a first image, unless the command line chooses a length.
+
+    Raises:
+        UserError: the length does not divide into chunks, or the sampler cannot start a video as asked.
+    """
+    starts = options.given("i2v", "extend", "v2v")
+    if options.v2v and config.sampler is not Sampler.rollout:
+        raise UserError(f"--v2v cannot be used with sampler={config.sampler.value}; use sampler=rollout")
+    if config.sampler is Sampler.many_step:
+        if starts:
+            raise UserError(f"{starts[0]} cannot be used with sampler=many_step; use a causal generator")
+        return config  # it has no chunks
+    if options.i2v and not options.length_chosen and not config.rollout.independent_first_frame:
+        config = replace(config, video=replace(config.video, num_frames=config.video.num_frames + 1))
+    _check_chunks(config, options)
+    return config
+
+
+def _check_chunks(config: PipelineConfig, options: InferenceOptions) -> None:
+    rollout, frames = config.rollout, config.video.num_frames - options.i2v
+    given = int(options.i2v or options.extend is not None)
+    first = int(rollout.independent_first_frame and not given)
+    if frames > first and (frames - first) % rollout.frames_per_chunk == 0:
+        return  # without the list of chunks, which a mistyped length would make huge
+    try:
+        rollout.chunks(frames, given)
+    except ValueError as error:
+        image = ", and 1 for the image" if options.i2v else ""
+        raise UserError(f"video.num_frames={config.video.num_frames} (--num_output_frames): {error}{image}") from None
+
+
+def check_weights(config: PipelineConfig, prompts: Sequence[str], dtype: torch.dtype) -> None:
+    """Refuse missing weights and sizes they cannot make. Raises UserError.
+
+    The text encoder may be missing if the embeddings of all prompts are on disk.
+    """
+    for key, section in (
+        ("generator", config.generator),
+        ("text_encoder", config.text_encoder),
+        ("codec", config.codec),
+    ):
+        if section.weights is None:
+            raise UserError(f"{key}.weights is null; give the path of a file or folder of weights")
+        stored = key == "text_encoder" and not needs_text_encoder(config, prompts, dtype)
+        if not stored and not Path(section.weights).exists():
+            raise not_found(section.weights)
+    rows, columns = token_size(config)
+    height, width = config.video.height, config.video.width
+    if height % rows or width % columns:
+        raise UserError(f"video.height={height}, video.width={width}: must be multiples of {rows} and {columns}")
+
+
+def warn_of_prompts(config: TextConfig, prompts: Sequence[str]) -> None:
+    """Warn once of prompts that are longer than the text encoder reads, and once of words that it does not know."""
+    source = find_part(config.weights, "text_encoder")
+    file = find_tokenizer(source, config.tokenizer) / TOKENIZER_FILE
+    if not source.exists() or not file.is_file():
+        return
+    length = read_config(source).get("text_len", WAN_TEXT_LEN) if source.is_dir() else WAN_TEXT_LEN
+    long = any(len(prompt.encode()) + 2 > length for prompt in prompts)  # a token is at least one byte
+    if not (long or file.stat().st_size < SMALL_TOKENIZER):
+        return  # reading a large one takes a second
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # the Rust library raises nothing narrower; loading the text encoder will say what is wrong
+        return
+    warn_of_long_and_unknown(tokenizer, prompts, length)
+
+
+def warn_of_long_and_unknown(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> None:
+    """Log the warnings of :func:`warn_of_prompts`."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    unknown: dict[str, None] = {}
+    for prompt in prompts:
+        text = clean_prompt(prompt)
+        encoding = tokenizer.encode(text)
+        if len(encoding.ids) > length:
+            log.warning(
+                "the prompt %r has %d tokens; the model reads the first %d", _shorten(prompt), len(encoding.ids), length
+            )
+        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+            word = text[start:end]
+            if token == UNKNOWN and not all(unicodedata.category(c).startswith("P") for c in word):
+                unknown[word] = None
+    if unknown:
+        words = sorted(word for word in tokenizer.get_vocab() if not word.startswith("<"))
+        known = f"; it knows: {', '.join(words)}" if len(words) <= LISTED_WORDS else ""
+        log.warning("the model does not know: %s%s", ", ".join(list(unknown)[:LISTED_WORDS]), known)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,171 @@
+"""A run of inference.py from its configuration to its files, in one process or in several."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from pipeline import memory
+from pipeline.config import RANDOM_SEED, PipelineConfig
+from pipeline.inference.checks import check_weights, fit_length, warn_of_prompts
+from pipeline.inference.folder import OutputFolder, Placement
+from pipeline.inference.make import MadeVideo, make_video
+from pipeline.inference.options import InferenceOptions
+from pipeline.inference.plan import all_prompts, plan_jobs
+from pipeline.inference.recipe import part_hashes
+from pipeline.inference.records import append_record, complete_records, save_run
+from pipeline.loading import needs_text_encoder
+from pipeline.text_to_video import load_pipeline
+from utils.cli import USER_ERROR
+from utils.distributed import (
+    Ranks,
+    barrier,
+    broadcast_value,
+    init_distributed,
+    only_one,
+    resolve_device,
+    resolve_dtype,
+    share,
+    share_cores,
+)
+from utils.files import ensure_writable_folder
+from utils.locks import folder_lock
+from utils.tracking import progress, setup_logging
+
+log = logging.getLogger("inference")
+
+SEED_BITS = 31
+SIGNAL_EXIT = 128  # a shell's exit code of a program that a signal has ended: this plus the signal's number
+PLACEMENTS = TypeAdapter(list[Placement])
+
+
+class EndedBySignal(SystemExit):
+    """A signal has ended the run; what was made is written."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(SIGNAL_EXIT + number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"ended by {self.number.name}"
+
+
+def run(config: PipelineConfig, options: InferenceOptions) -> None:
+    """Make the videos that a configuration and the options ask for.
+
+    Raises:
+        UserError: something cannot be used. Mistakes are found before anything heavy is loaded.
+        EndedBySignal: Ctrl-C, SIGTERM or SIGHUP came; an unfinished video is kept under a partial name.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    share_cores(device)  # between denoising and decoding
+    config = fit_length(config, options)
+    folder = ensure_writable_folder(config.inference.output_folder)
+    ranks = init_distributed(device.type)
+    setup_logging(ranks.is_main)
+    with only_one(folder_lock(folder, "inference.py"), ranks):
+        config = _with_seed(config)
+        placements = PLACEMENTS.validate_python(_in_main(ranks, lambda: _place_videos(config, options, dtype)))
+        parts = {"device": device, "dtype": dtype, "use_ema": options.use_ema}
+        _make_videos(config, placements, parts, ranks)
+        barrier()
+        if ranks.is_main:
+            complete_records(folder)
+            save_run(config, placements, folder)
+        barrier()  # the lock holds until all is written
+
+
+def _in_main(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """Return in every process what `work` returns in the main one, as JSON. If it fails, the others end in silence."""
+    result = failure = None
+    if ranks.is_main:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    result, failed = broadcast_value((result, failure is not None))
+    if failed:
+        raise failure or SystemExit(USER_ERROR)
+    return result
+
+
+def _with_seed(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration with a seed of its own if it asks for a random one."""
+    if config.inference.seed != RANDOM_SEED:
+        return config
+    seed = broadcast_value(secrets.randbits(SEED_BITS))
+    log.info("the seed of this run is %d; --seed %d makes these videos again", seed, seed)
+    return replace(config, inference=replace(config.inference, seed=seed))
+
+
+def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Return every video of the run with its file, as JSON."""
+    folder = Path(config.inference.output_folder)
+    complete_records(folder)
+    jobs = plan_jobs(config, options, dtype)
+    check_weights(config, all_prompts(jobs), dtype)
+    hashes = part_hashes(config, use_ema=options.use_ema, dtype=dtype)
+    output = OutputFolder(folder)
+    placements = []
+    for job in jobs:
+        placement = output.place(replace(job, recipe=replace(job.recipe, weights=hashes)))
+        again = placement.exists and options.overwrite
+        placements.append(replace(placement, exists=False) if again else placement)
+    memory.check_disk(config, sum(not placement.exists for placement in placements))
+    return PLACEMENTS.dump_python(placements, mode="json")
+
+
+def _announce(config: PipelineConfig, placements: Sequence[Placement]) -> None:
+    """Say what will be made, once nothing can be refused any more."""
+    warn_of_prompts(config.text_encoder, all_prompts([placement.job for placement in placements]))
+    missing = [placement for placement in placements if not placement.exists]
+    renamed = [placement.path for placement in missing if placement.path.stem != placement.job.recipe.name]
+    if renamed:
+        log.info("%d names belong to other videos, which are kept; new ones: %s ...", len(renamed), renamed[0].name)
+    if len(missing) < len(placements):
+        existing = len(placements) - len(missing)
+        log.info("%d of %d videos exist already; --overwrite makes them again", existing, len(placements))
+    folder, latents = config.inference.output_folder, config.video.num_frames
+    log.info("making %d videos of %d latent frames in %s", len(missing), latents, folder)
+
+
+def _make_videos(config: PipelineConfig, placements: Sequence[Placement], parts: dict[str, Any], ranks: Ranks) -> None:
+    """Load the pipeline and make this process's share of the videos; `parts` says how weights are loaded."""
+    missing = [placement for placement in placements if not placement.exists]
+    together = config.optimize.sequence_parallel  # then all processes make each video
+    mine = missing if together else share(missing, ranks.rank, ranks.world_size)
+    prompts = all_prompts([placement.job for placement in mine])
+    chosen = None
+    if mine:
+        text = needs_text_encoder(config, prompts, parts["dtype"])
+        chosen = memory.plan(config, text=text, processes=ranks.world_size, **parts)
+    if ranks.is_main:
+        _announce(config, placements)
+    if chosen is None:
+        return
+    log.info(chosen.line)
+    pipeline = load_pipeline(config, profile=chosen.profile, prompts=prompts, **parts)
+    writes = ranks.is_main or not together
+    total = len(mine) * pipeline.codec.num_frames(config.video.num_frames)
+    with progress(total, "frames", unit="frame", is_main=ranks.is_main) as bar:
+        for placement in mine:
+            made = make_video(pipeline, placement, config, bar, writes=writes)
+            if made.finished and made.frames and writes:
+                _record(config, placement, made)
+            if made.signal is not None:
+                raise EndedBySignal(made.signal)
+
+
+def _record(config: PipelineConfig, placement: Placement, made: MadeVideo) -> None:
+    append_record(config, placement, frames=made.frames, seconds=made.seconds)
+    speed = made.frames / made.seconds
+    log.info("%s  %d frames in %.2f s, %.1f frames/s", placement.path, made.frames, made.seconds, speed)
