@@ -5,7 +5,7 @@ A new format or dialect is a new row of a table:
 | table | says |
 |---|---|
 | `paths.WEIGHT_FILES`, `paths.PARTS` | file names in a folder, names of the parts of a release |
-| `paths.DOWNLOADS` | where published files come from |
+| `published.REPOSITORIES` | where published files come from |
 | `names.WRAPPER_SEGMENTS`, `names.FOREIGN_NAMES` | prefixes of wrappers, parameter names of other libraries |
 | `lora_dialects` | how LoRA files name layers and matrices |
 | `transformer_write.FORMATS` | formats to write |
@@ -21,7 +21,8 @@ from model.weights.names import (
     rename_keys,
     wan_to_diffusers,
 )
-from model.weights.paths import CONFIG_FILE, PARTS, WEIGHT_FILES, find_part, not_found, read_config
+from model.weights.paths import CONFIG_FILE, PARTS, WEIGHT_FILES, find_part, read_config
+from model.weights.published import not_found
 from model.weights.read import load_state_dict, read_file
 from model.weights.write import convert, save_folder, save_safetensors, save_torch
 

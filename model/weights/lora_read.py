@@ -12,7 +12,8 @@ from model.weights.lora import PEFT_CONFIG, LoRA
 from model.weights.lora_config import AdapterSettings, read_settings
 from model.weights.lora_dialects import UNSUPPORTED, Key, foreign_layer, our_layer, split_key
 from model.weights.names import without_wrappers
-from model.weights.paths import WEIGHT_ENDINGS, not_found, weight_files
+from model.weights.paths import WEIGHT_ENDINGS, weight_files
+from model.weights.published import not_found
 from model.weights.read import read_file
 from utils.errors import UserError
 

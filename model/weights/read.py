@@ -10,7 +10,8 @@ from model.weights.gguf import MAGIC as GGUF_MAGIC
 from model.weights.gguf import read_gguf
 from model.weights.mapping import StateDict, map_tensors
 from model.weights.names import FOREIGN_NAMES, rename_keys, strip_wrappers
-from model.weights.paths import OTHER_WEIGHT_FILES, WEIGHT_FILES, find_part, not_found, weight_files
+from model.weights.paths import OTHER_WEIGHT_FILES, WEIGHT_FILES, find_part, weight_files
+from model.weights.published import not_found
 from model.weights.safetensors_file import SAFETENSORS_ENDINGS, safetensors_entries
 from model.weights.scaled import apply_scales
 from model.weights.torch_file import read_torch
