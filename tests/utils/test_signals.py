@@ -2,12 +2,22 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from utils.signals import StopSignals
 
 
+@pytest.fixture
+def hangup_is_heard() -> Iterator[None]:
+    """Undo what nohup does to the process that runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_recorded_and_the_handlers_come_back(number):
     before = signal.getsignal(number)
