@@ -158,9 +158,9 @@ def _explain(source: str | Path | BinaryIO, error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
     head = _head(source)
-    if not head:
+    if head == b"":
         return "the file is empty"
-    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
+    if head is not None and head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
         name = source if isinstance(source, str | os.PathLike) else "photo.heic"
         return f"it is a HEIC image; convert it with: magick '{name}' '{Path(name).with_suffix('.png')}'"
     if isinstance(error, Image.UnidentifiedImageError):
@@ -168,7 +168,7 @@ def _explain(source: str | Path | BinaryIO, error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _head(source: str | Path | BinaryIO) -> bytes:
+def _head(source: str | Path | BinaryIO) -> bytes | None:
     try:
         if isinstance(source, str | os.PathLike):
             with open(source, "rb") as file:
@@ -176,4 +176,4 @@ def _head(source: str | Path | BinaryIO) -> bytes:
         source.seek(0)
         return source.read(12)
     except (OSError, ValueError):
-        return b""
+        return None

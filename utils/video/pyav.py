@@ -22,6 +22,9 @@ def load_pyav() -> ModuleType:
 
 def reason(error: Exception) -> str:
     """Return the first line of what went wrong, without PyAV's numbers."""
+    av = load_pyav()
+    if isinstance(error, av.error.InvalidDataError | av.error.ArgumentError | av.error.EOFError):
+        return "it is damaged or not a video"
     text = str(getattr(error, "strerror", None) or error) or type(error).__name__
     return text.splitlines()[0]
 

@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 
 FORMATS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,gif,apng,webp_anim,mxf,nut,ivf,h264,hevc,av1,obu,"
-    "yuv4mpegpipe,dv,rm,3gp,swf,wtv,mjpeg,vc1,h263,h261"
+    "yuv4mpegpipe,dv,rm,3gp,swf,wtv,mjpeg,vc1,h263,h261,mp3,wav,flac,aac,aiff"
 )
-"""The containers that are read. None of them can name other files or addresses, as playlists can."""
+"""The containers that are opened. None of them can name other files or addresses, as playlists can."""
 LONGEST_HOLD = 60.0  # seconds a frame can stay; a longer gap, or time that goes back, is a break in the time stamps
 LATE = 0.1  # of a sampled frame's length: how far a time stamp may be rounded up
+USUAL_RATE = 25  # frames per second of a file that does not say it
 NO_FRAMES = "it has no frames"
 
 
@@ -63,9 +64,7 @@ class VideoFile:
         except (load_pyav().FFmpegError, OSError) as error:
             if not count:
                 raise
-            log.warning(
-                "%s: is damaged after frame %d (%s); the frames before are used", self.path, count, reason(error)
-            )
+            log.warning("%s: is damaged after %d frames (%s); these are used", self.path, count, reason(error))
 
     def pictures(self) -> Iterator[Image.Image]:
         """Yield all frames as upright RGB images in square pixels."""
@@ -90,18 +89,22 @@ class VideoFile:
 
     def _with_ends(self) -> Iterator[tuple[av.VideoFrame, float]]:
         """Yield the frames with the seconds at which each ends; the times never go back."""
-        period = 1 / float(self.stream.average_rate or self.stream.guessed_rate or 25)
-        held, begin, stamp = None, 0.0, None
+        held, begin = None, 0.0
         for frame in self.decode():
             if held is not None:
-                passed = period if stamp is None or frame.time is None else frame.time - stamp
-                begin += passed if 0 <= passed <= LONGEST_HOLD else period
+                passed = -1.0 if held.time is None or frame.time is None else frame.time - held.time
+                begin += passed if 0 <= passed <= LONGEST_HOLD else self._length(held)
                 yield held, begin
-            held, stamp = frame, frame.time
+            held = frame
         if held is None:
             raise ValueError(NO_FRAMES)
-        length = float((held.duration or 0) * (held.time_base or 0))
-        yield held, begin + (length if 0 < length <= LONGEST_HOLD else period)
+        yield held, begin + self._length(held)
+
+    def _length(self, frame: av.VideoFrame) -> float:
+        """Return the seconds a frame is shown by its own word, or by the file's rate."""
+        length = float((frame.duration or 0) * (frame.time_base or 0))
+        rate = self.stream.guessed_rate or self.stream.average_rate or USUAL_RATE
+        return length if 0 < length <= LONGEST_HOLD else 1 / float(rate)
 
 
 @contextmanager
@@ -194,14 +197,16 @@ def count_frames(path: str | Path) -> int:
     Raises UserError if it is missing, is not a video, or is damaged or cut off.
     """
     with open_video(path) as video:
-        count = 0
-        for frame in video.container.decode(video.stream):
-            if frame.is_corrupt:
-                raise ValueError(f"frame {count} is damaged")
-            count += 1
-        if count < video.stream.frames:
-            raise ValueError(f"it has {count} frames, and {video.stream.frames} are announced")
-        return count
+        packets = frames = 0
+        for packet in video.container.demux(video.stream):
+            packets += bool(packet.size)
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {frames} is damaged")
+                frames += 1
+        if packets < video.stream.frames:  # an edit list may hide frames, so packets are compared
+            raise ValueError(f"it is cut off: it holds {packets} of {video.stream.frames} frames")
+        return frames
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
