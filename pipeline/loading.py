@@ -35,11 +35,11 @@ def load_transformer(
     generator: torch.Generator | None = None,
     streamed: bool = False,
 ) -> WanTransformer:
-    """Build a transformer from its weights and LoRA, or from random weights drawn from ``generator``.
+    """Build a transformer from its weights and its LoRA. Without weights, random ones are drawn from ``generator``.
 
     Args:
-        use_ema: a checkpoint's averaged weights or its raw ones; None takes averaged ones where there are any.
-        streamed: the blocks' weights wait in RAM (see :func:`stream_weights`); for inference only.
+        use_ema: take a checkpoint's averaged weights, or its raw ones. None takes the averaged ones if there are any.
+        streamed: the weights of the blocks wait in RAM (see :func:`stream_weights`). For inference only.
 
     Raises:
         UserError: weights that are missing, damaged or of other sizes.
@@ -69,12 +69,12 @@ def load_transformer(
 
 
 def waiting_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """In which dtype streamed weights wait: on a CPU as they are stored, so that they stay in their file."""
+    """The dtype in which streamed weights wait. On a CPU it is the stored one (None): they stay in their file."""
     return None if device.type == "cpu" else dtype
 
 
 def stream_weights(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Leave a module's weights where they are; each layer's are on ``device``, in ``dtype``, only while it computes.
+    """Leave the weights of a module where they are. A layer has its own on ``device``, in ``dtype``, while it computes.
 
     Self-attention reads the weights of its parts itself (see :meth:`SelfAttention.fuse`), so they come all at once.
     """
@@ -86,7 +86,7 @@ def stream_weights(module: nn.Module, device: torch.device | str, dtype: torch.d
         state_dict=module.state_dict(),
         preload_module_classes=[SelfAttention.__name__],
     )
-    module.to(dtype)  # the parameters hold no values now: it only says what the weights are turned into
+    module.to(dtype)  # the parameters hold no values now; this sets the dtype that the weights are converted to
 
 
 def generator_hash(config: DenoiserConfig, *, use_ema: bool | None = None) -> str:
@@ -107,7 +107,7 @@ def load_codec(
     dtype: torch.dtype = torch.float32,
     tiled: bool = False,
 ) -> VideoCodec:
-    """The video codec, frozen; ``tiled`` lets the Wan VAE decode in tiles (a TinyVAE is small enough)."""
+    """The video codec, frozen. ``tiled``: the Wan VAE decodes in tiles; a TinyVAE is small enough without."""
     path = Path(config.weights)
     if not path.exists():
         raise not_found(path)
@@ -131,7 +131,7 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     streamed: bool = False,
 ) -> TextEncoder:
-    """The text encoder with its tokenizer, frozen; ``streamed`` leaves its weights in RAM (:func:`stream_weights`)."""
+    """The text encoder with its tokenizer, frozen. ``streamed``: its weights wait in RAM (:func:`stream_weights`)."""
     if config.weights is None:
         raise UserError("text_encoder.weights is null; name a text-encoder folder or Wan's .pth file")
     path = Path(config.weights)
@@ -150,14 +150,14 @@ def load_text_encoder(
 
 
 def stored_prompts(config: TextConfig, dtype: torch.dtype) -> PromptFiles | None:
-    """The embeddings that earlier runs with this text encoder have left on disk; None where none are kept."""
+    """The embeddings that earlier runs with this text encoder left on disk. None if none are kept."""
     if config.cache is None or config.weights is None:
         return None
     return open_prompt_files(config.cache, config.weights, config.tokenizer, dtype)
 
 
 def needs_text_encoder(config: PipelineConfig, prompts: Sequence[str], dtype: torch.dtype) -> bool:
-    """Whether a prompt that making these videos embeds is not on disk."""
+    """Whether the embedding of any prompt of these videos is missing on disk."""
     files = stored_prompts(config.text_encoder, dtype)
     return files is None or not all(files.holds(clean_prompt(prompt)) for prompt in config.prompts_to_embed(prompts))
 
@@ -170,7 +170,7 @@ def load_prompt_cache(
     streamed: bool = False,
     keep_encoder: bool = True,
 ) -> PromptCache:
-    """The text encoder behind its cache, loaded when a prompt first needs it."""
+    """The cache of embeddings. It loads the text encoder when a prompt first needs it."""
     return PromptCache(
         lambda: load_text_encoder(config, device=device, dtype=dtype, streamed=streamed),
         files=stored_prompts(config, dtype),

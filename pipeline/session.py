@@ -36,7 +36,7 @@ class SessionState(Enum):
 
 
 class Stopped(Exception):
-    """A block is of a stream that has been stopped or started again since."""
+    """A chunk belongs to a stream that was stopped or restarted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +49,16 @@ class Chunk:
     frames: Tensor
     """uint8 [F H W 3] on the CPU."""
     prompt: str
-    """What was asked for when it was denoised."""
+    """The prompt it was denoised for."""
     timings: dict[str, float]
-    """Seconds by stage: text, source (encoding given frames), denoise, context, decode; later stages add theirs."""
+    """Seconds by stage: text, source (encoding of given frames), denoise, context, decode. The server adds more."""
 
 
 class StreamSession:
-    """A stream and its controls. Any thread may steer it; one thread denoises, one (the same or another) decodes."""
+    """A stream and its controls.
+
+    Any thread may steer it. One thread denoises, and the same or another thread decodes.
+    """
 
     def __init__(self, pipeline: TextToVideo, request: StreamRequest) -> None:
         """Nothing is computed yet.
@@ -74,34 +77,37 @@ class StreamSession:
 
     @property
     def state(self) -> SessionState:
-        """What it is doing."""
+        """What the session is doing."""
         return self._state
 
     @property
     def prompt(self) -> str:
-        """What was last asked for."""
+        """The prompt that was last asked for."""
         return self._prompt
 
     def pause(self) -> None:
-        """Hold before the next denoising step."""
+        """Wait before the next denoising step."""
         self._move(SessionState.paused, SessionState.running)
 
     def resume(self) -> None:
-        """Go on where it paused."""
+        """Continue where it paused."""
         self._move(SessionState.running, SessionState.paused)
 
     def stop(self) -> None:
-        """End before the next denoising step, unless restarted; what is not decoded yet is dropped, memory freed."""
+        """End before the next denoising step. Chunks that are not decoded yet are dropped, and memory is freed.
+
+        :meth:`restart` can begin again.
+        """
         with self._changed:
             self._move(SessionState.stopped, SessionState.running, SessionState.paused)
             if self._state is SessionState.stopped:
                 self._drop()
 
     def restart(self, request: StreamRequest | None = None) -> None:
-        """Begin again with a new request or the same one, whatever the state.
+        """Begin again with a new request or with the same one. Any state allows it.
 
         Raises:
-            ValueError: as the constructor does; the session then goes on as it was.
+            ValueError: as the constructor. The session then continues as it was.
         """
         with self._changed:
             request = self._request if request is None else request
@@ -113,7 +119,7 @@ class StreamSession:
             self._changed.notify_all()
 
     def switch(self, prompt: str, style: SwitchStyle = SwitchStyle.recache, *, blend_chunks: int = 4) -> None:
-        """Ask for something else from the next chunk on.
+        """Ask for another prompt from the next chunk on.
 
         Raises:
             ValueError: an empty prompt, or ``blend_chunks`` below 1.
@@ -125,10 +131,10 @@ class StreamSession:
                 self._stream.switch(switch)
 
     def denoise(self, wait: bool = True) -> LatentChunk | None:
-        """The next finished chunk; None when finished or stopped.
+        """Return the next finished chunk, or None if the session is finished or stopped.
 
-        Without ``wait`` also None at once where it is paused or its source has no frames yet. A session whose step
-        fails is stopped.
+        Without ``wait`` it also returns None at once if the session is paused or its source has no frames yet. If a
+        step fails, the session is stopped.
         """
         while True:
             alive, chunk = self._advance(wait)
@@ -136,22 +142,21 @@ class StreamSession:
                 return chunk
 
     def decode(self, block: LatentChunk) -> Chunk:
-        """The frames of a block, block after block.
+        """The frames of a chunk. Chunks are decoded in their order.
 
         Raises:
-            Stopped: the stream it belongs to was stopped or restarted.
+            Stopped: the stream of the chunk was stopped or restarted.
         """
         if block.stream is not self._stream:
-            raise Stopped(f"chunk {block.index} is of a stream that is over")
+            raise Stopped(f"chunk {block.index} belongs to a stream that has ended")
         frames = self._pixels(block)
         return Chunk(block.index, block.start_frame, frames, block.prompt, block.timer.seconds())
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Chunks as they come. While one is decoded, on a thread of its own, the next is denoised, but no more.
+        """Chunks as they come. While one chunk is decoded on a thread of its own, the next one is denoised.
 
-        The first is decoded before anything else is begun: somebody waits for it.
-
-        Leaving the loop stops the session.
+        The first chunk is decoded before the second one begins, because somebody waits for it. Leaving the loop stops
+        the session.
         """
         if self.pipeline.decode_last:
             yield from map(self.decode, list(iter(self.denoise, None)))
@@ -176,7 +181,7 @@ class StreamSession:
                 self.stop()
 
     def _advance(self, wait: bool) -> tuple[bool, LatentChunk | None]:
-        """Run one pass: whether there may be more to do, and the chunk it finished, if any."""
+        """Run one pass. Returns whether there may be more to do, and the chunk that the pass finished or None."""
         stream = self._runnable(wait)
         if stream is None:
             return False, None
@@ -192,7 +197,7 @@ class StreamSession:
             return stream.ready()
 
     def _go_on(self, stream: Stream, advance: Callable[..., LatentChunk | None], *x0: Tensor) -> LatentChunk | None:
-        """Advance the stream; a chunk of it counts unless it was replaced meanwhile."""
+        """Advance the stream. Its chunk counts unless the stream was replaced in the meantime."""
         try:
             with self._stopped_by_errors():
                 chunk = advance(*x0)
@@ -222,14 +227,14 @@ class StreamSession:
             stream.close()
 
     def _runnable(self, wait: bool) -> Stream | None:
-        """The stream to go on with; with ``wait`` a paused session is waited for."""
+        """The stream to continue, or None. With ``wait``, a pause is waited for."""
         with self._changed:
             while wait and self._state is SessionState.paused:
                 self._changed.wait()
             return self._stream if self._state is SessionState.running else None
 
     def _pixels(self, block: LatentChunk) -> Tensor:
-        """uint8 [F H W 3] on the CPU; on CUDA beside the denoising, in a stream of its own through pinned memory."""
+        """Frames uint8 [F H W 3] on the CPU. On CUDA a stream of its own decodes them beside the denoising."""
         if self._decode_stream is None:
             with block.timer("decode"):
                 return to_uint8(block.stream.decode(block)[0]).cpu().contiguous()
@@ -250,10 +255,11 @@ class StreamSession:
 
 
 def denoise_together(sessions: Sequence[StreamSession]) -> list[LatentChunk | None]:
-    """The next chunk of each session of one pipeline, as their ``denoise(wait=False)``; like passes run as one batch.
+    """The next chunk of each session, as their ``denoise(wait=False)``; passes that are alike run as one batch.
 
-    The chunks are those each would make alone, up to rounding. Passes are alike where shapes, timesteps and the number
-    of frames they see agree: of sessions that began together, or whose windows are full.
+    All sessions share one pipeline. Each makes the chunk it would make alone, up to rounding. Passes are alike if their
+    shapes, their timesteps and the number of frames they see agree. That is so for sessions that began together, and
+    for sessions whose windows are full.
     """
     chunks: dict[StreamSession, LatentChunk] = {}
     while True:
@@ -267,7 +273,7 @@ def denoise_together(sessions: Sequence[StreamSession]) -> list[LatentChunk | No
 
 
 def _run_round(streams: dict[StreamSession, Stream]) -> dict[StreamSession, Tensor | None]:
-    """x0 of the passes to run next; context passes before any other, so that the denoising steps meet."""
+    """x0 of the passes to run next. Context passes come first, so that the denoising steps of all sessions meet."""
     beginning = {one: None for one, stream in streams.items() if stream.pending is None}
     if beginning:
         return beginning
