@@ -21,6 +21,7 @@ from utils.side_files import read_json_lines
 from utils.video import read_video
 
 README = REPOSITORY / "README.md"
+DOCUMENTS = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 MOST_LINES = 200
 COMMANDS = read_commands(README)
 FIRST = "a large red circle moving up and right on a navy background-0.mp4"
@@ -224,9 +225,9 @@ PENDING = {
 }
 
 
-@pytest.mark.parametrize("document", [README, *sorted((REPOSITORY / "docs").glob("*.md"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_pictures_lead_somewhere(document):
     text = document.read_text("utf-8")
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text) + re.findall(r'<img src="([^"]+)"', text)
-    missing = [target for target in targets if not (document.parent / target).exists()]
-    assert not set(missing) - PENDING
+    files = {Path(os.path.relpath(document.parent / target, REPOSITORY)).as_posix() for target in targets}
+    assert not {file for file in files if not (REPOSITORY / file).exists()} - PENDING
