@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from model.attention import AttentionBackend, resolve_backend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
@@ -42,9 +43,12 @@ def load_transformer(
         streamed: the weights of the blocks wait in RAM (see :func:`stream_weights`). For inference only.
 
     Raises:
-        UserError: weights that are missing, damaged or of other sizes.
+        UserError: weights that are missing, damaged or of other sizes, or an attention kernel that cannot run.
     """
-    loras = load_loras(config.lora, config.lora_scale)  # first: a mistake shows before the large files are read
+    # First: a mistake shows before the large files are read.
+    if config.attention is not AttentionBackend.auto:
+        resolve_backend(config.attention, torch.device(device), dtype)
+    loras = load_loras(config.lora, config.lora_scale)
     if streamed:
         waiting = waiting_dtype(torch.device(device), dtype)
         model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, dtype=waiting)

@@ -5,6 +5,7 @@ Shapes: B batch, F latent frames, C channels, H W latent height and width, L E t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -26,7 +27,11 @@ class Solver(Enum):
     """Which integrator of the probability-flow ODE."""
 
     euler = "euler"
+    """The Euler method, order 1."""
     unipc = "unipc"
+    """UniPC (arXiv 2302.04867), order 2; Wan's own."""
+    dpm = "dpm++"
+    """DPM-Solver++ (arXiv 2211.01095), order 2, multistep."""
 
 
 @dataclass
@@ -36,7 +41,7 @@ class SamplingConfig:
     steps: int = 50
     """Solver steps."""
     solver: Solver = Solver.unipc
-    """euler, or unipc (order 2)."""
+    """euler, unipc or dpm++."""
     guidance_scale: float = 6.0
     """Classifier-free guidance ``u + g (c - u)``; 1 is none."""
     negative_prompt: str = ""
@@ -51,7 +56,7 @@ class SamplingConfig:
 
         Pure noise has an infinite log-SNR, so UniPC starts just below it, where Wan's own sampler does.
         """
-        if self.solver is Solver.euler:
+        if self.solver is not Solver.unipc:
             return schedule.grid(self.steps)
         levels = 1 - torch.arange(self.steps, dtype=torch.float64) / self.steps
         return schedule.timestep(UNIPC_FIRST_LEVEL * levels)
@@ -62,16 +67,50 @@ def integrate(flow: FlowFunction, noise: Tensor, timesteps: Tensor, solver: Solv
 
     Args:
         flow: ``(latents, timestep) -> v``.
-        noise: [B C ...], the state at ``timesteps[0]``.
+        noise: [B C ...], the state at ``timesteps[0]``. ``flow`` gets latents of its dtype; the sum over the steps is
+            kept in float32 or better, because many small steps would be lost in half precision.
         timesteps: [S] descending in (0, 1000]; the final 0 is added here.
     """
-    if solver is Solver.unipc:
-        yield from _unipc(flow, noise, timesteps)
-        return
-    latents = noise
+    solve = {Solver.euler: _euler, Solver.unipc: _unipc, Solver.dpm: _dpm}[solver]
+    precise = torch.promote_types(noise.dtype, torch.float32)
+
+    def precise_flow(latents: Tensor, timestep: float) -> Tensor:
+        return flow(latents.to(noise.dtype), timestep).to(precise)
+
+    for latents in solve(precise_flow, noise.to(precise), timesteps):
+        yield latents.to(noise.dtype)
+
+
+def _euler(flow: FlowFunction, latents: Tensor, timesteps: Tensor) -> Iterator[Tensor]:
     for timestep, following in zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0.0], strict=True):
         latents = latents + (following - timestep) / MAX_TIMESTEP * flow(latents, timestep)
         yield latents
+
+
+def _dpm(flow: FlowFunction, latents: Tensor, timesteps: Tensor) -> Iterator[Tensor]:
+    """DPM-Solver++ (2M) of order 2; its first and its last step have order 1.
+
+    With ``lambda = log((1 - sigma) / sigma)``, ``h`` its step and D the predicted x0, extrapolated from the last two:
+    ``x' = (sigma' / sigma) x + (1 - sigma') (1 - exp(-h)) D``.
+    """
+    sigmas = [*(timesteps.double() / MAX_TIMESTEP).tolist(), 0.0]
+    levels = [_log_snr(sigma) for sigma in sigmas]
+    before = None
+    for step, (timestep, sigma, following) in enumerate(zip(timesteps.tolist(), sigmas, sigmas[1:], strict=False)):
+        x0 = latents - sigma * flow(latents, timestep)
+        h = levels[step + 1] - levels[step]
+        target = x0
+        if before is not None and following > 0:
+            target = x0 + 0.5 * h / (levels[step] - levels[step - 1]) * (x0 - before)
+        latents = following / sigma * latents + (1 - following) * -math.expm1(-h) * target
+        before = x0
+        yield latents
+
+
+def _log_snr(sigma: float) -> float:
+    if sigma in (0.0, 1.0):
+        return math.inf if sigma == 0 else -math.inf
+    return math.log((1 - sigma) / sigma)
 
 
 def _unipc(flow: FlowFunction, noise: Tensor, timesteps: Tensor) -> Iterator[Tensor]:

@@ -73,7 +73,7 @@ class StreamSession:
         self._prompt = request.prompt
         self._state = SessionState.running
         device = self._stream.device
-        self._decode_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._decode_stream = pipeline.decode_stream if device.type == "cuda" else None
 
     @property
     def state(self) -> SessionState:
@@ -283,4 +283,5 @@ def _run_round(streams: dict[StreamSession, Stream]) -> dict[StreamSession, Tens
         for one in due:
             timers.enter_context(streams[one].timer(streams[one].pending.stage.value))
         x0 = run_together(due[0].pipeline.denoiser, [streams[one].pending for one in due])
+    streams[due[0]].timer.throttle()  # the passes of all were queued together
     return dict(zip(due, x0, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -33,6 +34,11 @@ class TextToVideo:
     """Options of the many-step samplers."""
     decode_last: bool = False
     """Decode a clip when all its latents are there and the cache is freed, instead of chunk by chunk."""
+
+    @cached_property
+    def decode_stream(self) -> torch.cuda.Stream:
+        """The CUDA stream in which chunks are decoded: one for all sessions, because each stream has its own memory."""
+        return torch.cuda.Stream(next(self.denoiser.parameters()).device)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError if the codec and the patch do not divide a size in pixels."""

@@ -193,6 +193,12 @@ def share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
     return items[rank::world_size]
 
 
+def processes_here(ranks: Ranks) -> int:
+    """How many processes of the job share this machine and its RAM; all of them, if the launcher does not say it."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(here) if here.isdecimal() and int(here) > 0 else ranks.world_size
+
+
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) that depends on every part, its type and its place: `derive_seed(seed, prompt, "noise")`."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()

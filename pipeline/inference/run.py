@@ -31,6 +31,7 @@ from utils.distributed import (
     broadcast_value,
     init_distributed,
     only_one,
+    processes_here,
     resolve_device,
     resolve_dtype,
     share,
@@ -147,7 +148,7 @@ def _make_videos(config: PipelineConfig, placements: Sequence[Placement], parts:
     chosen = None
     if mine:
         text = needs_text_encoder(config, prompts, parts["dtype"])
-        chosen = memory.plan(config, text=text, processes=ranks.world_size, **parts)
+        chosen = memory.plan(config, text=text, processes=processes_here(ranks), **parts)
     if ranks.is_main:
         _announce(config, placements)
     if chosen is None:

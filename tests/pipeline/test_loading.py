@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.attention import AttentionBackend
 from model.weights import load_state_dict, weights_hash
 from model.weights.lora import LoRA, LowRank, save_lora
 from pipeline.config import DenoiserConfig, PipelineConfig, Sampler, TextConfig
 from pipeline.loading import generator_hash, load_prompt_cache, load_text_encoder, load_transformer, needs_text_encoder
+from utils.errors import UserError
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -90,3 +92,11 @@ def test_no_cache_folder_keeps_nothing(release, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     load_prompt_cache(TextConfig(weights, None), **CPU).prepare(PROMPTS)
     assert len(list((tmp_path / ".cache" / "self-forcing" / "prompts").glob("*.safetensors"))) == len(PROMPTS)
+
+
+def test_an_attention_kernel_that_cannot_run_is_refused_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr("pipeline.loading.read_transformer", lambda *_, **__: pytest.fail("weights were read"))
+    config = DenoiserConfig(weights="somewhere", attention=AttentionBackend.flash)
+    with pytest.raises(UserError, match="attention kernel 'flash' needs a CUDA device") as error:
+        load_transformer(config, device="cpu", dtype=torch.float32)
+    assert "\n" not in str(error.value)

@@ -69,6 +69,40 @@ def test_euler_converges_at_first_order_and_unipc_is_ahead_of_it():
     assert error(Solver.unipc, 200) < 3e-3
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_dpm_reaches_the_data_of_a_single_point_exactly(steps):
+    noise, data = random(8, 8), random(8, 8, seed=1)
+    (*_, last) = solve(lambda latents, timestep: (latents - data) * 1000 / timestep, noise, Solver.dpm, steps)
+    assert relative_error(last, data) <= 1e-6
+
+
+def test_dpm_is_ahead_of_euler_and_converges():
+    noise = random(4, 64)
+
+    def error(solver, steps):
+        return relative_error(solve(gaussian_flow(0.5), noise, solver, steps, shift=1.0)[-1], 0.5 * noise)
+
+    assert error(Solver.dpm, 10) < error(Solver.euler, 10) / 5
+    assert error(Solver.dpm, 100) < error(Solver.dpm, 50) / 2
+    assert error(Solver.dpm, 400) < 2e-4
+
+
+@pytest.mark.parametrize("solver", list(Solver))
+def test_half_precision_loses_nothing_between_the_steps(solver):
+    """The network sees bfloat16, but 400 small steps add up in float32: kept in bfloat16 they would be lost."""
+    noise = random(4, 64).bfloat16()
+    seen = set()
+
+    def flow(latents, timestep):
+        seen.add(latents.dtype)
+        return gaussian_flow(0.5)(latents.float(), timestep)
+
+    states = solve(flow, noise, solver, 400)
+    precise = solve(gaussian_flow(0.5), noise.float(), solver, 400)
+    assert seen == {torch.bfloat16} and {state.dtype for state in states} == {torch.bfloat16}
+    assert relative_error(states[-1].float(), precise[-1]) <= 0.004
+
+
 def test_unipc_tells_apart_steps_that_share_a_whole_timestep():
     timesteps = SamplingConfig(steps=300).timesteps(FlowMatching(8.0))
     assert timesteps[0].int() == timesteps[1].int() == 999

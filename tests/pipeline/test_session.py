@@ -520,3 +520,22 @@ def test_the_shipped_model_shows_the_new_object_within_two_chunks_of_a_switch(mo
         seen += any(sees(chunk.frames, after) for chunk in list(session)[2:])
     print(f"recache: {seen} of 8 new objects seen")
     assert seen >= 6
+
+
+def test_passes_of_several_sessions_never_pile_up(pipeline, monkeypatch):
+    """After every round the sessions wait until only the newest work is queued, so that a stop takes effect soon."""
+    waits = []
+    monkeypatch.setattr("utils.timer.StageTimer.throttle", lambda timer: waits.append(timer))
+    sessions = [StreamSession(pipeline, request(prompt=prompt)) for prompt in (RED, BLUE)]
+    passes = []
+    hook = pipeline.denoiser.register_forward_pre_hook(lambda *_: passes.append(1))
+    denoise_together(sessions)
+    hook.remove()
+    assert len(waits) == len(passes) > 1
+
+
+def test_all_sessions_decode_in_one_stream_of_the_device(pipeline, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    shared = replace(pipeline)
+    assert shared.decode_stream is shared.decode_stream and made == [torch.device("cpu")]

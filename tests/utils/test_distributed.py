@@ -19,6 +19,7 @@ from utils.distributed import (
     derive_seed,
     gather_values,
     init_distributed,
+    processes_here,
     resolve_device,
     resolve_dtype,
     share,
@@ -193,6 +194,15 @@ def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
     assert resolve_device("cuda").index is None and resolve_device("cpu").type == "cpu" and current == []
     assert current == [] and resolve_device("cuda:1") == torch.device("cuda", 1)
     assert current == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(("value", "processes"), [("4", 4), (None, 16), ("", 16), ("many", 16)])
+def test_memory_is_shared_by_the_processes_of_this_machine(monkeypatch, value, processes):
+    """16 processes on 4 machines: each has a quarter of its machine's RAM, not a sixteenth."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    assert processes_here(Ranks(3, 16, 3)) == processes
 
 
 def test_dtypes_are_found_or_refused():
