@@ -246,10 +246,13 @@ def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful], ranks: 
     for name, item in objects.items():
         try:
             item.load_state_dict(_under(name, room) | about["values"].get(name, {}))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise UserError(
                 f"{folder}: does not fit this run: the values of {name} are not what it saves "
-                f"({type(error).__name__}: {error}); use the configuration it was made with, or another --logdir"
+                f"({reason}); use the configuration it was made with, or another --logdir"
             ) from error
     return about
 
