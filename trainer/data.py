@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from model.codec import VideoCodec
 from model.text_encoder import PromptCache
@@ -23,10 +25,10 @@ from pipeline.config import TextConfig, VideoConfig
 from pipeline.loading import load_text_encoder
 from utils.distributed import derive_seed, resolve_dtype
 from utils.errors import UserError
+from utils.images import load_image
 from utils.prompts import read_image_prompts, read_prompts
 from utils.shapes import Scene, ShapesConfig, render_clips, training_scenes
 from utils.shards import Shards
-from utils.video import load_image
 
 CACHED_PROMPTS = 4096
 
@@ -64,6 +66,34 @@ class DataConfig:
     """Prompts of the sample videos made during training."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     """The Shapes world."""
+
+
+Size = Annotated[int, Field(gt=0, le=2**20)]
+
+
+class AboutVideos(TypedDict):
+    """What all videos of a folder of encode_videos.py have in common."""
+
+    num_frames: Size
+    """Latent frames."""
+    height: Size
+    width: Size
+    """Pixels."""
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class AboutPairs(TypedDict):
+    """What all trajectories of a folder of make_ode_pairs.py have in common."""
+
+    timesteps: Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=2)]
+    causal: bool
+
+
+class AboutEmbeddings(TypedDict):
+    """What all embeddings of a folder of cache_embeddings.py have in common."""
+
+    dim: Size
+    text_len: Size
 
 
 class Draw(NamedTuple):
@@ -225,7 +255,8 @@ class VideoData:
     """
 
     def __init__(self, folder: str | Path, video: VideoConfig, num_frames: int) -> None:
-        self.shards = Shards(folder, key="data.path", remedy="encode a folder of videos with scripts/encode_videos.py")
+        remedy = "encode a folder of videos with scripts/encode_videos.py"
+        self.shards = Shards(folder, key="data.path", remedy=remedy, about=AboutVideos)
         about = self.shards.about
         for name, wanted in (("height", video.height), ("width", video.width)):
             if about[name] != wanted:
@@ -235,15 +266,17 @@ class VideoData:
                 f"data.path={folder}: its videos have {about['num_frames']} latent frames; {num_frames} are needed"
             )
         self.num_frames = num_frames
-        self.prompts = [record["prompt"] for record in self.shards.records]
+        self.prompts = self.shards.prompts()
+        self.shape = about["num_frames"], *self.shards.shape(0, "latents")[1:]
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
         """Prompts and latents [B F C H W]."""
-        latents = [self.shards.read(draw.item, "latents")[: self.num_frames].float() for draw in draws]
-        return Samples([self.prompts[draw.item] for draw in draws], latents=torch.stack(latents))
+        latents = [self.shards.read(draw.item, "latents", shape=self.shape) for draw in draws]
+        latents = torch.stack([item[: self.num_frames].float() for item in latents])
+        return Samples([self.prompts[draw.item] for draw in draws], latents=latents)
 
 
 class ODEData:
@@ -254,12 +287,15 @@ class ODEData:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.shards = Shards(folder, key="ode.pairs", remedy="make pairs with scripts/make_ode_pairs.py")
+        remedy = "make pairs with scripts/make_ode_pairs.py"
+        self.shards = Shards(folder, key="ode.pairs", remedy=remedy, about=AboutPairs)
         self.timesteps: list[float] = self.shards.about["timesteps"]
         """Of the S states; the last is 0."""
         self.causal: bool = self.shards.about["causal"]
         """Whether every chunk was solved after the clean chunks before it, which are the samples' ``latents``."""
-        self.num_frames: int = self.shards.read(0, "states").shape[1]
+        self.prompts = self.shards.prompts()
+        self.shape = len(self.timesteps), *self.shards.shape(0, "states")[1:]
+        self.num_frames: int = self.shape[1]
         """Latent frames of every trajectory."""
 
     def __len__(self) -> int:
@@ -267,10 +303,12 @@ class ODEData:
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
         """Prompts, states [B S F C H W], and latents [B F C H W] if causal."""
-        states = torch.stack([self.shards.read(draw.item, "states").float() for draw in draws])
-        clean = [self.shards.read(draw.item, "clean").float() for draw in draws] if self.causal else None
-        prompts = [self.shards.records[draw.item]["prompt"] for draw in draws]
-        return Samples(prompts, states=states, latents=torch.stack(clean) if clean else None)
+        states = self._stacked("states", draws, self.shape)
+        clean = self._stacked("clean", draws, self.shape[1:]) if self.causal else None
+        return Samples([self.prompts[draw.item] for draw in draws], states=states, latents=clean)
+
+    def _stacked(self, name: str, draws: Sequence[Draw], shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([self.shards.read(draw.item, name, shape=shape).float() for draw in draws])
 
 
 class StoredEmbeddings:
@@ -281,8 +319,9 @@ class StoredEmbeddings:
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        self.shards = Shards(folder, key="data.embeddings", remedy="fill it with scripts/cache_embeddings.py")
-        self.places = {record["prompt"]: index for index, record in enumerate(self.shards.records)}
+        remedy = "fill it with scripts/cache_embeddings.py"
+        self.shards = Shards(folder, key="data.embeddings", remedy=remedy, about=AboutEmbeddings)
+        self.places = {prompt: index for index, prompt in enumerate(self.shards.prompts())}
         self.dim: int = self.shards.about["dim"]
         """Embedding channels D."""
         self.text_len: int = self.shards.about["text_len"]
@@ -299,8 +338,9 @@ class StoredEmbeddings:
         for row, prompt in zip(embeds, prompts, strict=True):
             if prompt not in self.places:
                 raise UserError(f"{self.shards.source}: holds no embedding of {prompt!r}; {self.shards.remedy}")
-            stored = self.shards.read(self.places[prompt], "embeds")
-            row[: len(stored)] = stored
+            place = self.places[prompt]
+            length = min(self.text_len, self.shards.shape(place, "embeds")[0])
+            row[:length] = self.shards.read(place, "embeds", shape=(length, self.dim))
         return embeds.to(self.device)
 
 

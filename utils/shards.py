@@ -6,20 +6,29 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import atomic_path, atomic_write_text
+from utils.files import atomic_path, atomic_write_text, set_aside
+from utils.side_files import check_schema, read_json
+
+log = logging.getLogger(__name__)
 
 ABOUT_FILE = "about.json"
 MAX_OPEN_FILES = 64
+MAX_LISTING = 2**30  # bytes of a shard's records
+Listing = dict[Annotated[int, Field(ge=0)], dict[str, Any]]
+"""The records of a shard by the numbers of their items."""
 
 
 class ShardWriter:
@@ -43,7 +52,15 @@ class ShardWriter:
                 atomic_write_text(self.folder / ABOUT_FILE, json.dumps(about, ensure_ascii=False, indent=1))
         except OSError as error:
             raise UserError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
-        self.stored = {number for path in _listings(self.folder) for number in _read_listing(path)}
+        self.stored = {number for path in _listings(self.folder) for number in self._readable(path)}
+
+    def _readable(self, path: Path) -> Listing:
+        """Return a listing; a damaged one is set aside, and its items are made again."""
+        try:
+            return read_json(path, Listing, max_bytes=MAX_LISTING)
+        except UserError as error:
+            set_aside(path, str(error).removeprefix(f"{path}: "), log)
+            return {}
 
     def remaining(self, items: Iterable[int]) -> list[int]:
         """Which of the items are not stored yet."""
@@ -83,62 +100,120 @@ class ShardWriter:
 class Shards:
     """The items of a folder, in the order of their numbers; tensors are read when asked for."""
 
-    def __init__(self, folder: str | Path, *, key: str, remedy: str) -> None:
-        """Read the records. `key` names the setting that holds the folder and `remedy` what fills it, for errors.
+    def __init__(self, folder: str | Path, *, key: str, remedy: str, about: type = dict) -> None:
+        """Read the records.
 
-        Raises UserError if there is nothing to read.
+        Args:
+            folder: the folder to read.
+            key: the setting that names the folder, for errors.
+            remedy: what fills the folder, for errors.
+            about: the type of what `about.json` holds, which is checked.
+
+        Raises:
+            UserError: there is nothing to read, or something in it does not fit.
         """
         self.folder = Path(folder)
         self.source = f"{key}={folder}"
         self.remedy = remedy
-        listings = [(path, _read_listing(path)) for path in _listings(self.folder)]
-        found = sorted((item, path, record) for path, records in listings for item, record in records.items())
+        listings = [(path, self._readable(path)) for path in _listings(self.folder)]
+        found = sorted(
+            ((item, path, record) for path, records in listings for item, record in records.items()),
+            key=lambda entry: entry[:2],
+        )
         if not found:
             raise UserError(f"{self.source}: holds no items; {remedy}")
-        self.about: dict[str, Any] = _read_json(self.folder / ABOUT_FILE)
+        self.about: dict[str, Any] = read_json(self.folder / ABOUT_FILE, about)
         self.records: list[dict[str, Any]] = [record for _, _, record in found]
         self._places = [(path.with_suffix(".safetensors"), item) for item, path, _ in found]
         self._open: dict[Path, tuple[Any, frozenset[str]]] = {}
 
+    def _readable(self, path: Path) -> Listing:
+        try:
+            return read_json(path, Listing, max_bytes=MAX_LISTING)
+        except UserError as error:
+            raise UserError(f"{self.source}: cannot read {error}: {self.remedy}") from error
+
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, index: int, name: str) -> Tensor | None:
-        """Tensor `name` of an item, None if the item has none of that name."""
-        path, item = self._places[index]
-        key = f"{item}.{name}"
+    def prompts(self) -> list[str]:
+        """Return every item's prompt. Raises UserError if one has none."""
+        return check_schema([record.get("prompt") for record in self.records], list[str], f"{self.source}: the prompts")
+
+    def shape(self, index: int, name: str) -> tuple[int, ...]:
+        """Return the shape of tensor `name` of an item, which is not read. Raises UserError if the item has none."""
+        with self._file(index) as (file, keys):
+            return tuple(file.get_slice(self._key(index, name, keys)).get_shape())
+
+    def read(self, index: int, name: str, *, shape: Sequence[int | None] | None = None) -> Tensor | None:
+        """Return tensor `name` of an item; None if it has none of that name and no `shape` is given.
+
+        Args:
+            index: the place of the item, from 0.
+            name: the name of the tensor.
+            shape: what the tensor has to have, checked before it is read; None fits any size. Its values have to be
+                finite floating-point numbers then.
+
+        Raises:
+            UserError: the file is damaged, or the tensor is missing or does not fit.
+        """
+        with self._file(index) as (file, keys):
+            if shape is None:
+                key = f"{self._places[index][1]}.{name}"
+                return file.get_tensor(key) if key in keys else None
+            key = self._key(index, name, keys)
+            found = file.get_slice(key).get_shape()
+            if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
+                wanted = [size if size is not None else "any" for size in shape]
+                raise self._problem(
+                    index, f", item {self._places[index][1]}: {name} has the shape {found}, not {wanted}"
+                )
+            tensor = file.get_tensor(key)
+        if not tensor.is_floating_point():
+            raise self._problem(
+                index, f", item {self._places[index][1]}: {name} has the type {tensor.dtype}, not floating point"
+            )
+        if not tensor.isfinite().all():
+            raise self._misfit(index, f"{name} holds values that are not finite")
+        return tensor
+
+    def _key(self, index: int, name: str, keys: frozenset[str]) -> str:
+        key = f"{self._places[index][1]}.{name}"
+        if key not in keys:
+            raise self._misfit(index, f"{name} is missing")
+        return key
+
+    @contextmanager
+    def _file(self, index: int) -> Iterator[tuple[Any, frozenset[str]]]:
+        """The open file of an item, with the names in it."""
+        path, _ = self._places[index]
         try:
             if path not in self._open:
                 if len(self._open) == MAX_OPEN_FILES:
                     self._open.clear()
                 file = safe_open(path, framework="pt")
                 self._open[path] = file, frozenset(file.keys())
-            file, keys = self._open[path]
-            return file.get_tensor(key) if key in keys else None
+            yield self._open[path]
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self.source}: {path.name} cannot be read ({str(error).splitlines()[0]}); delete it and "
-                f"{path.with_suffix('.json').name}, then {self.remedy}"
-            ) from error
+            raise self._problem(index, f" cannot be read ({str(error).splitlines()[0]})") from error
+
+    def _misfit(self, index: int, text: str) -> UserError:
+        return self._problem(index, f", item {self._places[index][1]}: {text}")
+
+    def _problem(self, index: int, text: str) -> UserError:
+        path = self._places[index][0]
+        return UserError(
+            f"{self.source}: {path.name}{text}; delete this file and {path.with_suffix('.json').name}, "
+            f"then {self.remedy}"
+        )
 
 
 def _listings(folder: Path) -> Sequence[Path]:
     return sorted(folder.glob("shard_*.json"))
 
 
-def _read_listing(path: Path) -> dict[int, dict[str, Any]]:
-    return {int(item): record for item, record in _read_json(path).items()}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); make the folder anew") from error
-
-
 def _check_same(folder: Path, about: Mapping[str, Any]) -> None:
-    held = _read_json(folder / ABOUT_FILE)
+    held = read_json(folder / ABOUT_FILE)
     for name in sorted(held.keys() | about.keys()):
         if held.get(name) != about.get(name):
             raise UserError(

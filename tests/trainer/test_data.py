@@ -153,3 +153,26 @@ def test_stored_embeddings_are_padded_again_and_a_missing_prompt_is_named(tmp_pa
     assert torch.equal(encoded[1, :3], stored.float()) and not encoded[1, 3:].any() and not encoded[0, 1:].any()
     with pytest.raises(UserError, match=r"holds no embedding of 'a dog'; fill it with scripts/cache_embeddings\.py"):
         embeddings.encode(["a dog"])
+
+
+@pytest.mark.parametrize(
+    ("about", "text"),
+    [
+        ({"dim": 8, "text_len": 2**40}, "text_len = 1099511627776"),
+        ({"dim": -1, "text_len": 8}, "dim = -1"),
+        ({"dim": "8x", "text_len": 8}, "dim = '8x'"),
+        ({"text_len": 8}, "dim"),
+    ],
+)
+def test_sizes_that_cannot_be_right_are_refused_before_anything_is_allocated(tmp_path, about, text):
+    with ShardWriter(tmp_path, about) as writer:
+        writer.add(0, {"prompt": "a cat"}, {"embeds": torch.zeros(4, 8)})
+    with pytest.raises(UserError, match=text):
+        StoredEmbeddings(tmp_path)
+
+
+def test_embeddings_of_another_size_are_one_line(tmp_path):
+    with ShardWriter(tmp_path, {"dim": 8, "text_len": 16}) as writer:
+        writer.add(0, {"prompt": "a cat"}, {"embeds": torch.zeros(4, 9)})
+    with pytest.raises(UserError, match=r"embeds has the shape \[4, 9\], not \[4, 8\]"):
+        StoredEmbeddings(tmp_path).encode(["a cat"])

@@ -104,3 +104,42 @@ def test_a_writer_killed_again_and_again_ends_with_every_item(tmp_path):
     assert [record["item"] for record in shards.records] == list(range(400))
     assert all(bool((shards.read(item, "x") == item).all()) for item in range(400))
     assert all(json.loads(path.read_text()) for path in tmp_path.glob("shard_*.json"))
+
+
+MISFITS = {
+    "shape": ({"latents": torch.zeros(2, 4)}, "latents has the shape [2, 4], not [2, 3]"),
+    "dimensions": ({"latents": torch.zeros(3)}, "latents has the shape [3], not [2, 3]"),
+    "type": ({"latents": torch.zeros(2, 3, dtype=torch.int64)}, "latents has the type torch.int64"),
+    "not finite": ({"latents": torch.full((2, 3), torch.nan)}, "latents holds values that are not finite"),
+    "missing": ({"other": torch.zeros(2, 3)}, "latents is missing"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_tensor_that_does_not_fit_is_one_line(tmp_path, name):
+    stored, text = MISFITS[name]
+    with ShardWriter(tmp_path, {}) as writer:
+        writer.add(7, {}, stored)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path).read(0, "latents", shape=(2, 3))
+    assert text in str(caught.value) and "item 7" in str(caught.value) and str(caught.value).endswith("then make them")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"3": 4}', b'{"three": {}}', b"[]", b"\xff\xfe", b'{"-1": {}}'])
+def test_a_damaged_listing_is_one_line_and_is_made_again(tmp_path, content, caplog):
+    write(tmp_path, range(6))
+    (tmp_path / "shard_00000003.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"shard_00000003\.json"):
+        read(tmp_path)
+    with caplog.at_level("WARNING"), ShardWriter(tmp_path, {"kind": "test"}) as writer:
+        assert writer.remaining(range(6)) == [3, 4, 5]
+    assert "shard_00000003.json.damaged" in caplog.text and len(caplog.records) == 1
+    write(tmp_path, [3, 4, 5])
+    assert len(read(tmp_path)) == 6
+
+
+def test_items_without_prompts_are_one_line(tmp_path):
+    write(tmp_path, range(2))
+    (tmp_path / "shard_00000000.json").write_text('{"0": {"prompt": "a cat"}, "1": {"prompt": 5}}')
+    with pytest.raises(UserError, match=r"the prompts: 1 = 5"):
+        read(tmp_path).prompts()
