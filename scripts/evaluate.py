@@ -1,4 +1,4 @@
-"""Measure a Shapes checkpoint with the detector on held-out prompts; print and save the table."""
+"""Measure a checkpoint: a Shapes one with the detector on held-out prompts, any one with --vbench; print a table."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=16)
     add("--output_folder", default="logs/evaluate", help="for the JSON table and the contact sheets")
     add("overrides", nargs="*", metavar="key=value")
+    add = parser.add_argument_group("videos for VBench, of any model").add_argument
+    add("--vbench", metavar="FOLDER", help="make 5 videos a prompt in VBench's names and measure them; default: off")
+    add("--data_path", metavar="FILE", help="prompts, one a line: VBench's all_dimension.txt")
+    add("--extended_prompt_path", metavar="FILE", help="long prompts, paired line by line with --data_path")
+    add("--vbench_info", metavar="FILE", help="VBench_full_info.json, for VBench's own prompts; default: other prompts")
+    add("--dimensions", metavar="NAME,NAME", help="what VBench scores, with commas; default: all that it can")
+    add("--long", action="store_true", help="cut the videos into clips of 2 s and score them as VBench-Long does")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -42,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.vbench is not None:
+        from scripts.vbench import run as evaluate_videos
+
+        evaluate_videos(args)
+        return
     from pipeline.text_to_video import load_pipeline
     from trainer.config import Config
     from utils.config import load_config

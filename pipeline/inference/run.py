@@ -59,8 +59,11 @@ class EndedBySignal(SystemExit):
         return f"ended by {self.number.name}"
 
 
-def run(config: PipelineConfig, options: InferenceOptions) -> None:
+def run(config: PipelineConfig, options: InferenceOptions) -> list[Path]:
     """Make the videos that a configuration and the options ask for.
+
+    Returns:
+        the file of each video, in every process.
 
     Raises:
         UserError: something cannot be used. Mistakes are found before anything heavy is loaded.
@@ -83,6 +86,7 @@ def run(config: PipelineConfig, options: InferenceOptions) -> None:
             complete_records(folder)
             save_run(config, placements, folder)
         barrier()  # the lock holds until all is written
+    return [placement.path for placement in placements]
 
 
 def _in_main(ranks: Ranks, work: Callable[[], Any]) -> Any:

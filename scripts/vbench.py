@@ -1,0 +1,143 @@
+"""The videos that VBench scores, in its names, and their scores: the part of evaluate.py behind --vbench."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.config import PipelineConfig, load_pipeline_config
+from pipeline.inference.options import InferenceOptions
+from pipeline.inference.run import run as make_videos
+from utils.distributed import init_distributed, resolve_device
+from utils.drift import MEASURES, measure_drift, summarise_drift
+from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.tracking import progress
+from utils.video import VideoWriter, read_video
+
+log = logging.getLogger("evaluate")
+
+SAMPLES = 5  # videos a prompt that VBench asks for
+CLIP_SECONDS = 2  # length of the clips that VBench-Long scores
+CLIPS = "split_clip"  # VBench-Long's name for their folder
+CUSTOM_DIMENSIONS = [
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+]
+"""What VBench scores for prompts that are not its own."""
+
+
+def run(args: Namespace) -> None:
+    """Make the videos, measure drift and flicker, and score them if VBench is installed.
+
+    Under torchrun the processes share the videos. A run that was stopped goes on where it was.
+
+    Raises:
+        UserError: something cannot be used, or VBench is not as expected.
+    """
+    config = _config(args)
+    options = InferenceOptions(
+        data_path=args.data_path, extended_prompt_path=args.extended_prompt_path, use_ema=args.use_ema
+    )
+    videos = make_videos(config, options)
+    if init_distributed(resolve_device(config.device).type).is_main:
+        _measure(args, config, videos)
+
+
+def _config(args: Namespace) -> PipelineConfig:
+    if args.data_path is None:
+        raise UserError("--vbench needs --data_path: VBench's prompts, one a line (its file is all_dimension.txt)")
+    keys = {
+        "generator.weights": args.checkpoint,
+        "inference.output_folder": args.vbench,
+        "inference.data_path": args.data_path,
+        "inference.num_samples": SAMPLES,
+        "inference.seed": args.seed,
+    }
+    return load_pipeline_config(args.config_path, [*(f"{key}={value}" for key, value in keys.items()), *args.overrides])
+
+
+def _measure(args: Namespace, config: PipelineConfig, videos: list[Path]) -> None:
+    """Print and save one table."""
+    folder = Path(args.vbench)
+    drifts = []
+    for path in progress(videos, "drift", unit="video"):
+        frames = read_video(path)
+        drifts.append(measure_drift(frames, config.video.fps))
+        if args.long:
+            cut(path, frames, config.video.fps, folder / CLIPS)
+    report = {"videos": len(videos), "drift": summarise_drift(drifts), "vbench": _scores(args, config, folder)}
+    atomic_write_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    print(format_table(report))
+
+
+def cut(path: Path, frames: Tensor, fps: float, folder: Path) -> list[Path]:
+    """Cut a video, uint8 [F H W 3], into clips of two seconds as VBench-Long names them: NAME/NAME_000.mp4.
+
+    The last clip is as long as the others: it begins earlier. Clips that exist are kept.
+    """
+    target = folder / path.stem
+    target.mkdir(parents=True, exist_ok=True)
+    made = []
+    for number, clip in enumerate(clips(frames, round(CLIP_SECONDS * fps))):
+        made.append(target / f"{path.stem}_{number:03d}.mp4")
+        if not made[-1].exists():
+            with VideoWriter(made[-1], fps) as writer:
+                writer.write(clip)
+    return made
+
+
+def clips(frames: Tensor, count: int) -> Iterator[Tensor]:
+    """Pieces of ``count`` frames that cover all; one piece if there are fewer."""
+    for start in range(0, len(frames), count):
+        start = max(0, min(start, len(frames) - count))
+        yield frames[start : start + count]
+
+
+def _scores(args: Namespace, config: PipelineConfig, folder: Path) -> dict[str, float]:
+    """VBench's score of each dimension; empty if it is not installed."""
+    package = "vbench2_beta_long" if args.long else "vbench"
+    if find_spec(package) is None:
+        log.info("%s is not installed (pip install vbench), so only drift and flicker are measured", package)
+        return {}
+    kind = "long_" if args.long else ""
+    standard = args.vbench_info is not None
+    mode = f"{kind}vbench_standard" if standard else f"{kind}custom_input"
+    scorer = _scorer(package)(resolve_device(config.device), args.vbench_info or "", str(folder / "vbench"))
+    chosen = args.dimensions.split(",") if args.dimensions else None
+    names = chosen or (None if standard else CUSTOM_DIMENSIONS)
+    scorer.evaluate(videos_path=str(folder), name="scores", dimension_list=names, mode=mode)
+    file = folder / "vbench" / "scores_eval_results.json"
+    if not file.is_file():
+        raise UserError(f"{file}: {package} has not written its scores there; this version of it is not known here")
+    return {name: float(values[0]) for name, values in json.loads(file.read_text()).items()}
+
+
+def _scorer(package: str):
+    if package == "vbench":
+        from vbench import VBench
+
+        return VBench
+    from vbench2_beta_long import VBenchLong
+
+    return VBenchLong
+
+
+def format_table(report: dict) -> str:
+    """The report as text: one row a measure. A change of 1 is no drift."""
+    lines = [f"{report['videos']} videos", f"{'':>14}  {'first':>8}  {'last':>8}  {'change':>8}"]
+    for name in MEASURES:
+        values = report["drift"][name]
+        lines.append(f"{name:>14}  {values['first']:8.3f}  {values['last']:8.3f}  {values['change']:8.3f}")
+    lines += [f"{name:>24}  {score:.4f}" for name, score in report["vbench"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""--vbench makes five videos a prompt in VBench's names, measures drift, cuts clips, and hands over to VBench."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from scripts import evaluate
+from scripts.vbench import clips
+from utils.video import count_frames
+
+PROMPTS = ["A red circle, moving up."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("vbench")
+
+
+def run(folder, *arguments: str) -> int:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    return evaluate.main(
+        [
+            "--checkpoint=checkpoints/shapes/generator",
+            f"--vbench={folder / 'videos'}",
+            f"--data_path={prompts}",
+            *arguments,
+            "video.num_frames=6",
+            "video.scale=1",
+            "device=cpu",
+        ]
+    )
+
+
+def test_five_videos_a_prompt_and_a_table(folder, capsys):
+    assert run(folder, "--long") == 0
+    videos = folder / "videos"
+    names = {f"{prompt}-{index}" for prompt in PROMPTS for index in range(5)}
+    assert {path.stem for path in videos.glob("*.mp4")} == names
+    report = json.loads((videos / "evaluation.json").read_text())
+    assert report["videos"] == 5 and report["drift"]["sharpness"]["first"] > 0
+    assert "sharpness" in capsys.readouterr().out
+    cut = sorted((videos / "split_clip" / f"{PROMPTS[0]}-0").iterdir())
+    assert [path.name for path in cut] == [f"{PROMPTS[0]}-0_000.mp4"]
+    assert [count_frames(path) for path in cut] == [21]
+
+
+def test_a_second_run_makes_nothing_again_and_vbench_scores_it(folder, capsys, monkeypatch):
+    asked = {}
+
+    class VBench:
+        def __init__(self, device, info, output):
+            asked["output"] = output
+
+        def evaluate(self, **options):
+            asked.update(options)
+            path = folder / "videos" / "vbench" / "scores_eval_results.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"imaging_quality": [0.5, []]}))
+
+    module = ModuleType("vbench")
+    module.VBench = VBench
+    module.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec("vbench", None)
+    monkeypatch.setitem(sys.modules, "vbench", module)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.mp4")}
+    assert run(folder, "--dimensions", "imaging_quality") == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.mp4")}
+    assert asked["mode"] == "custom_input" and asked["dimension_list"] == ["imaging_quality"]
+    assert "imaging_quality  0.5000" in capsys.readouterr().out
+
+
+def test_clips_cover_all_frames_and_are_equally_long():
+    pieces = list(clips(torch.arange(33), 24))
+    assert [len(piece) for piece in pieces] == [24, 24] and int(pieces[-1][-1]) == 32
+    assert [len(piece) for piece in clips(torch.arange(10), 24)] == [10]
+
+
+def test_without_prompts_it_says_what_is_missing(capsys):
+    assert evaluate.main(["--checkpoint=checkpoints/shapes/generator", "--vbench=x"]) == 2
+    assert "--data_path" in capsys.readouterr().err
