@@ -31,6 +31,15 @@ from utils.files import atomic_write_text
 from utils.video import fit_image, load_image
 
 PIPELINE_FILE = "pipeline.yaml"
+ABOUT = "A causal video diffusion model: it turns a prompt into a video, chunk by chunk, in a few denoising steps."
+USAGE = """\
+```python
+from pipeline import SelfForcingPipeline  # in a checkout of the code that trained it
+
+pipeline = SelfForcingPipeline.from_pretrained("FOLDER")
+frames = pipeline("PROMPT").frames
+```
+"""
 WEIGHTS = (("generator", "weights"), ("codec", "weights"), ("text_encoder", "weights"), ("text_encoder", "tokenizer"))
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 SEEDS = 2**62
@@ -136,15 +145,24 @@ class SelfForcingPipeline:
 
         ``transformer`` has the layout of diffusers. :meth:`from_pretrained` reads the folder back.
         """
+        from model.weights.card import write_card
         from model.weights.transformer_read import open_transformer
         from model.weights.transformer_write import write_transformer
 
         folder, config = Path(folder), self.config
         model, state = open_transformer(config.generator.weights, preset=config.generator.preset, use_ema=self._use_ema)
         write_transformer(folder, state, model.config, format="diffusers")
+        write_card(
+            folder,
+            model.config,
+            parameters=sum(tensor.numel() for tensor in state.values()),
+            source=config.generator.weights,
+            about=ABOUT,
+            usage=USAGE,
+        )
         codec = "codec" if config.codec.kind is CodecKind.tiny else "vae"
-        model = load_codec(config.codec)
-        (model if config.codec.kind is CodecKind.tiny else model.vae).save_pretrained(folder / codec)
+        autoencoder = load_codec(config.codec)
+        (autoencoder if codec == "codec" else autoencoder.vae).save_pretrained(folder / codec)
         load_text_encoder(config.text_encoder).save_pretrained(folder / "text_encoder")
         values = _differences(to_dict(config), to_dict(PipelineConfig()))
         values.setdefault("generator", {})["weights"] = "transformer"

@@ -72,6 +72,7 @@ def export_transformer(args: argparse.Namespace) -> str:
 
     from model.transformer import PRESETS
     from model.weights import check_finite, convert, weights_hash
+    from model.weights.card import write_card
     from model.weights.lora import merge_loras
     from model.weights.lora_choice import load_loras
     from model.weights.transformer_read import open_transformer
@@ -92,6 +93,9 @@ def export_transformer(args: argparse.Namespace) -> str:
     parts = write_pipeline(args) if args.format == "diffusers" else ""
     check_reload(args.output, state, dtype)
     size = sum(tensor.numel() for tensor in state.values())
+    if Path(args.output).is_dir():
+        about = f"Weights of a causal video transformer in the layout {args.format!r}."
+        write_card(args.output, model.config, parameters=size, source=args.input, about=about)
     return f"{args.output}: {size / 1e6:.1f}M parameters in {len(state)} tensors, {weights_hash(args.output)}{parts}"
 
 

@@ -86,6 +86,8 @@ def test_a_saved_folder_makes_the_same_video(pipeline, tmp_path):
     copy = SelfForcingPipeline.from_pretrained(tmp_path / "copy", device="cpu", overrides=["text_encoder.cache=null"])
     assert np.array_equal(copy(PROMPT, **SHORT).frames, pipeline(PROMPT, **SHORT).frames)
     assert (tmp_path / "copy" / "transformer" / "config.json").is_file()
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: diffusers" in card and "1.5 million" in card
 
 
 def test_diffusers_writes_the_frames_to_a_video(pipeline, tmp_path):
