@@ -48,7 +48,7 @@ class AttentionBackend(Enum):
         return AttentionBackend.cudnn if self is AttentionBackend.flash4 else self
 
 
-class Need(NamedTuple):
+class KernelNeed(NamedTuple):
     """What a kernel needs."""
 
     capability: tuple[int, int]
@@ -62,11 +62,11 @@ class Need(NamedTuple):
 
 
 NEEDS = {
-    AttentionBackend.flash4: Need((9, 0), "flash_attn.cute", "flash_attn_func", 128),
-    AttentionBackend.flash3: Need((9, 0), "flash_attn_interface", "flash_attn_func"),
-    AttentionBackend.cudnn: Need((9, 0), head_dim=128),
-    AttentionBackend.flash: Need((8, 0), "flash_attn.flash_attn_interface", "flash_attn_func"),
-    AttentionBackend.sage: Need((8, 0), "sageattention", "sageattn", 128),
+    AttentionBackend.flash4: KernelNeed((9, 0), "flash_attn.cute", "flash_attn_func", 128),
+    AttentionBackend.flash3: KernelNeed((9, 0), "flash_attn_interface", "flash_attn_func"),
+    AttentionBackend.cudnn: KernelNeed((9, 0), head_dim=128),
+    AttentionBackend.flash: KernelNeed((8, 0), "flash_attn.flash_attn_interface", "flash_attn_func"),
+    AttentionBackend.sage: KernelNeed((8, 0), "sageattention", "sageattn", 128),
 }
 ORDER = (AttentionBackend.flash4, AttentionBackend.flash3, AttentionBackend.cudnn, AttentionBackend.flash)
 """The order in which ``auto`` tries them. On an H200, FlashAttention-4 reached 645 TFLOP/s and cuDNN 518."""

@@ -49,27 +49,36 @@ def load_transformer(
     if config.attention is not AttentionBackend.auto:
         resolve_backend(config.attention, torch.device(device), dtype)
     loras = load_loras(config.lora, config.lora_scale)
-    if streamed:
-        waiting = waiting_dtype(torch.device(device), dtype)
-        model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, dtype=waiting)
-    elif config.weights is None:
-        with torch.device("meta"):
-            model = WanTransformer(PRESETS[config.preset])
-        model.to_empty(device="cpu")
-        model.reset_parameters(generator)
-        model.to(device, dtype)
+    if config.weights is None:
+        model = _random_transformer(config.preset, generator).to(device, dtype)
     else:
-        model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, device=device, dtype=dtype)
+        place = {"device": device, "dtype": dtype}
+        if streamed:
+            place = {"dtype": waiting_dtype(torch.device(device), dtype)}
+        model = read_transformer(config.weights, preset=config.preset, use_ema=use_ema, **place)
     merge_loras(dict(model.named_parameters()), loras)
     if streamed:
-        for name, part in model.named_children():
-            if name != "blocks":
-                part.to(device, dtype)
-        for block in model.blocks:
-            stream_weights(block, device, dtype)
+        _stream_blocks(model, device, dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.attention_backend = config.attention
     return model
+
+
+def _random_transformer(preset: str, generator: torch.Generator | None) -> WanTransformer:
+    with torch.device("meta"):
+        model = WanTransformer(PRESETS[preset])
+    model.to_empty(device="cpu")
+    model.reset_parameters(generator)
+    return model
+
+
+def _stream_blocks(model: WanTransformer, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Let the weights of the blocks wait where they are, and move all others to the device."""
+    for name, part in model.named_children():
+        if name != "blocks":
+            part.to(device, dtype)
+    for block in model.blocks:
+        stream_weights(block, device, dtype)
 
 
 def waiting_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:

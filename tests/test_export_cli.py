@@ -98,13 +98,13 @@ def test_parts_complete_a_checkpoint_and_their_absence_is_said(release, tmp_path
     source = str(release.checkpoints / "self_forcing_dmd.pt")
     parts = ["--parts", str(release.small)]
     assert main([source, str(tmp_path / "a"), "--format", "diffusers", "--ema", *parts, "--shift", "8"]) == 0
-    assert {"transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"} == {
+    assert {"transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "README.md"} == {
         path.name for path in (tmp_path / "a").iterdir()
     }
     assert json.loads((tmp_path / "a/scheduler/scheduler_config.json").read_text())["flow_shift"] == 8
     assert main([source, str(tmp_path / "b"), "--format", "diffusers", "--ema"]) == 0
     assert "transformer only (--parts adds the rest)" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["transformer"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["README.md", "transformer"]
 
 
 def write_lora(path):
