@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from utils.errors import UserError
-from utils.heartbeat import Heartbeat, publish_failure
+from utils.heartbeat import Heartbeat, connect, publish_failure
 from utils.signals import StopSignals
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def shutdown_distributed() -> None:
     error = sys.exc_info()[1]
     if dist.get_world_size() > 1:
         if error is not None:
-            publish_failure(_store(), dist.get_rank(), error)
+            publish_failure(dist.get_rank(), error)
             return  # another process may be inside a collective operation: leaving in order would wait for it
         with suppress(RuntimeError):  # torchrun has ended, and its store with it
             barrier()
@@ -262,20 +262,20 @@ def _store() -> dist.Store:
 
 def _join(device: str, ranks: Ranks) -> None:
     """Find the other processes, join them in a group, and start the heartbeat."""
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
         dist.init_process_group(
             _backend(device), store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=UNLIMITED
         )
-        own_store = dist.TCPStore(*address, is_master=False, timeout=RENDEZVOUS)
+        own_store = connect(RENDEZVOUS)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
+        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
         raise UserError(
-            f"process {ranks.rank} of {ranks.world_size} cannot join the others at MASTER_ADDR={address[0]}, "
-            f"MASTER_PORT={address[1]}: {reason}; check that all were started and can reach this address"
+            f"process {ranks.rank} of {ranks.world_size} cannot join the others at {address}: {reason}; check that all "
+            "were started and can reach this address"
         ) from error
-    Heartbeat(dist.PrefixStore("heartbeat", own_store), ranks.rank, ranks.world_size).start()
+    Heartbeat(own_store, ranks.rank, ranks.world_size).start()
 
 
 def _ranks_from_environment() -> Ranks:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -24,11 +25,17 @@ ORPHAN_GRACE = 600.0
 FAILURE = "failure"
 
 
-def publish_failure(store: dist.Store, rank: int, error: BaseException) -> None:
+def connect(timeout: timedelta) -> dist.Store:
+    """A connection of its own to the job's store: one connection serves one call at a time."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore("heartbeat", dist.TCPStore(*address, is_master=False, timeout=timeout))
+
+
+def publish_failure(rank: int, error: BaseException) -> None:
     """Tell the other processes why this one ends. The first message counts."""
     text = str(error).strip().partition("\n")[0]
     try:
-        dist.PrefixStore("heartbeat", store).compare_set(FAILURE, "", f"{rank} {type(error).__name__}: {text}")
+        connect(timedelta(seconds=GRACE)).compare_set(FAILURE, "", f"{rank} {type(error).__name__}: {text}")
     except RuntimeError:  # the store has ended: so have the others
         return
 
@@ -37,7 +44,7 @@ class Heartbeat(threading.Thread):
     """Runs until the process leaves its process group."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        """`store` must have a connection of its own: a connection serves one call at a time."""
+        """`store` is what :func:`connect` returns."""
         super().__init__(name="heartbeat", daemon=True)
         self.store = store
         self.rank = rank
