@@ -6,9 +6,11 @@ The map from diffusers' names to those of Wan2.1_VAE.pth is proven by diffusers'
 import io
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from model.tiny_vae import TinyVAE, TinyVAEConfig
 from model.transformer import WanConfig, WanTransformer
 from model.weights import WAN_T5_TO_TRANSFORMERS, rename_keys
 from model.weights.transformer_write import write_transformer
+from tests.made_once import made_once
 
 State = dict[str, Tensor]
 
@@ -51,6 +54,17 @@ class FakeRelease:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+
+def copy_fake_release(factory: pytest.TempPathFactory, root: Path) -> FakeRelease:
+    """Write a release of one's own into ``root``, with its diffusers form; all tests of a run copy the same files."""
+
+    def write(folder: Path) -> None:
+        release = write_fake_release(folder)
+        write_diffusers_release(release.root / "wan_models" / "Wan2.1-T2V-1.3B-Diffusers")
+
+    shutil.copytree(made_once(factory, "fake release", write), root, dirs_exist_ok=True)
+    return FakeRelease(root)
 
 
 def write_fake_release(root: Path) -> FakeRelease:

@@ -17,7 +17,7 @@ from pipeline.loading import load_codec, load_text_encoder, load_transformer
 from pipeline.memory import PROFILES, Profile
 from pipeline.request import StreamRequest
 from pipeline.text_to_video import load_pipeline
-from tests.fake_release import LARGE, SMALL, TAEHV, FakeRelease, write_diffusers_release, write_fake_release
+from tests.fake_release import LARGE, SMALL, TAEHV, FakeRelease, copy_fake_release
 from trainer.config import Config
 from utils.config import load_config
 from utils.errors import UserError
@@ -43,8 +43,7 @@ PROMPTS = ["A stylish woman walks down a street in Tokyo.", "An octopus rests on
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> FakeRelease:
     """What a user has: this repository's code, configurations and prompts, and the downloaded files; fewer prompts."""
-    release = write_fake_release(tmp_path_factory.mktemp("fake"))
-    write_diffusers_release(release.root / "wan_models" / "Wan2.1-T2V-1.3B-Diffusers")
+    release = copy_fake_release(tmp_path_factory, tmp_path_factory.mktemp("fake"))
     for name in ("inference.py", "configs"):
         (release.root / name).symlink_to(REPOSITORY / name)
     (release.root / "prompts").mkdir()
