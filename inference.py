@@ -40,6 +40,12 @@ docs/inference.md explains file names, what is skipped, and what happens when a 
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; None is that of this process."""
+    return build_parser().parse_intermixed_args(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with every option, its text, its unit and its default."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="any key of the configuration, such as rollout.window=9"
     )
-    return parser.parse_intermixed_args(arguments)
+    return parser
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:

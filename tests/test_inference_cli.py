@@ -18,76 +18,15 @@ import inference
 from model.weights import load_state_dict, weights_hash
 from pipeline.loading import load_codec
 from pipeline.memory import GB, PROFILES, measure, need
+from tests.inference_parts import REPOSITORY, records, same, snapshot, videos
 from trainer.config import Config
 from utils.config import load_config
 from utils.files import safe_stem
+from utils.shapes import ATTRIBUTES
 from utils.video import read_video
 
-pytest_plugins = ["tests.shapes_parts"]
+pytest_plugins = ["tests.shapes_parts", "tests.inference_parts"]
 pytestmark = pytest.mark.usefixtures("restore_logging")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def make(release, tmp_path):
-    """Runs inference.py into a folder of tmp_path and returns the folder."""
-
-    def make(*arguments, folder: str = "videos") -> Path:
-        path = tmp_path / folder
-        code = inference.main(["--config_path", release.config_path, "--output_folder", str(path), *arguments])
-        assert code == 0
-        return path
-
-    return make
-
-
-@pytest.fixture
-def refuse(release, tmp_path, capsys, monkeypatch):
-    """Runs inference.py on a mistake and returns the one line it says; no part is loaded after the generator."""
-
-    def loaded(*args, **kwargs):
-        raise AssertionError("a mistake must be found before the codec and the text encoder load")
-
-    monkeypatch.setattr("pipeline.text_to_video.load_codec", loaded)
-    monkeypatch.setattr("pipeline.text_to_video.load_prompt_cache", loaded)
-
-    def refuse(*arguments, config_path: Path | str = release.config_path) -> str:
-        folder = ["--output_folder", str(tmp_path / "refused")]
-        code = inference.main(["--config_path", str(config_path), *folder, *map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert code == 2
-        assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
-        return err
-
-    return refuse
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """No weights may be read."""
-
-    def loaded(*args, **kwargs):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr("pipeline.text_to_video.load_denoiser", loaded)
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "videos.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def videos(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.mp4"))
-
-
-def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of every video."""
-    return {name: ((folder / name).read_bytes(), (folder / name).stat().st_mtime_ns) for name in videos(folder)}
-
-
-def same(first: Path, second: Path) -> bool:
-    return torch.equal(read_video(first), read_video(second))
 
 
 def test_a_run_makes_one_video_a_prompt_a_contact_sheet_and_a_record_each(make, release):
@@ -260,7 +199,7 @@ def test_a_video_is_extended_and_followed(make):
     assert records(made["0.3"])[0]["follows"] == {"video": str(video), "strength": 0.3}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
     command = ("inference.py", "--config_path", release.config_path, "--output_folder", str(tmp_path))
     process = subprocess.Popen(
@@ -282,7 +221,7 @@ def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
         return
     assert process.returncode == 128 + number
     assert not video.exists() and len(read_video(part)) > 12
-    assert f"{part} holds" in errors
+    assert f"{part} plays" in errors
     assert {path.name for path in tmp_path.iterdir()} == {part.name, ".lock"}
 
 
@@ -299,10 +238,32 @@ def write_mistakes(folder: Path) -> None:
     (folder / "style.yaml").write_text("- {at: 0, prompt: a}\n- {at: 1, prompt: b, style: fade}\n")
     (folder / "story.yaml").write_text("- {at: 0, prompt: a}\n")
     (folder / "map.yaml").write_text("at: 0\n")
+    (folder / "later.yaml").write_text("- {at: 1s, prompt: a}\n")
+    (folder / "list.json").write_text('["a cat"]')
     (folder / "junk.pt").write_text("<html>not found</html>")
 
 
+LONG_PATHS = (
+    "--checkpoint_path",
+    "--data_path",
+    "--extended_prompt_path",
+    "--output_folder",
+    "--storyboard",
+    "--extend",
+    "--v2v",
+    "--config_path",
+)
 BAD_INPUT = {
+    "prompt beside a file": (["--prompt", "a", "--data_path", "x"], "--prompt and --data_path both give prompts"),
+    "negative seed": (["--seed", "-5"], "seed=-5 must be at least 0, or -1 to draw one"),
+    "a video that no disk holds": (["--num_output_frames", "999999999999"], "choose another --output_folder or fewer"),
+    "a rate that is no number": (["--fps", "nan"], "video.fps='nan' is not of type"),
+    "storyboard without a beginning": (["--storyboard", "{tmp}/later.yaml"], "later.yaml: has no prompt at 0s"),
+    "prompts in JSON": (["--data_path", "{tmp}/list.json"], "list.json: a .json file cannot be read as prompts"),
+    **{
+        f"a path that is too long: {flag}": ([flag, "{tmp}/" + "x" * 5000], "xxx")
+        for flag in LONG_PATHS
+    },
     "missing checkpoint": (["--checkpoint_path", "{tmp}/nowhere.pt"], "{tmp}/nowhere.pt: no such file"),
     "missing codec": (["codec.weights={tmp}/nowhere"], "{tmp}/nowhere: no such file"),
     "missing text encoder": (["text_encoder.weights=null"], "text_encoder.weights is null"),
@@ -377,6 +338,21 @@ def test_a_mistake_in_the_configuration_names_the_nearest_key(refuse, no_weights
     assert "video.height='tall' is not of type int" in refuse(config_path=tmp_path / "type.yaml")
     assert "typ.yaml: cannot read the configuration" in (line := refuse(config_path=tmp_path / "typ.yaml"))
     assert "did you mean typ" in line
+
+
+@pytest.mark.parametrize("key", ["codec.weights", "text_encoder.weights", "text_encoder.tokenizer", "generator.lora"])
+def test_a_key_with_a_path_that_is_too_long_is_one_line(refuse, tmp_path, key):
+    assert "xxx" in refuse(f"{key}={tmp_path / ('x' * 5000)}")
+
+
+def test_help_names_what_the_shapes_model_understands_and_each_default():
+    words = inference.EPILOG.replace(",", "").split()
+    for values in ATTRIBUTES.values():
+        assert all(word in words for value in values for word in value.split())
+    for action in inference.build_parser()._actions:
+        assert action.help
+        if action.option_strings and action.dest not in ("help", "prompt"):
+            assert "default: " in action.help, action.option_strings
 
 
 def test_a_full_disk_is_refused(refuse, no_weights, monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+LONGEST_NAME = 255  # bytes, on almost every file system
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 WINDOWS_FORBIDDEN = '<>:"/\\|?*'
 WINDOWS_RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
@@ -89,6 +90,12 @@ def is_own_file(path: str | Path) -> bool:
         return False
 
 
+def fit_name(stem: str, ending: str) -> str:
+    """Return `stem` + `ending`, with the stem cut so that a file system can hold the name."""
+    room = LONGEST_NAME - len(ending.encode())
+    return stem.encode(errors="surrogateescape")[:room].decode(errors="ignore") + ending
+
+
 def set_aside(path: str | Path, reason: str, log: logging.Logger) -> Path:
     """Rename a damaged file or folder to `NAME.damaged` (`.damaged-2`, ... if that exists) and return the new path.
 
@@ -96,7 +103,7 @@ def set_aside(path: str | Path, reason: str, log: logging.Logger) -> Path:
     """
     path = Path(path)
     for count in itertools.count(1):
-        aside = path.with_name(f"{path.name}.damaged" + (f"-{count}" if count > 1 else ""))
+        aside = path.with_name(fit_name(path.name, ".damaged" + (f"-{count}" if count > 1 else "")))
         if not os.path.lexists(aside):
             break
     os.rename(path, aside)

@@ -23,8 +23,8 @@ def is_complete(path: str | Path) -> bool:
             kinds = _box_kinds(file)
         if kinds is not None:
             return b"moov" in kinds
-        with open_video(path) as container:
-            return bool(container.streams.video)
+        with open_video(path):
+            return True
     except (OSError, struct.error, UserError):
         return False
 

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from pipeline.inference.plan import Job
+from pipeline.inference.plan import SUFFIX, Job
 from pipeline.inference.recipe import TAG, Recipe, read_recipe
-from utils.files import is_own_file, set_aside
+from utils.files import fit_name, is_own_file, set_aside
 from utils.mp4 import is_complete
 from utils.video import partial_paths, read_metadata
 
 log = logging.getLogger("inference")
 
-SUFFIX = ".mp4"
 MOST_PARTIALS = 1000  # files of one video that are looked at
 
 
@@ -77,10 +76,10 @@ class OutputFolder:
 
     def _candidates(self, recipe: Recipe) -> Iterator[Path]:
         """Yield the names that a recipe's video may have, in order."""
-        hashed = f"{recipe.name}-{recipe.digest}"
-        first = (recipe.name, f"{recipe.name}-seed{recipe.seed}", hashed)
+        hashed = f"-{recipe.digest}"
         numbered = (f"{hashed}-{count}" for count in itertools.count(2))
-        return (self.folder / f"{name}{SUFFIX}" for name in itertools.chain(first, numbered))
+        endings = itertools.chain(("", f"-seed{recipe.seed}", hashed), numbered)
+        return (self.folder / fit_name(recipe.name, f"{ending}{SUFFIX}") for ending in endings)
 
     def _standing(self, path: Path, recipe: Recipe) -> _Standing:
         if _key(path.name) in self._claimed:

@@ -26,7 +26,6 @@ from pipeline.session import Chunk, SessionState, StreamSession
 from pipeline.storyboard import schedule
 from pipeline.text_to_video import TextToVideo
 from utils.distributed import is_launched
-from utils.errors import UserError
 from utils.signals import StopSignals
 from utils.video import VideoWriter, load_image, stream_video
 
@@ -65,7 +64,9 @@ def make_video(
     if writes:
         partial = settle_partials(placement.path, placement.job.recipe, finished=finished)
         if partial is not None:
-            log.warning("%s holds %d frames and plays; the same command makes the whole video", partial, frames)
+            log.warning(
+                "stopped after %d frames; %s plays, and the same command makes the whole video", frames, partial
+            )
     return MadeVideo(frames, time.perf_counter() - started, finished, signals.received)
 
 
@@ -113,23 +114,13 @@ def _write_video(session: StreamSession, placement: Placement, video: VideoConfi
             metadata=placement.job.recipe.tags,
             keep_partial=True,
         )
-        try:
-            with writer:
-                for part in _write_behind(writer, _all_frames(placement.job, first, chunks, video)):
-                    frames += len(part)
-                    bar.update(len(part))
-                if session.state is not SessionState.finished:
-                    writer.stop()
-        except OSError as error:
-            raise UserError(_write_failure(placement, error)) from error
+        with writer:
+            for part in _write_behind(writer, _all_frames(placement.job, first, chunks, video)):
+                frames += len(part)
+                bar.update(len(part))
+            if session.state is not SessionState.finished:
+                writer.stop()
     return frames
-
-
-def _write_failure(placement: Placement, error: OSError) -> str:
-    partial = settle_partials(placement.path, placement.job.recipe, finished=False)
-    kept = "" if partial is None else f"; {partial.name} keeps what was made and plays"
-    reason = error.strerror or str(error)
-    return f"{placement.path}: cannot be written: {reason}{kept}; make room or choose another --output_folder"
 
 
 def _all_frames(job: Job, first: Chunk, chunks: Iterator[Chunk], video: VideoConfig) -> Iterator[Tensor]:

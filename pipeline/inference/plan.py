@@ -16,13 +16,12 @@ from pipeline.sizes import codec_sizes
 from pipeline.storyboard import Cue, check_cues, parse_style, parse_switch, read_storyboard
 from utils import prompt_extend
 from utils.errors import UserError
-from utils.files import exact_stem
+from utils.files import LONGEST_NAME, exact_stem
 from utils.prompts import PromptLine, one_line, pair_prompts, read_image_lines, read_prompt_lines
-from utils.video import open_video
+from utils.video import stream_video
 
+SUFFIX = ".mp4"
 EXTENDED_PROMPTS = "extended_prompts.jsonl"
-LONGEST_NAME = 255  # bytes, on almost every file system
-NAME_SUFFIXES = 40  # bytes left for sample, hash, ".partial" and ending
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ def _name(config: PipelineConfig, options: InferenceOptions, title: str, index: 
     """Return the file name of a video without its ending: VBench's `PROMPT-INDEX`, or the official index names."""
     if options.save_with_index:
         return f"{index}-{sample}_{'ema' if options.use_ema else 'regular'}"
-    return f"{exact_stem(title, LONGEST_NAME - NAME_SUFFIXES)}-{sample}"
+    longest = LONGEST_NAME - len(f"-{sample}{SUFFIX}")
+    return f"{exact_stem(title, longest)}-{sample}"
 
 
 def _prompt_lines(
@@ -150,6 +150,5 @@ def _seconds(config: PipelineConfig, options: InferenceOptions) -> float:
 
 def _existing_video(path: str) -> Path:
     """Return the path of a video whose first frame can be read. Raises UserError for any other."""
-    with open_video(path) as container:
-        next(container.decode(video=0), None)
+    next(stream_video(path, 16, 16, fps=1))
     return Path(path)

@@ -6,25 +6,29 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import PipelineConfig
-from pipeline.inference.folder import SUFFIX, Placement
+from pipeline.inference.folder import Placement
+from pipeline.inference.plan import SUFFIX
 from pipeline.inference.recipe import Recipe, read_recipe
 from utils.config import to_dict, to_yaml
 from utils.errors import UserError
 from utils.files import atomic_write_text, is_own_file
 from utils.mp4 import is_complete
 from utils.side_files import append_json_line, read_json_lines
-from utils.video import open_video, sample_frames, save_contact_sheet
+from utils.video import count_frames, sample_frames, save_contact_sheet
 
 log = logging.getLogger("inference")
 
 RECORDS = "videos.jsonl"
 CONFIG = "config.yaml"
 SHEET = "contact_sheet.png"
+PARTIAL = re.compile(r"\.partial(-\d+)?$")
 SHEET_VIDEOS = 32
 SHEET_FRAMES = 8
 SETTINGS = ("sampler", "generator", "rollout", "sampling", "optimize", "video", "device", "dtype")
@@ -80,16 +84,12 @@ def complete_records(folder: Path) -> None:
     for file in sorted(folder.glob(f"*{SUFFIX}")):
         if file.name in latest or not is_own_file(file) or not is_complete(file):
             continue
-        if (recipe := read_recipe(file)) is not None and ".partial" not in file.suffixes[-2:-1]:
-            latest[file.name] = _record(file.name, recipe, _count_frames(file))
+        if (recipe := read_recipe(file)) is not None and not PARTIAL.search(file.stem):
+            with suppress(UserError):  # it does not play to its end
+                latest[file.name] = _record(file.name, recipe, count_frames(file))
     after = list(latest.values())
     if after != before:
         atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in after))
-
-
-def _count_frames(path: Path) -> int:
-    with open_video(path) as container:
-        return container.streams.video[0].frames
 
 
 def save_run(config: PipelineConfig, placements: Sequence[Placement], folder: Path) -> None:

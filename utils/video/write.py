@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, fit_name
 from utils.frames import enlarge, to_uint8
 from utils.video.pyav import convert, load_pyav, reason
 from utils.video.read import plays
@@ -226,7 +226,7 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 def partial_paths(path: Path) -> Iterator[Path]:
     """Yield the names that an unfinished `path` may have, in the order in which they are used, without end."""
     for count in itertools.count(1):
-        yield path.with_name(f"{path.stem}.partial{f'-{count}' if count > 1 else ''}{path.suffix}")
+        yield path.with_name(fit_name(path.stem, f".partial{f'-{count}' if count > 1 else ''}{path.suffix}"))
 
 
 def _create_partial(path: Path) -> tuple[Path, _PartialFile]:

@@ -1,0 +1,75 @@
+"""Fixtures that run inference.py on the tiny release, and what its tests look at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import inference
+from utils.video import read_video
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def make(release, tmp_path):
+    """Runs inference.py into a folder of tmp_path and returns the folder."""
+
+    def make(*arguments, folder: str = "videos") -> Path:
+        path = tmp_path / folder
+        code = inference.main(["--config_path", release.config_path, "--output_folder", str(path), *arguments])
+        assert code == 0
+        return path
+
+    return make
+
+
+@pytest.fixture
+def refuse(release, tmp_path, capsys, monkeypatch):
+    """Runs inference.py on a mistake and returns the one line it says; no part is loaded after the generator."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a mistake must be found before the codec and the text encoder load")
+
+    monkeypatch.setattr("pipeline.text_to_video.load_codec", loaded)
+    monkeypatch.setattr("pipeline.text_to_video.load_prompt_cache", loaded)
+
+    def refuse(*arguments, config_path: Path | str = release.config_path) -> str:
+        folder = ["--output_folder", str(tmp_path / "refused")]
+        code = inference.main(["--config_path", str(config_path), *folder, *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+        return err
+
+    return refuse
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """No weights may be read."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("pipeline.text_to_video.load_denoiser", loaded)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "videos.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def videos(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.mp4"))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every video."""
+    return {name: ((folder / name).read_bytes(), (folder / name).stat().st_mtime_ns) for name in videos(folder)}
+
+
+def same(first: Path, second: Path) -> bool:
+    return torch.equal(read_video(first), read_video(second))
