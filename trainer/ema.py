@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,14 +11,19 @@ from torch import Tensor, nn
 
 from trainer.parallelize import local_part
 
+log = logging.getLogger(__name__)
+
+LARGEST_INITIAL_SHARE = 0.1
+"""The share of the average that the weights it began with may still make up at the end, without a warning."""
+
 
 class EMA:
     """A running average of the trained parameters of ``module``, kept beside it.
 
     Args:
-        module: the module that trains; its frozen parameters are their own average.
-        decay: share of the old average kept at each update, in [0, 1).
-        start_step: updates before this one copy the parameters.
+        module: the module that trains. The average of a frozen parameter is the parameter itself.
+        decay: share of the old average that is kept at each update, in [0, 1).
+        start_step: up to this step the average is a copy of the parameters.
     """
 
     def __init__(self, module: nn.Module, decay: float, start_step: int = 0) -> None:
@@ -29,6 +35,20 @@ class EMA:
         self.average = {
             name: parameter.detach().clone() for name, parameter in module.named_parameters() if parameter.requires_grad
         }
+
+    def initial_share(self, steps: int) -> float:
+        """Return the share of the average after ``steps`` steps that the weights of ``start_step`` still make up."""
+        return self.decay ** max(0, steps - self.start_step)
+
+    def warn_if_young(self, steps: int) -> None:
+        """Log a warning if ``steps`` steps are too few for the average to forget the weights it began with."""
+        share = self.initial_share(steps)
+        if share > LARGEST_INITIAL_SHARE:
+            log.warning(
+                "trainer.ema_decay=%g: after %d steps, %.0f %% of the averaged weights are still those of step %d; "
+                "use a smaller decay, train longer, or set 0 to keep the trained weights",
+                *(self.decay, steps, 100 * share, min(self.start_step, steps)),
+            )
 
     @torch.no_grad()
     def update(self, step: int) -> None:

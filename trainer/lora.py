@@ -1,4 +1,4 @@
-"""Low-rank training: small matrices beside frozen linear layers, added to a model from outside.
+"""Low-rank training (LoRA): small trainable matrices beside frozen linear layers, added to a model from outside.
 
 Letters: r rank, I inputs and O outputs of a layer.
 """
@@ -23,9 +23,9 @@ class LoRAConfig:
     """Which weights learn, and in how many dimensions."""
 
     rank: int = 0
-    """Of the learned differences; 0 trains the whole network."""
+    """Rank of the learned differences; 0 trains the whole network."""
     alpha: float | None = None
-    """The differences count alpha / rank times; null is rank, that is once."""
+    """The learned differences are multiplied by alpha / rank; null is the rank, which multiplies them by 1."""
     layers: list[str] = field(default_factory=lambda: ["self_attn", "cross_attn", "ffn"])
     """Parts of a block whose linear layers learn."""
 
@@ -35,12 +35,12 @@ class LoRAConfig:
 
 
 def add_lora(transformer: WanTransformer, config: LoRAConfig, generator: torch.Generator) -> None:
-    """Freeze a transformer and give its blocks' linear layers trainable low-rank differences, zero at first.
+    """Freeze a transformer and add trainable low-rank differences, zero at first, to linear layers of its blocks.
 
-    The layers keep their names: in a state dict the new tensors stand beside ``weight`` and ``bias``.
+    The layers keep their names. In a state dict the new tensors have names beside ``weight`` and ``bias``.
 
     Raises:
-        ValueError: no layer is called so.
+        ValueError: ``config.layers`` names no linear layer.
     """
     transformer.requires_grad_(False)
     chosen = [
@@ -61,7 +61,7 @@ def add_lora(transformer: WanTransformer, config: LoRAConfig, generator: torch.G
 
 @dataclass(frozen=True)
 class _AddDifference:
-    """A forward hook: the layer's output and that of its difference."""
+    """A forward hook that adds the output of the difference to the output of the layer."""
 
     scale: float
 
@@ -70,7 +70,7 @@ class _AddDifference:
 
 
 def take_lora(state: dict[str, Tensor]) -> LoRA:
-    """Take the low-rank tensors out of a state dict; what is left is that of the frozen network."""
+    """Remove the low-rank tensors from a state dict and return them; the frozen network's tensors stay."""
     lora = LoRA()
     for key in [key for key in state if key.endswith(f".{DOWN}")]:
         name = key.removesuffix(f".{DOWN}")
@@ -80,7 +80,7 @@ def take_lora(state: dict[str, Tensor]) -> LoRA:
 
 
 def merge(state: dict[str, Tensor]) -> LoRA:
-    """Replace low-rank differences in a state dict by weights that contain them; returns them."""
+    """Merge the low-rank differences of a state dict into its weights, and return them."""
     lora = take_lora(state)
     merge_lora(state, lora)
     return lora

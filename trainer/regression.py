@@ -1,8 +1,8 @@
-"""Regression to a teacher's ODE trajectories: an objective that makes a causal student, and a term beside DMD.
+"""Regression to the ODE trajectories of a teacher: an objective that makes a causal student, and a term beside DMD.
 
-Trajectories of a bidirectional teacher train whole clips with one timestep a chunk (CausVid); those of a causal
-teacher, stored with the clean clips that were their context, train every chunk after the clean ones, at one timestep
-(Causal Forcing).
+Trajectories of a bidirectional teacher train whole clips with one timestep a chunk (CausVid). Trajectories of a causal
+teacher are stored with the clean clips that were their context; they train every chunk given the clean chunks before
+it, at one timestep for all (Causal Forcing).
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from utils.errors import UserError
 
 
 class PairRegression:
-    """The loss of stored trajectories: those that a micro-batch's indices fall on.
+    """The loss of the stored trajectories that the indices of a micro-batch point to.
+
+    A state at timestep 0 carries no loss. CausVid draws it too, Causal Forcing does not.
 
     Raises:
         UserError: there are none, or their length does not divide into chunks.
@@ -47,11 +49,12 @@ class PairRegression:
         )
 
     def loss(self, denoiser: Denoiser, batch: MicroBatch, text: PromptCache | StoredEmbeddings) -> Tensor:
-        """Error of the predicted endpoints of a batch's trajectories, one noisy state of each chunk given."""
+        """Return the error of the predicted endpoints, given one noisy state of each chunk."""
         samples = self.data.read(batch.indices)
         frames = torch.arange(self.pairs.num_frames)
-        numbers = torch.arange(len(self.pairs.timesteps))[None, :, None].expand(batch.total, -1, len(frames))
-        chosen, timesteps = pick_states(numbers, self.pairs.timesteps, self.chunks, batch.generator("states"))
+        drawn = self.pairs.timesteps[:-1] if self.pairs.causal else self.pairs.timesteps
+        numbers = torch.arange(len(drawn))[None, :, None].expand(batch.total, -1, len(frames))
+        chosen, timesteps = pick_states(numbers, drawn, self.chunks, batch.generator("states"))
         noisy = samples.states[torch.arange(batch.size)[:, None], batch.of(chosen), frames]
         embeds = text.encode(samples.prompts)
         noisy, told, target = (x.to(embeds.device) for x in (noisy, batch.of(timesteps), samples.states[:, -1]))
@@ -80,7 +83,7 @@ class RegressionTrainer(Trainer):
         yield Update(self.updater, self.loss, self.micro_batches())
 
     def loss(self, batch: MicroBatch) -> Loss:
-        """Regression to the endpoints of a batch's trajectories."""
+        """Return the regression loss of a micro-batch."""
         loss = self.regression.loss(self.denoiser, batch, self.text_encoder)
         return Loss(loss, {"loss": loss.detach()})
 

@@ -189,7 +189,9 @@ class Trainer(ABC):
         """Name the modules that the run is about: they are saved, and their average is kept."""
         self.keep(**modules)
         self.averaged_names = list(modules)
-        self.ema = EMA(nn.ModuleDict(modules), self.config.trainer.ema_decay, self.config.trainer.ema_start_step)
+        loop = self.config.trainer
+        self.ema = EMA(nn.ModuleDict(modules), loop.ema_decay, loop.ema_start_step)
+        self.ema.warn_if_young(loop.steps)
 
     def keep(self, **modules: nn.Module) -> None:
         """Name modules that train along: they are saved."""

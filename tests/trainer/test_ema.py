@@ -29,6 +29,27 @@ def test_the_average_follows_its_formula():
     assert set(ema.state_dict()) == {"weight", "bias"}
 
 
+@pytest.mark.parametrize(
+    ("decay", "start", "steps", "share"),
+    [(0.99, 0, 40, 0.669), (0.99, 40, 120, 0.448), (0.99, 0, 120, 0.299), (0.99, 0, 231, 0.098), (0.0, 0, 40, 0.0)],
+)
+def test_an_average_that_remembers_its_beginning_is_warned_about(caplog, decay, start, steps, share):
+    """The share of the first weights in an average is decay^steps: measured on an average, and told if above 0.1."""
+    ema = EMA(net(1.0), decay, start)
+    ema.warn_if_young(steps)
+    set_to(ema.module, 1.0)
+    for step in range(1, steps + 1):
+        if step > start:
+            set_to(ema.module, 0.0)
+        ema.update(step)
+    assert ema.state_dict()["bias"][0].item() == pytest.approx(share, abs=2e-3)
+    assert ema.initial_share(steps) == pytest.approx(share, abs=2e-3)
+    told = [record.getMessage() for record in caplog.records]
+    assert (f"{100 * share:.0f} % of the averaged weights are still those of step {start}" in " ".join(told)) == (
+        share > 0.1
+    )
+
+
 def test_until_its_first_step_the_average_copies():
     module = net(1.0)
     ema = EMA(module, 0.5, start_step=2)

@@ -1,8 +1,8 @@
 """Few-step causal students of a many-step causal teacher, both given the ground truth of earlier chunks.
 
 Causal ODE distillation (Causal Forcing, arXiv 2602.02214) regresses stored states of the teacher's trajectories to
-their endpoints. Causal consistency distillation (Causal Forcing++, arXiv 2605.15141) regresses to the student's own
-average one teacher step further on, and needs no trajectories. Either learns the map from a point on the teacher's
+their endpoints. Causal consistency distillation (Causal Forcing++, arXiv 2605.15141) regresses to the average of the
+student itself, one teacher step further, and needs no trajectories. Both learn the map from a point on the teacher's
 ODE to its end.
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width, L E text, S solver steps.
@@ -26,15 +26,15 @@ from trainer.objectives.diffusion import frame_mean, predict_in_context
 def sample_step_pairs(
     batch: int, chunks: Sequence[tuple[int, int]], grid: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One adjacent pair t, t' of the grid a chunk, repeated over its frames: both [B F].
+    """Draw one pair of neighbours t, t' of the grid for each chunk, repeated over its frames: both [B F].
 
     Args:
         chunks: frame ranges; a single one gives one pair a video.
-        grid: descending timesteps [S]; 0 follows the last.
+        grid: descending timesteps [S], which have S - 1 pairs. The official code does not append 0 either.
     """
-    drawn = torch.randint(len(grid), (batch, len(chunks)), generator=generator)
+    drawn = torch.randint(len(grid) - 1, (batch, len(chunks)), generator=generator)
     index = drawn.repeat_interleave(torch.tensor([end - start for start, end in chunks]), dim=1)
-    return grid[index], torch.cat([grid[1:], grid.new_zeros(1)])[index]
+    return grid[index], grid[index + 1]
 
 
 @torch.no_grad()
@@ -51,9 +51,9 @@ def consistency_target(
     guidance_scale: float,
     block_mask: BlockMask,
 ) -> Tensor:
-    """``G_average(x_t', t')``, where ``x_t' = x_t - (t - t') / 1000 v`` is one guided Euler step of the teacher.
+    """Return ``G_average(x_t', t')``; ``x_t' = x_t - (t - t') / 1000 v`` is one guided Euler step of the teacher.
 
-    At t' = 0 a consistency function is the identity, so the target is x_t' itself, whatever the network says.
+    At t' = 0 a consistency function is the identity, so the target is x_t' itself, whatever the network predicts.
 
     Args:
         average: the student with averaged weights.
@@ -61,7 +61,7 @@ def consistency_target(
         clean: [B F C H W].
         prompt_embeds, negative_embeds: [B L E].
         timesteps, following: t and t' [B F], of :func:`sample_step_pairs`.
-        guidance_scale: of ``u + g (c - u)``; 1 is none.
+        guidance_scale: g of ``u + g (c - u)``; 1 is no guidance.
 
     Returns:
         target x0 [B F C H W], without gradient.
@@ -82,9 +82,9 @@ def in_context_loss(
     prompt_embeds: Tensor,
     block_mask: BlockMask,
 ) -> Tensor:
-    """MSE between the x0 prediction and a target, over frames whose timestep is not 0.
+    """Return the MSE between the x0 prediction and a target, over the frames whose timestep is not 0.
 
-    The loss of both distillations: the target is :func:`consistency_target`, or the endpoint of a trajectory.
+    Both distillations use it: the target is :func:`consistency_target`, or the endpoint of a trajectory.
 
     Args:
         noisy, target, clean: [B F C H W].
@@ -105,9 +105,9 @@ def causal_trajectory(
     config: SamplingConfig,
     block_mask: BlockMask,
 ) -> list[Tensor]:
-    """All S + 1 states of the teacher's ODE from noise [B F C H W], every chunk after the clean ones before it.
+    """Return all S + 1 states of the teacher's ODE from noise [B F C H W], each chunk given the clean ones before it.
 
-    As context is given, not generated, all chunks are solved at once, at one timestep for all frames.
+    The context is given, not generated. So all chunks are solved at once, at one timestep for all frames.
     """
 
     def flow(latents: Tensor, timestep: float) -> Tensor:
@@ -129,7 +129,7 @@ def _guided_flow(
     guidance_scale: float,
     block_mask: BlockMask,
 ) -> Tensor:
-    """``u + g (c - u)``, conditional and unconditional in one batch."""
+    """Return the flow ``u + g (c - u)`` [B F C H W]; both halves run in one batch."""
     if guidance_scale == 1:
         return predict_in_context(teacher, noisy, timesteps, clean, prompt_embeds, block_mask).flow
     noisy, clean = (latents.repeat(2, 1, 1, 1, 1) for latents in (noisy, clean))

@@ -45,8 +45,8 @@ def test_prediction_in_context_is_that_of_each_chunk_over_the_cached_clean_ones(
         denoiser(CLEAN[:, chunk], torch.zeros(2, 2), EMBEDS, cache=cache, start_frame=start)
 
 
-def test_pairs_are_adjacent_shared_by_a_chunk_and_end_at_zero():
-    grid = torch.tensor([1000.0, 700.0, 300.0])
+def test_pairs_are_neighbours_of_the_grid_shared_by_a_chunk():
+    grid = torch.tensor([1000.0, 700.0, 300.0, 0.0])
     drawn, following = sample_step_pairs(300, [(0, 1), (1, 3)], grid, torch.Generator().manual_seed(0))
     assert drawn.shape == following.shape == (300, 3)
     assert torch.equal(drawn[:, 1], drawn[:, 2]) and torch.equal(following[:, 1], following[:, 2])
@@ -140,7 +140,7 @@ def test_a_teachers_own_trajectory_is_consistent_where_its_flow_is_straight():
 
 def test_students_learn_the_flow_map_by_either_route():
     """30 steps bring the one-step prediction nearer to the teacher's endpoint, for unseen noise too."""
-    teacher, grid = tiny_denoiser(seed=2), torch.tensor([1000.0, 750.0, 400.0])
+    teacher, grid = tiny_denoiser(seed=2), torch.tensor([1000.0, 750.0, 400.0, 0.0])
     config = SamplingConfig(steps=4, solver=Solver.euler, guidance_scale=1.0)
     unseen = random(2, 4, 4, 4, 4, seed=77)
     end = causal_trajectory(teacher, unseen, CLEAN, EMBEDS, NEGATIVE, config, MASK)[-1]
