@@ -18,6 +18,7 @@ from model.attention import BlockMask, block_causal_mask, chunk_ranges, visible_
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
+from pipeline.recompute import ContextImages
 from utils.transfer import send
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -45,6 +46,9 @@ class RolloutConfig:
     """Count positions within the window, so that the sink never gets further away than in training."""
     recache_sink: bool = True
     """Encode the sink anew too where a prompt switch recaches; false keeps what it is from the first prompt."""
+    recompute: bool = False
+    """Encode the frames that the window shows anew before every chunk, as a clip that begins with its own image latent
+    (krea-ai/realtime-video). It needs a window without a sink. Training rollouts ignore it."""
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
@@ -60,6 +64,8 @@ class RolloutConfig:
             )
         if self.sink < 0:
             raise ValueError(f"sink={self.sink} must not be negative")
+        if self.recompute and (self.window is None or self.sink):
+            raise ValueError(f"recompute=true needs a window and sink=0, not window={self.window} and sink={self.sink}")
 
     def chunks(self, num_frames: int, context_frames: int = 0) -> list[tuple[int, int]]:
         """Frame ranges of the generated chunks, after ``context_frames`` given ones; raises where they do not fit."""
@@ -206,6 +212,7 @@ def rollout_passes(
     generator: Generators = None,
     num_frames: int | None = None,
     denoise_chunk: Callable[[Tensor, int], Tensor] | None = None,
+    images: ContextImages | None = None,
 ) -> Generator[Pass | FinishedChunk, Tensor | None, None]:
     """The loop itself, which runs nothing: it yields each pass and is sent its x0; it yields finished chunks too.
 
@@ -224,6 +231,7 @@ def rollout_passes(
         num_frames: how many there will be, given ones included, where an iterable does not show it; sizes the cache.
         denoise_chunk: another way to turn the noise [B f C H W] of a chunk at a position in the cache into x0, such
             as a many-step solver over the same cache; None is the few-step denoiser.
+        images: decodes what is finished, for ``config.recompute``; None keeps the cache from chunk to chunk.
 
     Raises:
         ValueError: frames that do not divide into chunks, or an ``exit_steps`` of the wrong length.
@@ -235,8 +243,9 @@ def rollout_passes(
         if exit_steps is not None and len(exit_steps) != len(chunks):
             raise ValueError(f"{len(exit_steps)} exit_steps for {len(chunks)} chunks")
         noise = noise.split([chunk_end - chunk_start for chunk_start, chunk_end in chunks], dim=1)
-    context = _Context(cache, config, generator, num_frames)
+    context = _Context(cache, config, generator, num_frames, images)
     if context_latents is not None:
+        context.note(context_latents)
         yield from context.encode(context_latents, prompt_embeds, 0.0)
 
     for index, chunk in enumerate(noise):
@@ -254,6 +263,7 @@ def rollout_passes(
             x0 = yield from _denoise(live, steps, generator)
         else:
             x0 = denoise_chunk(chunk.latents, context.end)
+        context.note(x0.detach())
         context.add(x0.detach())
         yield FinishedChunk(start, x0)
         start += x0.shape[1]
@@ -276,13 +286,27 @@ class _Context:
     Latents are small beside keys and values. Positions are those of the cache: a cut and a recache count anew.
     """
 
-    def __init__(self, cache: KVCache, config: RolloutConfig, generator: Generators, num_frames: int | None) -> None:
-        self.cache, self.config, self.generator = cache, config, generator
+    def __init__(
+        self,
+        cache: KVCache,
+        config: RolloutConfig,
+        generator: Generators,
+        num_frames: int | None,
+        images: ContextImages | None = None,
+    ) -> None:
+        self.cache, self.config, self.generator, self.images = cache, config, generator, images
+        self.finished = 0
         cache.configure(window=config.window, sink=config.sink, relative=config.relative_positions)
         cache.reset(num_frames)
         self.frames: dict[int, Tensor] = {}
         self.end = 0
         self.uncommitted: Tensor | None = None
+
+    def note(self, latents: Tensor) -> None:
+        """Count given or generated frames [B f C H W], and decode them if the context is encoded from images."""
+        self.finished += latents.shape[1]
+        if self.images is not None:
+            self.images.add(latents)
 
     def add(self, latents: Tensor) -> None:
         """Take in a finished chunk [B f C H W]; it enters the cache when it is known what follows."""
@@ -297,6 +321,12 @@ class _Context:
         style = SwitchStyle.keep if following.prompt_embeds is None else following.style
         if style is SwitchStyle.cut:
             self._begin_anew(0)
+            self.finished = 0
+            if self.images is not None:
+                self.images.reset()
+        elif self.images is not None:
+            embeds = prompt_embeds if following.prompt_embeds is None else following.prompt_embeds
+            yield from self._recompute(embeds, following.latents.shape[1])
         elif style is SwitchStyle.recache:
             seen = self._visible(following.latents.shape[1])
             kept = 0 if self.config.recache_sink else min(self.cache.sink, self.end)
@@ -308,6 +338,17 @@ class _Context:
             latents = self._noised(self.uncommitted, self.config.context_noise)
             start = self.end - latents.shape[1]
             yield Pass(Stage.context, latents, self.config.context_noise, prompt_embeds, self.cache, start)
+
+    def _recompute(self, prompt_embeds: Tensor, following: int) -> Iterator[Pass]:
+        """Encode the latest frames anew, at the first positions of the same cache, which a chunk then follows."""
+        latest = sorted(self.frames)[-(self.config.window - following) :]
+        if not latest:
+            return
+        latents = torch.stack([self.frames[position] for position in latest], dim=1)
+        if self.finished > len(latest):
+            latents = torch.cat([self.images.first(len(latest)).to(latents), latents[:, 1:]], dim=1)
+        self.frames, self.end, self.uncommitted = {}, 0, None
+        yield from self.encode(latents, prompt_embeds, self.config.context_noise)
 
     def encode(self, latents: Tensor, prompt_embeds: Tensor, timestep: float) -> Iterator[Pass]:
         """Commit frames [B F C H W] in one pass, in chunks as if generated; the first takes what is left over."""
