@@ -34,12 +34,25 @@ class DenoiserConfig:
     """LoRA to merge into the weights: a path, PATH:SCALE, PATH#ADAPTER:SCALE, or a list of these (docs/weights.md)."""
     lora_scale: float = 1.0
     """How much of the LoRA to merge: 1 is as trained. It multiplies the scale of each LoRA."""
+    use_ema: bool | None = None
+    """Which weights of a checkpoint that holds both: true takes the averaged ones, false the trained ones. null takes
+    the trained ones to make videos, unless --use_ema asks for the average, and the averaged ones to train on."""
     shift: float = 5.0
     """Timestep shift of its schedule."""
     attention: AttentionBackend = AttentionBackend.auto
     """Attention kernel."""
     gradient_checkpointing: bool = False
     """Recompute blocks in backward instead of keeping their activations."""
+
+    def average(self, asked: bool | None) -> bool | None:
+        """Return which weights to load: true for averaged ones, false for trained ones, None for averaged ones if any.
+
+        Args:
+            asked: whether --use_ema was given; None if nobody could ask (training).
+        """
+        if asked:
+            return True
+        return False if self.use_ema is False or (asked is False and self.use_ema is None) else None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

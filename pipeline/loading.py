@@ -39,12 +39,13 @@ def load_transformer(
     """Build a transformer from its weights and its LoRA. Without weights, random ones are drawn from ``generator``.
 
     Args:
-        use_ema: take a checkpoint's averaged weights, or its raw ones. None takes the averaged ones if there are any.
+        use_ema: see :meth:`DenoiserConfig.average`.
         streamed: the weights of the blocks wait in RAM (see :func:`stream_weights`). For inference only.
 
     Raises:
         UserError: weights that are missing, damaged or of other sizes, or an attention kernel that cannot run.
     """
+    use_ema = config.average(use_ema)
     # First: a mistake shows before the large files are read.
     if config.attention is not AttentionBackend.auto:
         resolve_backend(config.attention, torch.device(device), dtype)

@@ -166,7 +166,9 @@ def need(profile: Profile, of: Sizes, *, one_memory: bool) -> Need:
     return Need(int(device + of.overhead), 0 if one_memory else ram)
 
 
-def measure(config: PipelineConfig, *, device: torch.device, dtype: torch.dtype, use_ema: bool, text: bool) -> Sizes:
+def measure(
+    config: PipelineConfig, *, device: torch.device, dtype: torch.dtype, use_ema: bool | None, text: bool
+) -> Sizes:
     """Sizes of everything, from the headers of the weights and the configuration.
 
     Args:
@@ -291,7 +293,7 @@ def plan(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    use_ema: bool = True,
+    use_ema: bool | None = True,
     text: bool = True,
     interactive: bool = False,
     processes: int = 1,

@@ -53,7 +53,7 @@ def load_pipeline(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    use_ema: bool = True,
+    use_ema: bool | None = True,
     profile: Profile = PROFILES[0],
     prompts: Sequence[str] | None = None,
 ) -> TextToVideo:

@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
     check_counts(args)
     folder = ensure_writable_folder(args.output_folder)
     device = resolve_device(config.device)
-    pipeline = load_pipeline(config, device=device, dtype=resolve_dtype(config.dtype, device), use_ema=args.use_ema)
+    pipeline = load_pipeline(
+        config, device=device, dtype=resolve_dtype(config.dtype, device), use_ema=config.generator.average(args.use_ema)
+    )
     lengths = [1] if args.sampler == "teacher" else args.lengths
     tables = {f"{length}x": measure_length(args, config, pipeline, length, folder) for length in lengths}
     report = {

@@ -20,6 +20,9 @@ GITHUB_DOWNLOAD = (
 # Published prompt files: name → the command that downloads them.
 DOWNLOADS = {
     "vidprom_filtered_extended.txt": HUB_DOWNLOAD,
+    "vidprom_filtered_extended_switch.txt": (
+        "hf download Efficient-Large-Model/LongLive-1.3B prompts/{name} --local-dir {folder}/.."
+    ),
     "MovieGenVideoBench_extended.txt": GITHUB_DOWNLOAD,
 }
 LINE_END = re.compile(r"\r\n|\n|\r")

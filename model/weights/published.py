@@ -10,6 +10,7 @@ from utils.errors import UserError
 # mirrors the repository, and `file` is the path in it. A path without `file` lies in the folder of a whole release.
 REPOSITORIES = (
     (r"(?P<into>.*Wan2\.1-T2V-1\.3B)(/.*)?", "Wan-AI/Wan2.1-T2V-1.3B"),
+    (r"(?P<into>.*Wan2\.1-T2V-14B-StepDistill-CfgDistill)(/.*)?", "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill"),
     (r"(?P<into>.*Wan2\.1-T2V-14B)(/.*)?", "Wan-AI/Wan2.1-T2V-14B"),
     (r"(?P<into>.*?)/?(?P<file>checkpoints/(self_forcing_\w+|ode_init)\.pt)", "gdhe17/Self-Forcing"),
     (r"(?P<into>.*?)/?(?P<file>(chunkwise|framewise|causal-forcing\+\+)/[\w-]+\.pt)", "zhuhz22/Causal-Forcing"),

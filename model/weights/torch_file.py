@@ -1,9 +1,11 @@
 """PyTorch files (.pt, .pth, .bin): safe to read, memory-mapped, and the one state dict that is meant."""
 
+import logging
 import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from model.weights.mapping import SAFETENSORS_DTYPES, Entry, StateDict, map_tens
 from model.weights.names import plain_name
 from utils.errors import UserError
 from utils.unpickle import load_torch
+
+log = logging.getLogger(__name__)
 
 
 def read_torch(path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
@@ -95,7 +99,17 @@ def _select_generator(content: Mapping, path: Path, *, use_ema: bool | None) -> 
     if wanted not in content:
         remedy = "drop --use_ema" if use_ema else "pass --use_ema"
         raise UserError(f"{path}: has no {wanted} (it holds {', '.join(map(str, content))}); {remedy}")
+    if {"generator", "generator_ema"} <= content.keys():
+        _say_which(path, wanted)
     return content[wanted]
+
+
+@cache
+def _say_which(path: Path, wanted: str) -> None:
+    """Log which of two generators is taken, once for each file and choice: files are read several times."""
+    other = "generator" if wanted == "generator_ema" else "generator_ema"
+    kind = "averaged" if wanted == "generator_ema" else "trained"
+    log.info("%s: takes the %s weights (%s), not %s; see generator.use_ema", path, kind, wanted, other)
 
 
 def _check_not_swapped(content: Mapping, path: Path) -> None:

@@ -85,7 +85,7 @@ def plan_jobs(config: PipelineConfig, options: InferenceOptions, dtype: torch.dt
 def _name(config: PipelineConfig, options: InferenceOptions, title: str, index: int, sample: int) -> str:
     """Return the file name of a video without its ending: VBench's `PROMPT-INDEX`, or the official index names."""
     if options.save_with_index:
-        return f"{index}-{sample}_{'ema' if options.use_ema else 'regular'}"
+        return f"{index}-{sample}_{'regular' if config.generator.average(options.use_ema) is False else 'ema'}"
     longest = LONGEST_NAME - len(f"-{sample}{SUFFIX}")
     return f"{exact_stem(title, longest)}-{sample}"
 

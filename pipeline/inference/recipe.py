@@ -95,7 +95,7 @@ def file_hash(path: Path | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def part_hashes(config: PipelineConfig, *, use_ema: bool, dtype: torch.dtype) -> dict[str, str]:
+def part_hashes(config: PipelineConfig, *, use_ema: bool | None, dtype: torch.dtype) -> dict[str, str]:
     """Return what identifies the weights of each part. Few bytes of each tensor are read; it takes a second or two."""
     return {
         "generator": generator_hash(config.generator, use_ema=use_ema),

@@ -79,7 +79,7 @@ def run(config: PipelineConfig, options: InferenceOptions) -> list[Path]:
     with only_one(folder_lock(folder, "inference.py"), ranks):
         config = _with_seed(config)
         placements = PLACEMENTS.validate_python(_in_main(ranks, lambda: _place_videos(config, options, dtype)))
-        parts = {"device": device, "dtype": dtype, "use_ema": options.use_ema}
+        parts = {"device": device, "dtype": dtype, "use_ema": config.generator.average(options.use_ema)}
         _make_videos(config, placements, parts, ranks)
         barrier()
         if ranks.is_main:
@@ -118,7 +118,7 @@ def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torc
     complete_records(folder)
     jobs = plan_jobs(config, options, dtype)
     check_weights(config, all_prompts(jobs), dtype)
-    hashes = part_hashes(config, use_ema=options.use_ema, dtype=dtype)
+    hashes = part_hashes(config, use_ema=config.generator.average(options.use_ema), dtype=dtype)
     output = OutputFolder(folder)
     placements = []
     for job in jobs:

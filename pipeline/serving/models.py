@@ -86,7 +86,7 @@ class Models:
         self._device = device = resolve_device(config.device)
         self._dtype = dtype = resolve_dtype(config.dtype, device)
         share_cores(device)  # between denoising and decoding
-        parts = {"device": device, "dtype": dtype, "use_ema": self._source.use_ema}
+        parts = {"device": device, "dtype": dtype, "use_ema": config.generator.average(self._source.use_ema)}
         chosen = memory.plan(config, interactive=True, **parts)
         log.info(chosen.line)
         report("loading the weights", 0.6)
@@ -228,7 +228,8 @@ class Models:
         from pipeline.optimize import CompileMode, Quantization, optimize
 
         place = {"device": self._device, "dtype": self._dtype}
-        denoiser = load_denoiser(self._config.generator, use_ema=self._source.use_ema, **place)
+        generator = self._config.generator
+        denoiser = load_denoiser(generator, use_ema=generator.average(self._source.use_ema), **place)
         wanted = self._config.optimize
         if spec.precision != FULL_PRECISION:
             wanted = replace(wanted, quantize=Quantization[spec.precision])
