@@ -46,8 +46,7 @@ def load_transformer(
         UserError: weights that are missing, damaged or of other sizes, or an attention kernel that cannot run.
     """
     use_ema = config.average(use_ema)
-    # First: a mistake shows before the large files are read.
-    if config.attention is not AttentionBackend.auto:
+    if config.attention is not AttentionBackend.auto:  # first: a mistake shows before the large files are read
         resolve_backend(config.attention, torch.device(device), dtype)
     loras = load_loras(config.lora, config.lora_scale)
     if config.weights is None:
