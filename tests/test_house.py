@@ -44,7 +44,6 @@ LONG_FILES = {
     "pipeline/serving/hub.py",
     "pipeline/stream.py",
     "scripts/benchmark.py",
-    "scripts/make_first_images.py",
     "trainer/report.py",
     "trainer/trainer.py",
 }

@@ -1,0 +1,1 @@
+"""Pictures painted by code, which image-to-video starts from."""
