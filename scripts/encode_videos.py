@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.shard_job import begin, parse, shard_parser
 from utils.cli import exit_code
 
 if TYPE_CHECKING:
@@ -29,14 +30,13 @@ log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("videos", type=Path, help="folder of videos, searched with its subfolders")
-    add("--config_path", default="configs/shapes/diffusion_forcing.yaml")
-    add("--prompts", type=Path, help='JSON lines {"video": "cat.mp4", "prompt": ...}, paths relative to the folder')
-    add("--shard_size", type=int, default=64, help="videos a file; an interruption loses at most as many")
-    add("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(arguments)
+    config = "configs/shapes/diffusion_forcing.yaml"
+    parser = shard_parser(__doc__, config=config, items="videos", shard_size=64)
+    parser.add_argument("videos", type=Path, help="folder of videos, searched with its subfolders")
+    parser.add_argument(
+        "--prompts", type=Path, help='JSON lines {"video": "cat.mp4", "prompt": ...}, paths relative to the folder'
+    )
+    return parse(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,61 +48,66 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from pipeline.loading import load_codec
-    from trainer.config import Config
-    from utils.config import load_config
-    from utils.distributed import derive_seed, init_distributed, resolve_device, resolve_dtype, share
+    from utils.distributed import derive_seed, share
     from utils.errors import UserError
     from utils.shards import ShardWriter
-    from utils.tracking import progress, setup_logging
+    from utils.tracking import progress
 
-    config = load_config(Config, args.config_path, args.overrides)
-    video, folder = config.video, config.data.path
-    if folder is None:
-        raise UserError("data.path is null; name the folder to fill: data.path=FOLDER")
-    if args.shard_size < 1:
-        raise UserError(f"--shard_size={args.shard_size} must be at least 1")
-    prompts = video_prompts(args.videos, args.prompts)
-    device = resolve_device(config.device)
-    ranks = init_distributed(device.type)
-    setup_logging(ranks.is_main)
-    dtype = resolve_dtype(config.dtype, device)
-    codec = load_codec(config.codec, device=device, dtype=dtype)
+    prompts: dict[str, str] = {}
+    job = begin(args, "data.path", check=lambda config: prompts.update(video_prompts(args.videos, args.prompts)))
+    video = job.config.video
+    codec = load_codec(job.config.codec, device=job.device, dtype=job.dtype)
     about = {"num_frames": video.num_frames, "height": video.height, "width": video.width, "fps": video.fps}
     skipped = 0
-    with ShardWriter(folder, about, shard_size=args.shard_size) as writer, torch.no_grad():
-        mine = {derive_seed(name): name for name in share(sorted(prompts), ranks.rank, ranks.world_size)}
+    with ShardWriter(job.folder, about, shard_size=args.shard_size) as writer, torch.no_grad():
+        mine = {derive_seed(name): name for name in share(sorted(prompts), job.ranks.rank, job.ranks.world_size)}
         missing = {item: mine[item] for item in writer.remaining(mine)}
-        for item, name in progress(missing.items(), "videos", unit="video", is_main=ranks.is_main):
+        for item, name in progress(missing.items(), "videos", unit="video", is_main=job.ranks.is_main):
             try:
                 frames = read_clip(args.videos / name, codec.num_frames(video.num_frames), video)
             except UserError as error:
                 log.warning("skipped: %s", error)
                 skipped += 1
                 continue
-            latents = codec.encode(frames[None].to(device, dtype))[0].half()
+            latents = codec.encode(frames[None].to(job.device, job.dtype))[0].half()
             writer.add(item, {"video": name, "prompt": prompts[name]}, {"latents": latents})
     done = len(missing) - skipped
-    print(f"{done} videos encoded, {skipped} skipped, {len(mine) - len(missing)} were there already, in {folder}")
+    print(f"{done} videos encoded, {skipped} skipped, {len(mine) - len(missing)} were there already, in {job.folder}")
 
 
 def video_prompts(folder: Path, listing: Path | None) -> dict[str, str]:
-    """The prompt of every video, by its path relative to the folder; UserError names a video that has none."""
+    """Return the prompt of every video, by its path relative to the folder.
+
+    Companions that macOS leaves (`._cat.mp4`, `__MACOSX/`) are no videos.
+
+    Raises:
+        UserError: there is no video, or names a video that has no prompt.
+    """
     from utils.errors import UserError
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of videos")
-    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
-    if not names:
-        raise UserError(f"{folder}: holds no videos ({', '.join(SUFFIXES)})")
     if listing is not None:
         return _listed_prompts(folder, listing)
-    prompts = {}
-    for name in names:
-        text = (folder / name).with_suffix(".txt")
-        prompts[name] = " ".join(text.read_text(encoding="utf-8-sig").split()) if text.is_file() else ""
-        if not prompts[name]:
-            raise UserError(f"{folder / name}: has no prompt; write it to {text.name} beside it, or give --prompts")
-    return prompts
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    paths = [path for path in paths if not path.name.startswith("._") and "__MACOSX" not in path.parts]
+    if not paths:
+        raise UserError(f"{folder}: holds no videos ({', '.join(SUFFIXES)})")
+    return {path.relative_to(folder).as_posix(): _prompt_beside(path) for path in paths}
+
+
+def _prompt_beside(video: Path) -> str:
+    from utils.errors import UserError
+    from utils.prompts import one_line
+
+    text = video.with_suffix(".txt")
+    try:
+        prompt = one_line(text.read_text(encoding="utf-8-sig")) if text.is_file() else ""
+    except UnicodeDecodeError:
+        raise UserError(f"{text}: is not a UTF-8 text file") from None
+    if not prompt:
+        raise UserError(f"{video}: has no prompt; write it to {text.name} beside it, or give --prompts")
+    return prompt
 
 
 def _listed_prompts(folder: Path, listing: Path) -> dict[str, str]:
@@ -119,10 +124,13 @@ def _listed_prompts(folder: Path, listing: Path) -> dict[str, str]:
 
 
 def read_clip(path: Path, num_frames: int, video: VideoConfig) -> Tensor:
-    """The first frames [F 3 H W] in [-1, 1] of a video at ``video.fps``, scaled to cover its size and cropped.
+    """Read the first frames of a video, [F 3 H W] in [-1, 1], at ``video.fps``, scaled to cover its size and cropped.
 
-    Frame k is the one shown at k / fps seconds, so that other frame rates keep their speed; only what is needed is
-    decoded. UserError if the video is too short or damaged.
+    Frame k is the one that is shown at k / fps seconds, so that other frame rates keep their speed. Only what is needed
+    is decoded.
+
+    Raises:
+        UserError: the video is too short or damaged.
     """
     import torch
 

@@ -10,10 +10,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.shard_job import ShardJob, begin, parse, shard_parser
 from utils.cli import exit_code
 
 if TYPE_CHECKING:
@@ -25,16 +26,20 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    config = "configs/shapes/ode_regression.yaml"
+    parser = shard_parser(__doc__, config=config, items="trajectories", shard_size=32)
     add = parser.add_argument
-    add("--config_path", default="configs/shapes/ode_regression.yaml")
     add("--causal", action="store_true", help="trajectories of a causal teacher after clean context")
-    add("--count", type=int, default=512, help="trajectories")
-    add("--batch", type=int, default=16)
-    add("--shard_size", type=int, default=32, help="trajectories a file; an interruption loses at most as many")
-    add("--solver_steps", type=int, default=48, help="Euler steps; rollout.denoising_steps must lie on their grid")
-    add("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(arguments)
+    add("--count", type=int, default=512, metavar="N", help="trajectories (default: %(default)s)")
+    add("--batch", type=int, default=16, metavar="N", help="trajectories solved at once (default: %(default)s)")
+    add(
+        "--solver_steps",
+        type=int,
+        default=48,
+        metavar="N",
+        help="Euler steps; rollout.denoising_steps must lie on their grid (default: %(default)s)",
+    )
+    return parse(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,64 +48,83 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-
-    from pipeline.loading import load_codec, load_denoiser
-    from pipeline.sampling import Solver
-    from trainer.config import Config
-    from trainer.data import Contents, text_source, training_data
-    from utils.config import load_config
-    from utils.distributed import derive_seed, init_distributed, resolve_device, resolve_dtype, share
+    from utils.distributed import share
     from utils.shards import ShardWriter
     from utils.tracking import progress
 
-    config = load_config(Config, args.config_path, args.overrides)
-    check_counts(args)
-    kept = kept_states(config.rollout.denoising_steps, args.solver_steps)
-    config.sampling.steps, config.sampling.solver = args.solver_steps, Solver.euler
-    device = resolve_device(config.device)
-    ranks = init_distributed(device.type)
-    dtype = resolve_dtype(config.dtype, device)
-    teacher = load_denoiser(config.real_score, device=device, dtype=dtype)
-    text = text_source(config.data, config.text_encoder, device)
-    codec = load_codec(config.codec, device=device)
-    seed = derive_seed(config.trainer.seed, "ode pairs")
-    contents, solver = (Contents.clips, causal_solver) if args.causal else (Contents.prompts, bidirectional_solver)
-    data = training_data(config.data, contents, seed=seed, video=config.video, codec=codec)
-    solve = solver(teacher, config)
-    timesteps = [*teacher.schedule.grid(args.solver_steps).tolist(), 0.0]
-    about = {
-        "causal": args.causal,
-        "timesteps": [timesteps[index] for index in kept],
-        "seed": config.trainer.seed,
-        "solver_steps": args.solver_steps,
-        "guidance_scale": config.sampling.guidance_scale,
-    }
-    shape = config.video.latent_shape(codec)
-    with ShardWriter(config.ode.pairs, about, shard_size=args.shard_size) as writer:
-        items = writer.remaining(share(range(args.count), ranks.rank, ranks.world_size))
-        for start in progress(range(0, len(items), args.batch), "trajectories", unit="batch", is_main=ranks.is_main):
+    job = begin(args, "ode.pairs", check=lambda config: check_counts(args, config))
+    teacher = Teacher(args, job)
+    with ShardWriter(job.folder, teacher.about(), shard_size=args.shard_size) as writer:
+        items = writer.remaining(share(range(args.count), job.ranks.rank, job.ranks.world_size))
+        starts = range(0, len(items), args.batch)
+        for start in progress(starts, "trajectories", unit="batch", is_main=job.ranks.is_main):
             chosen = items[start : start + args.batch]
-            samples = data.read(chosen)
-            clean = samples.encode(codec, device) if args.causal else None
-            noise = torch.stack([draw_noise(shape, derive_seed(seed, "noise", item)) for item in chosen]).to(device)
-            negative = text.encode([config.sampling.negative_prompt] * len(chosen))
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                states = solve(noise, clean, text.encode(samples.prompts), negative)
-            tensors = {"states": torch.stack([states[index] for index in kept], dim=1).half()}
-            tensors |= {"clean": clean.half()} if args.causal else {}
-            for row, (item, prompt) in enumerate(zip(chosen, samples.prompts, strict=True)):
+            prompts, tensors = teacher.solve(chosen)
+            for row, (item, prompt) in enumerate(zip(chosen, prompts, strict=True)):
                 writer.add(item, {"prompt": prompt}, {name: rows[row] for name, rows in tensors.items()})
-    print(f"{len(items)} trajectories of {len(kept)} states made, in {config.ode.pairs}")
+    print(f"{len(items)} trajectories of {len(teacher.kept)} states made, in {job.folder}")
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """Refuse what makes no pair."""
+def check_counts(args: argparse.Namespace, config: Config) -> None:
+    """Refuse arguments that make no pair, and set the solver."""
+    from pipeline.sampling import Solver
     from utils.errors import UserError
 
     for name in ("count", "batch", "shard_size", "solver_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    kept_states(config.rollout.denoising_steps, args.solver_steps)
+    config.sampling.steps, config.sampling.solver = args.solver_steps, Solver.euler
+
+
+class Teacher:
+    """The teacher with its prompts, videos and noise: trajectory i depends on the seed and i alone."""
+
+    def __init__(self, args: argparse.Namespace, job: ShardJob) -> None:
+        """Load the models. Raises UserError if weights or data are missing or do not fit."""
+        from pipeline.loading import load_codec, load_denoiser
+        from trainer.data import Contents, text_source, training_data
+        from utils.distributed import derive_seed
+
+        self.config, self.device, self.dtype, self.causal = job.config, job.device, job.dtype, args.causal
+        self.kept = kept_states(self.config.rollout.denoising_steps, args.solver_steps)
+        self.denoiser = load_denoiser(self.config.real_score, device=self.device, dtype=self.dtype)
+        self.text = text_source(self.config.data, self.config.text_encoder, self.device)
+        self.codec = load_codec(self.config.codec, device=self.device)
+        self.seed = derive_seed(self.config.trainer.seed, "ode pairs")
+        contents = Contents.clips if self.causal else Contents.prompts
+        video = self.config.video
+        self.data = training_data(self.config.data, contents, seed=self.seed, video=video, codec=self.codec)
+        self.trajectory = (causal_solver if self.causal else bidirectional_solver)(self.denoiser, self.config)
+        self.shape = video.latent_shape(self.codec)
+
+    def about(self) -> dict[str, Any]:
+        """Return what all trajectories have in common."""
+        sampling = self.config.sampling
+        timesteps = [*self.denoiser.schedule.grid(sampling.steps).tolist(), 0.0]
+        return {
+            "causal": self.causal,
+            "timesteps": [timesteps[index] for index in self.kept],
+            "seed": self.config.trainer.seed,
+            "solver_steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+        }
+
+    def solve(self, items: Sequence[int]) -> tuple[list[str], dict[str, Tensor]]:
+        """Return the prompts of trajectories and their states [B S F C H W], with the clean latents if causal."""
+        import torch
+
+        from utils.distributed import derive_seed
+
+        samples = self.data.read(items)
+        clean = samples.encode(self.codec, self.device) if self.causal else None
+        seeds = [derive_seed(self.seed, "noise", item) for item in items]
+        noise = torch.stack([draw_noise(self.shape, seed) for seed in seeds]).to(self.device)
+        negative = self.text.encode([self.config.sampling.negative_prompt] * len(items))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            states = self.trajectory(noise, clean, self.text.encode(samples.prompts), negative)
+        tensors = {"states": torch.stack([states[index] for index in self.kept], dim=1).half()}
+        return samples.prompts, tensors if clean is None else {**tensors, "clean": clean.half()}
 
 
 Solve = Callable[["Tensor", "Tensor | None", "Tensor", "Tensor"], "list[Tensor]"]
@@ -108,14 +132,14 @@ Solve = Callable[["Tensor", "Tensor | None", "Tensor", "Tensor"], "list[Tensor]"
 
 
 def bidirectional_solver(teacher: Denoiser, config: Config) -> Solve:
-    """Trajectories of whole clips."""
+    """Return what solves trajectories of whole clips."""
     from pipeline.sampling import trajectory
 
     return lambda noise, clean, embeds, negative: trajectory(teacher, noise, embeds, negative, config.sampling)
 
 
 def causal_solver(teacher: Denoiser, config: Config) -> Solve:
-    """Trajectories of chunks, each after the clean ones before it."""
+    """Return what solves trajectories of chunks, each after the clean chunks before it."""
     from model.attention import teacher_forcing_mask
     from trainer.objectives.consistency import causal_trajectory
 
@@ -127,14 +151,18 @@ def causal_solver(teacher: Denoiser, config: Config) -> Solve:
 
 
 def draw_noise(shape: Sequence[int], seed: int) -> torch.Tensor:
-    """Standard normal numbers of one trajectory."""
+    """Draw the standard normal noise of one trajectory."""
     import torch
 
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def kept_states(denoising_steps: list[float], solver_steps: int) -> list[int]:
-    """Indices of the states at the unwarped denoising steps, and of the clean end."""
+    """Return the indices of the states at the unwarped denoising steps, and of the clean end.
+
+    Raises:
+        UserError: a denoising step is not on the solver's grid.
+    """
     from utils.errors import UserError
 
     indices = [(1 - step / 1000) * solver_steps for step in denoising_steps]

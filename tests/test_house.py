@@ -32,7 +32,6 @@ LONG_FUNCTIONS = {
     "pipeline/rollout.py:rollout_passes",
     "pipeline/serving/api.py:_add_http_routes",
     "pipeline/text_to_video.py:from_config",
-    "scripts/make_ode_pairs.py:run",
     "trainer/objectives/gan.py:gan_discriminator_loss",
     "trainer/objectives/sid.py:sid_loss",
 }

@@ -76,17 +76,23 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the items added since the last shard as one more."""
+        """Write the items added since the last shard as one more. Raises UserError if the disk is full."""
         if not self._items:
             return
         stem = f"shard_{min(self._items):08d}"
         tensors = {
             f"{item}.{name}": tensor for item, (_, named) in self._items.items() for name, tensor in named.items()
         }
-        with atomic_path(self.folder / f"{stem}.safetensors") as path:
-            save_file(tensors, path)
         listing = {str(item): record for item, (record, _) in self._items.items()}
-        atomic_write_text(self.folder / f"{stem}.json", json.dumps(listing, ensure_ascii=False))
+        try:
+            with atomic_path(self.folder / f"{stem}.safetensors") as path:
+                save_file(tensors, path)
+            atomic_write_text(self.folder / f"{stem}.json", json.dumps(listing, ensure_ascii=False))
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"cannot write {self.folder / stem}.safetensors: {reason}; free space, then run this again to go on"
+            ) from error
         self.stored |= self._items.keys()
         self._items = {}
 
