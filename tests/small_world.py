@@ -25,7 +25,7 @@ from scripts import cache_embeddings
 from tests.made_once import made_once
 from tests.shapes_parts import REPOSITORY, tiny_codec
 from trainer.config import Config
-from trainer.data import StoredEmbeddings
+from trainer.stored_data import StoredEmbeddings
 from utils.config import load_config
 from utils.shapes import ShapesConfig, all_scenes, render_clips, training_scenes
 

@@ -10,8 +10,10 @@ from model.attention import teacher_forcing_mask
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver
 from scripts import cache_embeddings, encode_videos, make_ode_pairs
-from trainer.data import Contents, Draw, ODEData, StoredEmbeddings, all_prompts, training_data
+from trainer.data import Contents, all_prompts, training_data
 from trainer.objectives.consistency import causal_trajectory
+from trainer.samples import Draw
+from trainer.stored_data import ODEData, StoredEmbeddings
 from utils.errors import UserError
 from utils.shapes import ShapesConfig, all_scenes, render_clips
 from utils.shards import Shards

@@ -12,23 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol
 
 import torch
-from pydantic import Field
-from torch import Tensor
-from typing_extensions import TypedDict
 
 from model.codec import VideoCodec
 from model.text_encoder import PromptCache
 from pipeline.config import TextConfig, VideoConfig
 from pipeline.loading import load_text_encoder
+from trainer.samples import Dataset, Draw, Samples
+from trainer.stored_data import StoredEmbeddings, VideoData
 from utils.distributed import derive_seed, resolve_dtype
 from utils.errors import UserError
 from utils.images import load_image
 from utils.prompts import read_image_prompts, read_prompts
 from utils.shapes import Scene, ShapesConfig, render_clips, training_scenes
-from utils.shards import Shards
 
 CACHED_PROMPTS = 4096
 
@@ -66,72 +63,6 @@ class DataConfig:
     """Prompts of the sample videos made during training."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     """The Shapes world."""
-
-
-Size = Annotated[int, Field(gt=0, le=2**20)]
-
-
-class AboutVideos(TypedDict):
-    """What all videos of a folder of encode_videos.py have in common."""
-
-    num_frames: Size
-    """Latent frames."""
-    height: Size
-    width: Size
-    """Pixels."""
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class AboutPairs(TypedDict):
-    """What all trajectories of a folder of make_ode_pairs.py have in common."""
-
-    timesteps: Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=2)]
-    causal: bool
-
-
-class AboutEmbeddings(TypedDict):
-    """What all embeddings of a folder of cache_embeddings.py have in common."""
-
-    dim: Size
-    text_len: Size
-
-
-class Draw(NamedTuple):
-    """One sample to be made: an item, and the seed of whatever is random about it."""
-
-    item: int
-    seed: int
-
-
-@dataclass
-class Samples:
-    """A batch: prompts, and what else the dataset has."""
-
-    prompts: list[str]
-    second_prompts: list[str] | None = None
-    """The prompts that they change to, if data.switch_path names them."""
-    frames: Tensor | None = None
-    """Pixels [B F 3 H W] in [-1, 1]."""
-    latents: Tensor | None = None
-    """Encoded already [B F C H W]."""
-    states: Tensor | None = None
-    """A teacher's trajectory from noise to clean [B S F C H W]."""
-
-    def encode(self, codec: VideoCodec, device: torch.device) -> Tensor:
-        """Latents [B F C H W] on ``device``."""
-        return codec.encode(self.frames.to(device)) if self.latents is None else self.latents.to(device)
-
-
-class Dataset(Protocol):
-    """Items that samples are made of."""
-
-    def __len__(self) -> int:
-        """How many items there are."""
-        ...
-
-    def samples(self, draws: Sequence[Draw]) -> Samples:
-        """One sample a draw; the same draw gives the same sample."""
-        ...
 
 
 class Stream:
@@ -245,103 +176,6 @@ class ImageData:
         """Prompts and frames [B 1 3 H W]."""
         images = [load_image(self.images[draw.item], self.video.height, self.video.width) for draw in draws]
         return Samples([self.prompts[draw.item] for draw in draws], frames=torch.stack(images)[:, None])
-
-
-class VideoData:
-    """Videos that scripts/encode_videos.py has encoded, cut to their first ``num_frames`` latent frames.
-
-    Raises:
-        UserError: they are of another size, or shorter.
-    """
-
-    def __init__(self, folder: str | Path, video: VideoConfig, num_frames: int) -> None:
-        remedy = "encode a folder of videos with scripts/encode_videos.py"
-        self.shards = Shards(folder, key="data.path", remedy=remedy, about=AboutVideos)
-        about = self.shards.about
-        for name, wanted in (("height", video.height), ("width", video.width)):
-            if about[name] != wanted:
-                raise UserError(f"data.path={folder}: its videos have {name} {about[name]}, but video.{name}={wanted}")
-        if about["num_frames"] < num_frames:
-            raise UserError(
-                f"data.path={folder}: its videos have {about['num_frames']} latent frames; {num_frames} are needed"
-            )
-        self.num_frames = num_frames
-        self.prompts = self.shards.prompts()
-        self.shape = about["num_frames"], *self.shards.shape(0, "latents")[1:]
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def samples(self, draws: Sequence[Draw]) -> Samples:
-        """Prompts and latents [B F C H W]."""
-        latents = [self.shards.read(draw.item, "latents", shape=self.shape) for draw in draws]
-        latents = torch.stack([item[: self.num_frames].float() for item in latents])
-        return Samples([self.prompts[draw.item] for draw in draws], latents=latents)
-
-
-class ODEData:
-    """Trajectories that scripts/make_ode_pairs.py has stored: ``states``, and ``latents`` where the context was given.
-
-    Raises:
-        UserError: the folder holds none.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        remedy = "make pairs with scripts/make_ode_pairs.py"
-        self.shards = Shards(folder, key="ode.pairs", remedy=remedy, about=AboutPairs)
-        self.timesteps: list[float] = self.shards.about["timesteps"]
-        """Of the S states; the last is 0."""
-        self.causal: bool = self.shards.about["causal"]
-        """Whether every chunk was solved after the clean chunks before it, which are the samples' ``latents``."""
-        self.prompts = self.shards.prompts()
-        self.shape = len(self.timesteps), *self.shards.shape(0, "states")[1:]
-        self.num_frames: int = self.shape[1]
-        """Latent frames of every trajectory."""
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def samples(self, draws: Sequence[Draw]) -> Samples:
-        """Prompts, states [B S F C H W], and latents [B F C H W] if causal."""
-        states = self._stacked("states", draws, self.shape)
-        clean = self._stacked("clean", draws, self.shape[1:]) if self.causal else None
-        return Samples([self.prompts[draw.item] for draw in draws], states=states, latents=clean)
-
-    def _stacked(self, name: str, draws: Sequence[Draw], shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([self.shards.read(draw.item, name, shape=shape).float() for draw in draws])
-
-
-class StoredEmbeddings:
-    """Prompt embeddings that scripts/cache_embeddings.py has stored, in place of a text encoder.
-
-    Raises:
-        UserError: the folder holds none.
-    """
-
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        remedy = "fill it with scripts/cache_embeddings.py"
-        self.shards = Shards(folder, key="data.embeddings", remedy=remedy, about=AboutEmbeddings)
-        self.places = {prompt: index for index, prompt in enumerate(self.shards.prompts())}
-        self.dim: int = self.shards.about["dim"]
-        """Embedding channels D."""
-        self.text_len: int = self.shards.about["text_len"]
-        """Tokens L per prompt."""
-        self.device = torch.device(device)
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B L D] float32 of B prompts, zero past each prompt's own length.
-
-        Raises:
-            UserError: a prompt is not stored.
-        """
-        embeds = torch.zeros(len(prompts), self.text_len, self.dim)
-        for row, prompt in zip(embeds, prompts, strict=True):
-            if prompt not in self.places:
-                raise UserError(f"{self.shards.source}: holds no embedding of {prompt!r}; {self.shards.remedy}")
-            place = self.places[prompt]
-            length = min(self.text_len, self.shards.shape(place, "embeds")[0])
-            row[:length] = self.shards.read(place, "embeds", shape=(length, self.dim))
-        return embeds.to(self.device)
 
 
 def training_data(

@@ -14,9 +14,10 @@ from model.text_encoder import PromptCache, TextEncoder, TextEncoderConfig, buil
 from pipeline.loading import load_codec, load_text_encoder
 from pipeline.sampling import sample
 from trainer.config import Config, Forcing
-from trainer.data import Contents, StoredEmbeddings, text_source, training_data
+from trainer.data import Contents, text_source, training_data
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.diffusion import forcing_loss, sample_timesteps
+from trainer.stored_data import StoredEmbeddings
 from trainer.trainer import Loss, RunContext, Trainer, Update
 from utils.errors import UserError
 from utils.shapes import all_scenes

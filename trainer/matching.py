@@ -18,7 +18,6 @@ from model.denoiser import Denoiser
 from model.discriminator import Discriminator
 from model.text_encoder import PromptCache
 from trainer.config import Config
-from trainer.data import StoredEmbeddings
 from trainer.generation import Batch, Video
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.dmd import critic_loss, dmd_loss, sample_score_timesteps
@@ -26,6 +25,7 @@ from trainer.objectives.gan import gan_discriminator_loss, gan_generator_loss
 from trainer.objectives.long import later_frames
 from trainer.objectives.sid import sid_loss
 from trainer.regression import PairRegression
+from trainer.stored_data import StoredEmbeddings
 
 
 class Term(NamedTuple):

@@ -18,10 +18,11 @@ from model.denoiser import Denoiser
 from model.text_encoder import PromptCache
 from pipeline.loading import load_codec
 from trainer.config import Config
-from trainer.data import ODEData, StoredEmbeddings, Stream, text_source
+from trainer.data import Stream, text_source
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.consistency import in_context_loss
 from trainer.objectives.ode import ode_regression_loss, pick_states
+from trainer.stored_data import ODEData, StoredEmbeddings
 from trainer.trainer import Loss, RunContext, Trainer, Update
 from utils.errors import UserError
 

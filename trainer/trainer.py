@@ -27,7 +27,7 @@ from pipeline.config import DenoiserConfig
 from pipeline.loading import load_denoiser
 from pipeline.rollout import rollout
 from trainer.config import Config, Objective
-from trainer.data import StoredEmbeddings, Stream
+from trainer.data import Stream
 from trainer.ema import EMA
 from trainer.health import Health
 from trainer.lora import LoRAConfig, add_lora, merge
@@ -35,6 +35,7 @@ from trainer.micro_batch import MicroBatch, plan_batches
 from trainer.optimizer import Optimizer, OptimizerConfig
 from trainer.parallelize import Parallelism, average_replicated, full_state, synchronise_gradients
 from trainer.samples import make_together
+from trainer.stored_data import StoredEmbeddings
 from utils.checkpoint import Checkpoints, KeepPolicy, Stateful, load_checkpoint, read_about
 from utils.checkpoint_search import find_good_checkpoint, put_away
 from utils.config import save_config, to_dict

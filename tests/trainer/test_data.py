@@ -9,18 +9,8 @@ from PIL import Image
 
 from pipeline.config import VideoConfig
 from tests.shapes_parts import tiny_codec
-from trainer.data import (
-    Contents,
-    DataConfig,
-    DataKind,
-    ODEData,
-    PromptData,
-    ShapesData,
-    StoredEmbeddings,
-    Stream,
-    all_prompts,
-    training_data,
-)
+from trainer.data import Contents, DataConfig, DataKind, PromptData, ShapesData, Stream, all_prompts, training_data
+from trainer.stored_data import ODEData, StoredEmbeddings
 from utils.errors import UserError
 from utils.shapes import Scene, ShapesConfig, held_out_scenes, measure
 from utils.shards import ShardWriter
