@@ -11,8 +11,8 @@ from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver
 from scripts import cache_embeddings, encode_videos, make_ode_pairs
 from trainer.data import Contents, all_prompts, training_data
+from trainer.draws import Draw
 from trainer.objectives.consistency import causal_trajectory
-from trainer.samples import Draw
 from trainer.stored_data import ODEData, StoredEmbeddings
 from utils.errors import UserError
 from utils.shapes import ShapesConfig, all_scenes, render_clips

@@ -12,7 +12,7 @@ from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver, trajectory
 from scripts import evaluate, make_ode_pairs
 from scripts.make_ode_pairs import kept_states
-from trainer.samples import Draw
+from trainer.draws import Draw
 from trainer.stored_data import ODEData
 from utils.errors import UserError
 from utils.shapes import training_scenes

@@ -19,7 +19,7 @@ from model.codec import VideoCodec
 from model.text_encoder import PromptCache
 from pipeline.config import TextConfig, VideoConfig
 from pipeline.loading import load_text_encoder
-from trainer.samples import Dataset, Draw, Samples
+from trainer.draws import Dataset, Draw, Samples
 from trainer.stored_data import StoredEmbeddings, VideoData
 from utils.distributed import derive_seed, resolve_dtype
 from utils.errors import UserError

@@ -1,53 +1,49 @@
-"""What a dataset gives: draws and samples.
+"""The videos that training shows of a few fixed prompts, made by all processes together.
 
-Shapes: B batch, F latent frames (pixel frames, of ``frames``), C channels, H W height and width, S stored states.
+Shapes: b videos of one batch, F pixel frames, H W pixel size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from model.codec import VideoCodec
+from utils.distributed import Ranks
 
 
-class Draw(NamedTuple):
-    """One sample to be made: an item, and the seed of whatever is random about it."""
+def shared_rounds(count: int, ranks: Ranks, batch: int) -> list[list[int]]:
+    """The indices that this process makes, round by round.
 
-    item: int
-    seed: int
-
-
-@dataclass
-class Samples:
-    """A batch: prompts, and what else the dataset has."""
-
-    prompts: list[str]
-    second_prompts: list[str] | None = None
-    """The prompts that they change to, if data.switch_path names them."""
-    frames: Tensor | None = None
-    """Pixels [B F 3 H W] in [-1, 1]."""
-    latents: Tensor | None = None
-    """Encoded already [B F C H W]."""
-    states: Tensor | None = None
-    """A teacher's trajectory from noise to clean [B S F C H W]."""
-
-    def encode(self, codec: VideoCodec, device: torch.device) -> Tensor:
-        """Latents [B F C H W] on ``device``."""
-        return codec.encode(self.frames.to(device)) if self.latents is None else self.latents.to(device)
+    Every process makes equally many batches of equal size, as sharded weights need it. Indices of ``count`` and above
+    only fill the last round up.
+    """
+    together = ranks.world_size * batch
+    starts = range(ranks.rank * batch, -(-count // together) * together, together)
+    return [list(range(start, start + batch)) for start in starts]
 
 
-class Dataset(Protocol):
-    """Items that samples are made of."""
+def make_together(make: Callable[[list[int]], Tensor], count: int, ranks: Ranks, *, batch: int) -> list[Tensor]:
+    """Make ``count`` videos [F 3 H W], float32 on the CPU, in order. The main process gets them, the others nothing.
 
-    def __len__(self) -> int:
-        """How many items there are."""
-        ...
+    Args:
+        make: indices to videos [b F 3 H W]; a video must not depend on the batch it is in.
+        batch: the most prompts that a process makes at once, which bounds its memory.
+    """
+    batch = min(batch, -(-count // ranks.world_size))
+    videos: list[Tensor] = []
+    for indices in shared_rounds(count, ranks, batch):
+        clips = make([index % count for index in indices]).float().cpu().contiguous()
+        videos += _gathered(clips, ranks)
+    return videos[:count]
 
-    def samples(self, draws: Sequence[Draw]) -> Samples:
-        """One sample a draw; the same draw gives the same sample."""
-        ...
+
+def _gathered(clips: Tensor, ranks: Ranks) -> list[Tensor]:
+    """The clips of every process, in the order of the processes, on the main one."""
+    if ranks.world_size == 1:
+        return list(clips)
+    parts = [torch.empty_like(clips) for _ in range(ranks.world_size)] if ranks.is_main else None
+    dist.gather(clips, parts)
+    return [] if parts is None else list(torch.cat(parts))

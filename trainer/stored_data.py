@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from pipeline.config import VideoConfig
-from trainer.samples import Draw, Samples
+from trainer.draws import Draw, Samples
 from utils.errors import UserError
 from utils.shards import Shards
 
