@@ -159,3 +159,13 @@ def test_a_video_without_a_prompt_is_named(tmp_path):
     listing.write_text('{"video": "dog.mp4", "prompt": "a dog"}\n')
     with pytest.raises(UserError, match=r"video .*dog\.mp4 not found"):
         encode_videos.video_prompts(tmp_path, listing)
+
+
+def test_companions_of_macos_are_no_videos(tmp_path):
+    for name in ("cat.mp4", "._cat.mp4", "__MACOSX/cat.mp4", "below/._dog.MOV", "below/dog.MOV"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("cat.txt", "below/dog.txt"):
+        (tmp_path / name).write_text("a prompt\nof two lines\n")
+    prompts = encode_videos.video_prompts(tmp_path, None)
+    assert prompts == dict.fromkeys(("below/dog.MOV", "cat.mp4"), "a prompt of two lines")
