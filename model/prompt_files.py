@@ -1,4 +1,4 @@
-"""Prompt embeddings kept on disk between runs: with every prompt of a run there, its text encoder is never loaded.
+"""Prompt embeddings kept on disk between runs: a run whose prompts are all there never loads its text encoder.
 
 Letters: l tokens of a prompt, D embedding channels.
 """
@@ -6,17 +6,26 @@ Letters: l tokens of a prompt, D embedding channels.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from model.weights import read_file, save_safetensors
+from model.text_encoder_files import MAX_TEXT_LEN, EncoderSizes, read_sizes
+from model.tokenizer import find_tokenizer, tokenizer_bytes
+from model.weights import CONFIG_FILE, find_part, read_file, save_safetensors, weights_hash
 from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.side_files import read_json, read_limited
 
 log = logging.getLogger(__name__)
+
+MAX_MEMORY_BYTES = 4096
 
 
 class StoredPrompt(NamedTuple):
@@ -28,43 +37,117 @@ class StoredPrompt(NamedTuple):
     """Tokens to pad it to."""
 
 
+@dataclass
+class EncoderMemory:
+    """What is remembered of an encoder, so that its files may be deleted once its prompts are stored."""
+
+    encoder: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Hash of all that decides its embeddings."""
+    dim: Annotated[int, Field(ge=1, le=2**20)]
+    """Embedding channels D."""
+    text_len: Annotated[int, Field(ge=1, le=MAX_TEXT_LEN)]
+    """Tokens that prompts are padded to."""
+
+
 class PromptFiles:
-    """One safetensors file a prompt, named by a hash of the encoder and of the cleaned prompt.
+    """One safetensors file for each prompt, named by a hash of the encoder and of the cleaned prompt.
 
     Args:
         folder: made with the first file.
-        encoder: identifies what embeds the prompts.
+        encoder: identifies what embeds the prompts, and its sizes.
+        dtype: of the embeddings.
     """
 
-    def __init__(self, folder: str | Path, encoder: str) -> None:
+    def __init__(self, folder: str | Path, encoder: EncoderMemory, dtype: torch.dtype) -> None:
         self.folder = Path(folder)
         self.encoder = encoder
+        self.dtype = dtype
 
     def path(self, prompt: str) -> Path:
-        """Where a cleaned prompt's embedding is."""
-        digest = hashlib.sha256(f"{self.encoder}\n{prompt}".encode()).hexdigest()
+        """The file of a cleaned prompt."""
+        digest = hashlib.sha256(f"{self.encoder.encoder}\n{prompt}".encode()).hexdigest()
         return self.folder / f"{digest[:40]}.safetensors"
 
     def holds(self, prompt: str) -> bool:
-        """Whether a cleaned prompt's embedding is there."""
-        return self.path(prompt).is_file()
+        """Whether a cleaned prompt's embedding is there and fits the encoder."""
+        path = self.path(prompt)
+        return path.is_file() and isinstance(self._load(path), StoredPrompt)
 
     def read(self, prompt: str) -> StoredPrompt | None:
-        """The stored embedding of a cleaned prompt; None where there is none, or its file is damaged."""
+        """The stored embedding of a cleaned prompt; None, after a warning, if its file does not fit."""
         path = self.path(prompt)
         if not path.is_file():
             return None
-        try:
-            state = read_file(path)
-            return StoredPrompt(state["embeds"].clone(), int(state["text_len"]))
-        except (UserError, KeyError) as error:
-            log.warning("%s: not a stored prompt, it is made anew (%s)", path, error)
+        stored = self._load(path)
+        if not isinstance(stored, StoredPrompt):
+            log.warning("%s: not a stored prompt of this encoder, so it is made anew (%s)", path, stored)
             return None
+        return stored
 
     def write(self, prompt: str, stored: StoredPrompt) -> None:
-        """Keep the embedding of a cleaned prompt; a folder that cannot be written to is only logged."""
+        """Keep the embedding of a cleaned prompt; a folder that cannot be written to gives a warning."""
         try:
             state = {"embeds": stored.embeds, "text_len": torch.tensor(stored.text_len)}
             save_safetensors(self.path(prompt), state)
         except OSError as error:
             log.warning("%s: prompt embeddings are not kept: %s", self.folder, error.strerror or error)
+
+    def _load(self, path: Path) -> StoredPrompt | Exception:
+        """The content of a file, or the reason why it does not fit."""
+        try:
+            state = read_file(path)
+            stored = StoredPrompt(state["embeds"].clone(), int(state["text_len"]))
+            self._check(stored)
+        except (UserError, KeyError, RuntimeError, ValueError) as error:
+            return error
+        return stored
+
+    def _check(self, stored: StoredPrompt) -> None:
+        embeds, expected = stored.embeds, self.encoder
+        if stored.text_len != expected.text_len:
+            raise ValueError(f"text_len={stored.text_len}, the encoder has {expected.text_len}")
+        if embeds.ndim != 2 or embeds.shape[1] != expected.dim or not 1 <= len(embeds) <= expected.text_len:
+            raise ValueError(
+                f"shape {tuple(embeds.shape)}, the encoder gives at most {expected.text_len, expected.dim}"
+            )
+        if embeds.dtype != self.dtype or not embeds.isfinite().all():
+            raise ValueError(f"type {embeds.dtype} or values that are not finite numbers in {self.dtype}")
+
+
+def open_prompt_files(
+    folder: str | Path, weights: str | Path, tokenizer_folder: str | Path | None, dtype: torch.dtype
+) -> PromptFiles | None:
+    """The prompts that an encoder has stored in `folder`; None if the encoder is not there and never was.
+
+    Embeddings belong to all that decides them: weights, tokenizer, config.json and dtype, by a hash. The hash is
+    remembered under the encoder's path, so that an encoder may be deleted once its prompts are stored.
+    """
+    folder = Path(folder).expanduser()
+    place = f"{Path(weights).absolute()}\n{tokenizer_folder}\n{dtype}"
+    memory = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:40]}.encoder"
+    if not Path(weights).exists():
+        return _remembered(folder, memory, dtype)
+    source = find_part(weights, "text_encoder")
+    sizes: EncoderSizes = read_sizes(source)
+    digest = hashlib.sha256(f"{weights_hash(source)}\n{dtype}".encode())
+    tokenizer = find_tokenizer(source, tokenizer_folder)
+    digest.update((tokenizer_bytes(tokenizer) if tokenizer.exists() else None) or b"")
+    if (source / CONFIG_FILE).is_file():
+        digest.update(read_limited(source / CONFIG_FILE))
+    encoder = EncoderMemory(digest.hexdigest(), sizes.dim, sizes.text_len)
+    try:
+        atomic_write_text(memory, json.dumps(asdict(encoder)))
+    except OSError as error:
+        log.warning("%s: %s; prompt embeddings are not kept", folder, error.strerror or error)
+        return None
+    return PromptFiles(folder, encoder, dtype)
+
+
+def _remembered(folder: Path, memory: Path, dtype: torch.dtype) -> PromptFiles | None:
+    if not memory.is_file():
+        return None
+    try:
+        return PromptFiles(folder, read_json(memory, EncoderMemory, max_bytes=MAX_MEMORY_BYTES), dtype)
+    except UserError as error:
+        log.warning("%s; the prompts of this encoder are not used", error)
+        return None

@@ -14,8 +14,9 @@ from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
 from model.layers import SelfAttention
-from model.prompt_files import PromptFiles
-from model.text_encoder import PromptCache, TextEncoder, clean_prompt, open_prompt_files
+from model.prompt_cache import PromptCache
+from model.prompt_files import PromptFiles, open_prompt_files
+from model.text_encoder import TextEncoder, clean_prompt
 from model.transformer import PRESETS, WanTransformer
 from model.weights import load_state_dict, not_found, weights_hash
 from model.weights.lora import merge_loras
@@ -152,10 +153,7 @@ def load_text_encoder(
         raise not_found(path)
     device = torch.device(device)
     where = {"dtype": waiting_dtype(device, dtype)} if streamed else {"dtype": dtype, "device": device}
-    if path.is_dir():
-        encoder = TextEncoder.from_pretrained(path, tokenizer_folder=config.tokenizer, **where)
-    else:
-        encoder = TextEncoder.from_wan(path, config.tokenizer, **where)
+    encoder = TextEncoder.from_files(path, tokenizer=config.tokenizer, **where)
     if streamed:
         encoder.input_device = device
         stream_weights(encoder.model.encoder, device, dtype)  # the rest is the embedding, which it shares

@@ -10,7 +10,7 @@ import torch
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
-from model.text_encoder import PromptCache
+from model.prompt_cache import PromptCache
 from pipeline.config import PipelineConfig, Sampler
 from pipeline.loading import load_codec, load_denoiser, load_prompt_cache
 from pipeline.memory import PROFILES, Profile, TextPlacement

@@ -150,8 +150,7 @@ def write_pipeline(args: argparse.Namespace) -> str:
             raise UserError(f"--parts={release} holds no {absent[0]}; give a Wan2.1 or a diffusers folder")
         return "; transformer only (--parts adds the rest)"
     WanVAE.from_file(found["vae"]).vae.save_pretrained(target / "vae")
-    load = TextEncoder.from_pretrained if found["text_encoder"].is_dir() else TextEncoder.from_wan
-    encoder = load(found["text_encoder"], tokenizer_folder=found["tokenizer"])
+    encoder = TextEncoder.from_files(found["text_encoder"], tokenizer=found["tokenizer"])
     encoder.model.save_pretrained(target / "text_encoder")
     shutil.copytree(found["tokenizer"], target / "tokenizer", dirs_exist_ok=True)
     scheduler = UniPCMultistepScheduler(

@@ -214,7 +214,7 @@ def test_a_missing_part_is_answered_with_its_download_command(missing):
 def test_the_tokenizer_is_read_alike_from_both_of_its_files(release, tmp_path):
     import sentencepiece
 
-    from model.text_encoder import load_tokenizer
+    from model.tokenizer import load_tokenizer
 
     folder = release.small / "google" / "umt5-xxl"
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))

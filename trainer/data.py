@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model.codec import VideoCodec
-from model.text_encoder import PromptCache
+from model.prompt_cache import PromptCache
 from pipeline.config import TextConfig, VideoConfig
 from pipeline.loading import load_text_encoder
 from trainer.draws import Dataset, Draw, Samples

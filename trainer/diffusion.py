@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from model.attention import BlockMask, block_causal_mask, teacher_forcing_mask
 from model.flow_matching import FlowMatching
-from model.text_encoder import PromptCache, TextEncoder, TextEncoderConfig, build_text_encoder
+from model.prompt_cache import PromptCache
+from model.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
 from pipeline.loading import load_codec, load_text_encoder
 from pipeline.sampling import sample
 from trainer.config import Config, Forcing

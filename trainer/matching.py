@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.denoiser import Denoiser
 from model.discriminator import Discriminator
-from model.text_encoder import PromptCache
+from model.prompt_cache import PromptCache
 from trainer.config import Config
 from trainer.generation import Batch, Video
 from trainer.micro_batch import MicroBatch

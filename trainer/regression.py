@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.attention import teacher_forcing_mask
 from model.denoiser import Denoiser
-from model.text_encoder import PromptCache
+from model.prompt_cache import PromptCache
 from pipeline.loading import load_codec
 from trainer.config import Config
 from trainer.data import Stream, text_source

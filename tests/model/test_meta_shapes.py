@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from transformers import UMT5Config, UMT5EncoderModel
 
-from model.text_encoder import _build_umt5, _infer_config
+from model.text_encoder_files import _build_umt5, _infer_config
 from model.transformer import PRESETS, WanTransformer
 from model.weights import WAN_T5_TO_TRANSFORMERS, check_fit, rename_keys, wan_to_diffusers
 from model.weights.transformer_config import fitting_preset, infer_transformer_sizes, transformer_config

@@ -10,15 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.text_encoder import (
-    PromptCache,
-    TextEncoder,
-    TextEncoderConfig,
-    _infer_config,
-    build_text_encoder,
-    clean_prompt,
-    open_prompt_files,
-)
+from model.prompt_cache import PromptCache
+from model.prompt_files import open_prompt_files
+from model.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder, clean_prompt
+from model.text_encoder_files import _infer_config
 from model.weights import WAN_T5_TO_TRANSFORMERS, load_state_dict, read_config, rename_keys, save_folder
 from utils.errors import UserError
 
@@ -95,12 +90,12 @@ def test_encoding_is_differentiable_down_to_the_word_embeddings(encoder):
 def test_saved_and_reloaded_encoder_is_bitwise_equal(encoder, tmp_path):
     encoder.save_pretrained(tmp_path)
     encoder.save_pretrained(tmp_path)
-    reloaded = TextEncoder.from_pretrained(tmp_path)
+    reloaded = TextEncoder.from_files(tmp_path)
     assert reloaded.text_len == encoder.text_len
     assert reloaded.tokenizer(PROMPTS)["input_ids"] == encoder.tokenizer(PROMPTS)["input_ids"]
     assert torch.equal(reloaded.encode(PROMPTS), encoder.encode(PROMPTS))
     assert reloaded.model.shared.weight is reloaded.model.encoder.embed_tokens.weight
-    assert TextEncoder.from_pretrained(tmp_path, text_len=4).encode(PROMPTS).shape[1] == 4
+    assert TextEncoder.from_files(tmp_path, text_len=4).encode(PROMPTS).shape[1] == 4
     assert not [file for file in tmp_path.iterdir() if file.is_dir() or file.name.endswith(".partial")]
 
 
@@ -117,7 +112,7 @@ def test_transformers_itself_reads_the_saved_folder(encoder, tmp_path):
 def test_diffusers_layout_keeps_the_tokenizer_beside(encoder, tmp_path):
     encoder.model.save_pretrained(tmp_path / "text_encoder")
     encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    reloaded = TextEncoder.from_pretrained(tmp_path / "text_encoder", tokenizer_folder=tmp_path / "tokenizer")
+    reloaded = TextEncoder.from_files(tmp_path / "text_encoder", tokenizer=tmp_path / "tokenizer")
     assert reloaded.text_len == 512
     assert torch.equal(reloaded.encode(PROMPTS)[:, :10], encoder.encode(PROMPTS))
 
@@ -125,9 +120,9 @@ def test_diffusers_layout_keeps_the_tokenizer_beside(encoder, tmp_path):
 def test_wan_file_gives_the_same_encoder_with_sizes_read_off_its_shapes(encoder, tmp_path):
     torch.save(wan_names(encoder.model), tmp_path / "t5.pth")
     encoder.tokenizer.save_pretrained(tmp_path / "google/umt5-xxl")
-    loaded = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path / "google/umt5-xxl", text_len=10)
+    loaded = TextEncoder.from_files(tmp_path / "t5.pth", tokenizer=tmp_path / "google/umt5-xxl", text_len=10)
     assert torch.equal(loaded.encode(PROMPTS), encoder.encode(PROMPTS))
-    half = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path / "google/umt5-xxl", dtype=torch.bfloat16)
+    half = TextEncoder.from_files(tmp_path / "t5.pth", tokenizer=tmp_path / "google/umt5-xxl", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {half.encode(["a"]).dtype} == {torch.bfloat16}
 
 
@@ -143,7 +138,7 @@ def test_sentencepiece_style_tokenizer_gives_the_ids_of_its_own_json(encoder, tm
     names = {"tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     torch.save(wan_names(encoder.model), tmp_path / "t5.pth")
-    loaded = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path)
+    loaded = TextEncoder.from_files(tmp_path / "t5.pth", tokenizer=tmp_path)
     assert loaded.tokenizer(["a red c", "", "x"])["input_ids"] == [[3, 4, 5, 6, 1], [1], [5, 2, 1]]
     embeds = loaded.encode(["a red c", ""])
     assert embeds.shape == (2, 512, encoder.dim)
@@ -185,12 +180,12 @@ def test_bad_folders_give_one_line(encoder, tmp_path):
         "absent": "no such file",
     }.items():
         with pytest.raises(UserError, match=message) as error:
-            TextEncoder.from_pretrained(tmp_path / name)
+            TextEncoder.from_files(tmp_path / name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
     torch.save({"token_embedding.weight": torch.zeros(3, 2)}, tmp_path / "t5.pth")
     with pytest.raises(UserError, match=r"t5.pth: not a UMT5 encoder"):
-        TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path / "good")
+        TextEncoder.from_files(tmp_path / "t5.pth", tokenizer=tmp_path / "good")
 
 
 def test_wrong_arguments_are_quoted(encoder):
@@ -238,7 +233,7 @@ def saved(encoder, tmp_path):
     loads = []
 
     def load():
-        loads.append(TextEncoder.from_pretrained(tmp_path / "encoder"))
+        loads.append(TextEncoder.from_files(tmp_path / "encoder"))
         return loads[-1]
 
     def open_cache(**options):
@@ -324,7 +319,7 @@ def test_umt5_equals_the_recording(tmp_path):
     weights = {k: t.float() for k, t in load_file(recordings / "case10_t5_weights.safetensors").items()}
     torch.save(weights, tmp_path / "t5.pth")
     build_text_encoder(["a"], TextEncoderConfig()).tokenizer.save_pretrained(tmp_path)
-    encoder = TextEncoder.from_wan(tmp_path / "t5.pth", tmp_path, text_len=200)
+    encoder = TextEncoder.from_files(tmp_path / "t5.pth", tokenizer=tmp_path, text_len=200)
     with torch.no_grad():
         output = encoder.encode_tokens(case["ids"], case["mask"])
     real = case["mask"].bool()

@@ -1,0 +1,213 @@
+"""Tokenizers of the text encoder: find their files, read them without running anything, build one of whole words.
+
+Only the vocabulary's file and the names of its special tokens are used. Other settings beside it could name code to
+run, or ask for a million extra tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.weights import find_part, not_found
+from model.weights.read import TOKENIZER_TENSOR, read_file
+from utils.errors import UserError
+from utils.patterns import check_pattern
+from utils.side_files import parse_json, read_json, read_limited
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+JSON_FILE, PIECES_FILE, SETTINGS_FILE = "tokenizer.json", "spiece.model", "tokenizer_config.json"
+TOKENIZER_FILES = (JSON_FILE, PIECES_FILE)  # the first says everything, whichever class and version wrote it
+MAX_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
+MAX_DEPTH_OF_SETTINGS = 40
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # T5's names
+
+
+@dataclass
+class SpecialTokens:
+    """The names of special tokens in tokenizer_config.json."""
+
+    pad_token: str | dict[str, Any] | None = PAD
+    """The token that fills short prompts, as a name or as an object with its `content`."""
+    eos_token: str | dict[str, Any] | None = END
+    """The closing token."""
+    unk_token: str | dict[str, Any] | None = UNKNOWN
+    """The token of unknown words."""
+
+    def names(self) -> dict[str, str]:
+        """The names as plain text, without those that are not stated."""
+        plain = {key: value.get("content") if isinstance(value, dict) else value for key, value in vars(self).items()}
+        return {key: value for key, value in plain.items() if isinstance(value, str)}
+
+
+def find_tokenizer(weights: Path, folder: str | Path | None = None) -> Path:
+    """Where an encoder's tokenizer is.
+
+    Args:
+        weights: the encoder's folder or file.
+        folder: the tokenizer's folder, or a release that has one. None, or one that does not exist beside weights that
+            hold their own tokenizer, takes the one in the weights, or with them, or beside them.
+    """
+    if folder is not None and (Path(folder).exists() or not _holds_tokenizer(weights)):
+        return find_part(folder, "tokenizer")
+    if _holds_tokenizer(weights):
+        return weights
+    beside = find_part(weights.parent, "tokenizer")
+    return weights if weights.is_dir() and beside == weights.parent else beside
+
+
+def tokenizer_bytes(path: str | Path) -> bytes | None:
+    """The bytes of the vocabulary in a folder, or in a file of weights; None if it holds none."""
+    path = Path(path)
+    if path.is_dir():
+        file = _tokenizer_file(path)
+        return None if file is None else read_limited(file, MAX_BYTES)
+    tensor = read_file(path).get(TOKENIZER_TENSOR)
+    if tensor is None:
+        return None
+    if tensor.numel() > MAX_BYTES or tensor.dtype.itemsize != 1:
+        raise UserError(f"{path}: its tensor {TOKENIZER_TENSOR!r} is not a tokenizer's file; use other weights")
+    return tensor.flatten().numpy().tobytes()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a local folder, or inside a repackaged text encoder's file.
+
+    Raises:
+        UserError: there is none, it is damaged, or it holds a pattern that could take very long to match.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(path)
+    if not path.exists():
+        raise not_found(path)
+    data = tokenizer_bytes(path)
+    if data is None:
+        raise UserError(f"{path}: holds no tokenizer (neither {' nor '.join(TOKENIZER_FILES)})")
+    settings = path / SETTINGS_FILE
+    names = (read_json(settings, SpecialTokens) if settings.is_file() else SpecialTokens()).names()
+    try:
+        tokenizer = _from_json(data, str(path)) if data.lstrip()[:1] == b"{" else _from_pieces(data)
+        names = {key: name for key, name in names.items() if tokenizer.token_to_id(name) is not None}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library panics on some damaged files, with a class of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: its tokenizer cannot be read ({reason[:200]}); download it again") from None
+
+
+def build_word_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words in lower case. Words it does not know share one token."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    splitter = pre_tokenizers.Whitespace()
+    words = {word for text in vocabulary for word, _ in splitter.pre_tokenize_str(text.lower())}
+    ids = {word: number for number, word in enumerate([PAD, END, UNKNOWN, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = _closing(ids[END])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
+
+
+def _holds_tokenizer(weights: Path) -> bool:
+    """Whether weights have a tokenizer of their own: in their folder, or in their file."""
+    if weights.is_dir():
+        return _tokenizer_file(weights) is not None
+    return weights.is_file() and TOKENIZER_TENSOR in read_file(weights)
+
+
+def _tokenizer_file(folder: Path) -> Path | None:
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+
+
+def _from_json(data: bytes, source: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    content = parse_json(data, dict, f"{source}/{JSON_FILE}")
+    for pattern in _patterns(content):
+        check_pattern(pattern, f"{source}/{JSON_FILE}")
+    tokenizer = Tokenizer.from_str(data.decode("utf-8-sig"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """The regular expressions in a tokenizer.json. The vocabulary, which is large, has none."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _patterns(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key == "Regex" and isinstance(item, str):
+                yield item
+            elif key != "vocab":
+                yield from _patterns(item)
+
+
+def _from_pieces(data: bytes) -> Tokenizer:
+    """A sentencepiece model as a tokenizer of the `tokenizers` library; both give the same ids."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    pieces = SentencePieceProcessor(model_proto=data)
+    vocabulary = [(pieces.id_to_piece(number), pieces.get_score(number)) for number in range(len(pieces))]
+    tokenizer = Tokenizer(
+        models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=any(map(pieces.is_byte, range(len(pieces)))))
+    )
+    steps = [normalizers.Replace(Regex(" {2,}"), " ")]
+    if charsmap := _normalisation(data):
+        steps.insert(0, normalizers.Precompiled(charsmap))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    tokenizer.post_processor = _closing(pieces.eos_id(), pieces.id_to_piece(pieces.eos_id()))
+    tokenizer.add_special_tokens([vocabulary[number][0] for number in range(len(pieces)) if pieces.is_control(number)])
+    return tokenizer
+
+
+def _closing(number: int, name: str = END) -> Any:
+    """The step that appends the closing token."""
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(single=f"$A {name}", special_tokens=[(name, number)])
+
+
+def _normalisation(data: bytes) -> bytes:
+    """The table of character replacements: field 2 of field 3 (normalizer_spec) of sentencepiece's ModelProto."""
+    return dict(_fields(dict(_fields(data)).get(3, b""))).get(2, b"")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of the fields of a protobuf message that have a length."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 2:
+            length, at = _varint(data, at)
+            yield tag >> 3, data[at : at + length]
+            at += length
+        elif kind == 0:
+            _, at = _varint(data, at)
+        else:
+            at += {1: 8, 5: 4}[kind]
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128 or shift > 63:
+            return value, at
