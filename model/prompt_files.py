@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.text_encoder_files import MAX_TEXT_LEN, EncoderSizes, read_sizes
+from model.text_encoder_files import MAX_TEXT_LEN, read_sizes
 from model.tokenizer import find_tokenizer, tokenizer_bytes
 from model.weights import CONFIG_FILE, find_part, read_file, save_safetensors, weights_hash
 from utils.errors import UserError
@@ -54,18 +54,19 @@ class PromptFiles:
 
     Args:
         folder: made with the first file.
-        encoder: identifies what embeds the prompts, and its sizes.
+        memory: identifies what embeds the prompts, and says its sizes.
         dtype: of the embeddings.
     """
 
-    def __init__(self, folder: str | Path, encoder: EncoderMemory, dtype: torch.dtype) -> None:
+    def __init__(self, folder: str | Path, memory: EncoderMemory, dtype: torch.dtype) -> None:
         self.folder = Path(folder)
-        self.encoder = encoder
+        self.encoder = memory.encoder
+        self.memory = memory
         self.dtype = dtype
 
     def path(self, prompt: str) -> Path:
         """The file of a cleaned prompt."""
-        digest = hashlib.sha256(f"{self.encoder.encoder}\n{prompt}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.encoder}\n{prompt}".encode()).hexdigest()
         return self.folder / f"{digest[:40]}.safetensors"
 
     def holds(self, prompt: str) -> bool:
@@ -103,7 +104,7 @@ class PromptFiles:
         return stored
 
     def _check(self, stored: StoredPrompt) -> None:
-        embeds, expected = stored.embeds, self.encoder
+        embeds, expected = stored.embeds, self.memory
         if stored.text_len != expected.text_len:
             raise ValueError(f"text_len={stored.text_len}, the encoder has {expected.text_len}")
         if embeds.ndim != 2 or embeds.shape[1] != expected.dim or not 1 <= len(embeds) <= expected.text_len:
@@ -127,20 +128,25 @@ def open_prompt_files(
     memory = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:40]}.encoder"
     if not Path(weights).exists():
         return _remembered(folder, memory, dtype)
-    source = find_part(weights, "text_encoder")
-    sizes: EncoderSizes = read_sizes(source)
-    digest = hashlib.sha256(f"{weights_hash(source)}\n{dtype}".encode())
-    tokenizer = find_tokenizer(source, tokenizer_folder)
-    digest.update((tokenizer_bytes(tokenizer) if tokenizer.exists() else None) or b"")
-    if (source / CONFIG_FILE).is_file():
-        digest.update(read_limited(source / CONFIG_FILE))
-    encoder = EncoderMemory(digest.hexdigest(), sizes.dim, sizes.text_len)
+    sizes = read_sizes(find_part(weights, "text_encoder"))
+    encoder = EncoderMemory(encoder_digest(weights, tokenizer_folder, dtype), sizes.dim, sizes.text_len)
     try:
         atomic_write_text(memory, json.dumps(asdict(encoder)))
     except OSError as error:
         log.warning("%s: %s; prompt embeddings are not kept", folder, error.strerror or error)
         return None
     return PromptFiles(folder, encoder, dtype)
+
+
+def encoder_digest(weights: str | Path, tokenizer_folder: str | Path | None, dtype: torch.dtype) -> str:
+    """A hash of all that decides an encoder's embeddings: weights, tokenizer, config.json and dtype."""
+    source = find_part(weights, "text_encoder")
+    digest = hashlib.sha256(f"{weights_hash(source)}\n{dtype}".encode())
+    tokenizer = find_tokenizer(source, tokenizer_folder)
+    digest.update((tokenizer_bytes(tokenizer) if tokenizer.exists() else None) or b"")
+    if (source / CONFIG_FILE).is_file():
+        digest.update(read_limited(source / CONFIG_FILE))
+    return digest.hexdigest()
 
 
 def _remembered(folder: Path, memory: Path, dtype: torch.dtype) -> PromptFiles | None:

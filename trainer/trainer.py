@@ -20,7 +20,7 @@ from tqdm import tqdm
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.kv_cache import KVCache
-from model.text_encoder import PromptCache
+from model.prompt_cache import PromptCache
 from model.weights import save_folder, save_torch
 from model.weights.lora import save_lora
 from pipeline.config import DenoiserConfig

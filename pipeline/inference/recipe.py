@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.text_encoder import encoder_digest
+from model.prompt_files import encoder_digest
 from model.weights import find_part, weights_hash
 from pipeline.config import PipelineConfig, Sampler, TextConfig
 from pipeline.loading import generator_hash, stored_prompts
