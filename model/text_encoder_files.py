@@ -92,11 +92,16 @@ def read_encoder(
     return LoadedEncoder(model, words, text_len or (WAN_TEXT_LEN if declared is None else declared.text_len))
 
 
+def read_text_len(path: Path) -> int:
+    """Tokens L of a prompt: what config.json says, or Wan's 512."""
+    declared = _read_config(path)
+    return WAN_TEXT_LEN if declared is None else declared.text_len
+
+
 def read_sizes(path: Path) -> EncoderSizes:
     """The sizes of embeddings, from the shapes of the weights and config.json; no weight is read."""
-    declared = _read_config(path)
     config = _infer_config(load_state_dict(path), str(path))
-    return EncoderSizes(config.d_model, WAN_TEXT_LEN if declared is None else declared.text_len)
+    return EncoderSizes(config.d_model, read_text_len(path))
 
 
 def _read_config(path: Path) -> EncoderFile | None:

@@ -91,15 +91,24 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{path}: holds no tokenizer (neither {' nor '.join(TOKENIZER_FILES)})")
     settings = path / SETTINGS_FILE
     names = (read_json(settings, SpecialTokens) if settings.is_file() else SpecialTokens()).names()
+    tokenizer = parse_tokenizer(data, str(path))
+    names = {key: name for key, name in names.items() if tokenizer.token_to_id(name) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def parse_tokenizer(data: bytes, source: str) -> Tokenizer:
+    """A tokenizer without padding and truncation, from a tokenizer.json or a sentencepiece model.
+
+    Raises:
+        UserError: names `source` if the bytes are damaged, or hold a pattern that could take very long to match.
+    """
     try:
-        tokenizer = _from_json(data, str(path)) if data.lstrip()[:1] == b"{" else _from_pieces(data)
-        names = {key: name for key, name in names.items() if tokenizer.token_to_id(name) is not None}
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+        return _from_json(data, source) if data.lstrip()[:1] == b"{" else _from_pieces(data)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library panics on some damaged files, with a class of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: its tokenizer cannot be read ({reason[:200]}); download it again") from None
+        raise UserError(f"{source}: its tokenizer cannot be read ({reason[:200]}); download it again") from None
 
 
 def build_word_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:

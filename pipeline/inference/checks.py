@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from model.text_encoder import WAN_TEXT_LEN, clean_prompt, find_tokenizer
-from model.weights import find_part, not_found, read_config
+from model.text_encoder import clean_prompt
+from model.text_encoder_files import read_text_len
+from model.tokenizer import find_tokenizer, parse_tokenizer, tokenizer_bytes
+from model.weights import find_part, not_found
 from pipeline.config import PipelineConfig, Sampler, TextConfig
 from pipeline.inference.options import InferenceOptions
 from pipeline.loading import needs_text_encoder
@@ -21,7 +23,6 @@ from utils.errors import UserError
 
 log = logging.getLogger("inference")
 
-TOKENIZER_FILE = "tokenizer.json"
 UNKNOWN = "<unk>"
 SMALL_TOKENIZER = 2**20  # bytes
 LISTED_WORDS = 60
@@ -83,24 +84,18 @@ def check_weights(config: PipelineConfig, prompts: Sequence[str], dtype: torch.d
 def warn_of_prompts(config: TextConfig, prompts: Sequence[str]) -> None:
     """Warn once of prompts that are longer than the text encoder reads, and once of words that it does not know."""
     source = find_part(config.weights, "text_encoder")
-    file = find_tokenizer(source, config.tokenizer) / TOKENIZER_FILE
-    if not source.exists() or not file.is_file():
+    place = find_tokenizer(source, config.tokenizer)
+    data = tokenizer_bytes(place) if source.exists() and place.exists() else None
+    if data is None:
         return
-    length = read_config(source).get("text_len", WAN_TEXT_LEN) if source.is_dir() else WAN_TEXT_LEN
+    length = read_text_len(source)
     long = any(len(prompt.encode()) + 2 > length for prompt in prompts)  # a token is at least one byte
-    if not (long or file.stat().st_size < SMALL_TOKENIZER):
-        return  # reading a large one takes a second
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception:  # the Rust library raises nothing narrower; loading the text encoder will say what is wrong
-        return
-    warn_of_long_and_unknown(tokenizer, prompts, length)
+    if long or len(data) < SMALL_TOKENIZER:  # reading a large one takes a second
+        warn_of_long_and_unknown(parse_tokenizer(data, str(place)), prompts, length)
 
 
 def warn_of_long_and_unknown(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> None:
     """Log the warnings of :func:`warn_of_prompts`."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     unknown: dict[str, None] = {}
     for prompt in prompts:
         text = clean_prompt(prompt)
