@@ -71,7 +71,7 @@ class Clip:
     width: int
 
     def tokens(self, config: WanConfig) -> int:
-        """Number of tokens of one latent frame."""
+        """Of one latent frame."""
         _, rows, columns = config.patch_size
         return (self.height // rows) * (self.width // columns)
 

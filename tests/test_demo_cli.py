@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("restore_logging")
 def refuse(capsys, monkeypatch, tmp_path):
     """Runs demo.py on a mistake and returns the one line it says; nothing is served."""
 
-    def serve(*_):
+    def serve(*_) -> None:
         raise AssertionError("a mistake must be found before anything is served")
 
     monkeypatch.setattr(demo, "serve", serve)
@@ -71,7 +71,7 @@ def test_a_model_that_does_not_load_ends_the_program_with_its_reason(tmp_path, m
             raise UserError("nowhere/model: no such file or folder")
 
     monkeypatch.setattr(demo, "build_server", lambda args: synthetic_server(tmp_path, Missing()))
-    monkeypatch.setattr("pipeline.serving.site.gradio_page", FastAPI)
+    monkeypatch.setattr("pipeline.serving.site.gradio_page", lambda root_path: FastAPI())
     with ThreadPoolExecutor() as pool:  # as its event loop needs a thread of its own
         code = pool.submit(demo.main, ["--port", "0", "--clips_folder", str(tmp_path), "--no-browser"]).result(60)
     assert code == 2

@@ -28,6 +28,7 @@ CIRCLES = {
 LONG_FUNCTIONS = {
     "inference.py:run",
     "model/transformer.py:forward",
+    "pipeline/memory.py:plan",
     "pipeline/rollout.py:rollout_passes",
     "pipeline/serving/api.py:_add_http_routes",
     "pipeline/text_to_video.py:from_config",
@@ -41,6 +42,7 @@ LONG_FILES = {
     "model/wan_vae.py",
     "pipeline/serving/hub.py",
     "pipeline/stream.py",
+    "scripts/benchmark.py",
     "trainer/report.py",
     "trainer/trainer.py",
 }
@@ -48,7 +50,10 @@ RIDDLES = {
     "model/wan_vae.py:_widest_bytes",
     "model/wan_vae.py:dtype",
     "model/weights/lora.py:shape",
+    "pipeline/sequence_parallel.py:_take_tokens",
     "pipeline/serving/models.py:switch_arguments",
+    "scripts/benchmark.py:seconds",
+    "scripts/count_cost.py:tokens",
     "trainer/micro_batch.py:indices",
 }
 

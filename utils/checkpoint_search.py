@@ -154,15 +154,15 @@ def _problem(folder: Path, ranks: Ranks) -> str | None:
     problem = None
     try:
         if (folder / ".metadata").exists() and not (folder / MANIFEST_FILE).exists():
-            raise DamagedCheckpoint("an earlier version wrote it, in a format that can run code when it is read")
+            raise DamagedCheckpoint("was written by an earlier version, in a format that can run code when it is read")
         manifest = read_manifest(folder)
         if manifest.step != step_of(folder):
-            raise DamagedCheckpoint(f"{MANIFEST_FILE} is that of step {manifest.step}")
+            raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} is that of step {manifest.step}")
         verify(folder, manifest, ranks)
         if ranks.is_main:
             describe(folder, manifest)
             if read_state(folder)["step"] != manifest.step:
-                raise DamagedCheckpoint(f"{STATE_FILE} is that of another step")
+                raise DamagedCheckpoint(f"{folder / STATE_FILE} is that of another step")
     except DamagedCheckpoint as error:
         problem = str(error)
     return next((each for each in gather_values(problem) if each is not None), None)

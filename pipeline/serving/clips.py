@@ -1,34 +1,30 @@
-"""The gallery: every stream leaves an mp4, and the command that makes the same video again.
+"""The gallery: finished clips, each with the command that makes the same video again.
 
-A clip begins with its stream and ends with it, or at a longest length.
+A clip is an mp4 with side files of the same stem: a GIF if somebody asked for one, the first frame as .png with its
+.jsonl, the prompts as .yaml. The folder may hold clips of earlier runs and other people's files.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import secrets
+import re
 import shlex
 import threading
 import time
+import unicodedata
+from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
+from pipeline.serving.limits import greediest
+from pipeline.serving.spec import StreamSpec
+from utils.files import is_own_file
 
-from utils.files import atomic_write_bytes, atomic_write_text, safe_stem
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.serving.hub import Stream
-
-MOST_GIF_FRAMES = 160
-MOST_GIF_HEIGHT = 480
-SUFFIXES = (".mp4", ".gif", ".png", ".jsonl", ".yaml")  # all files of a clip
+NAME_BYTES = 12  # of randomness in a clip's name
+SUFFIXES = (".partial.mp4", ".mp4.part", ".mp4", ".gif", ".png", ".jsonl", ".yaml")  # all files of a clip
+OWN_STEM = re.compile(rf".+-[0-9a-f]{{{2 * NAME_BYTES}}}")
+EARLIER_RUNS = "earlier runs"  # in place of a visitor
 
 
 @dataclass(frozen=True)
@@ -37,145 +33,138 @@ class Clip:
 
     name: str
     """Unguessable; also in the file's name."""
-    owner: str
+    session_id: str
     """Whose gallery shows it."""
+    visitor: str
+    """Whose share of the clips it counts for."""
     path: Path
     """The mp4."""
     prompts: list[str]
-    """The first one and those switched to."""
+    """The first one and those that followed."""
     frames: int
     """Pixel frames."""
     fps: int
     height: int
     width: int
     """Pixels of the model's frames; the file may be enlarged."""
+    seed: int
     whole: bool
-    """False where the stream was longer than the clip."""
+    """False if the stream was longer than the clip."""
     command: str
     """The shell command that makes it again."""
     made: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
     def describe(self) -> dict[str, Any]:
-        """What its owner is told."""
-        return {key: value for key, value in vars(self).items() if key not in ("owner", "path")}
+        """What the viewer is told."""
+        return {key: value for key, value in vars(self).items() if key not in ("session_id", "visitor", "path")}
 
 
 @dataclass(frozen=True)
 class Cue:
-    """A prompt that a stream was switched to."""
+    """A prompt that a stream changed to."""
 
     at: float
-    """Seconds into the video, rounded down so that a frame's time does not pass it."""
+    """Seconds into the video."""
     prompt: str
     style: str
 
 
-@dataclass
 class Gallery:
-    """Finished clips; the oldest goes with its files once there are too many."""
+    """Finished clips. If there are too many, the oldest of the visitor with the most clips goes with its files.
 
-    folder: Path
-    """Where files go."""
-    command: Callable[[Stream, list[Cue], int, Path], list[str]]
-    """Arguments that make the first so many latent frames of a stream again, with the prompts it was switched to;
-    the path is the clip's mp4, beside which lie its first frame as .png and .jsonl and its storyboard as .yaml."""
-    longest: float = 120.0
-    """Seconds of a clip."""
-    most: int = 200
-    """Clips kept."""
-    _clips: dict[str, Clip] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _gif_lock: threading.Lock = field(default_factory=threading.Lock)
+    Args:
+        folder: where files go. Clips that earlier runs left there count as those of one visitor.
+        command: arguments that make the first so many latent frames of a stream again, with the prompts it changed to;
+            the path is the clip's mp4.
+        longest: seconds of a clip.
+        most: clips kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        command: Callable[[StreamSpec, list[Cue], int, Path], list[str]],
+        *,
+        longest: float = 120.0,
+        most: int = 200,
+    ) -> None:
+        self.folder, self.longest = folder, longest
+        self._command, self._most = command, most
+        self._lock = threading.Lock()
+        self._clips: dict[str, Clip] = {}
+        self._stems: OrderedDict[str, str] = OrderedDict.fromkeys(_stems(folder), EARLIER_RUNS)  # with their visitors
+
+    def command_line(self, spec: StreamSpec, cues: list[Cue], latents: int, path: Path) -> str:
+        """The shell command that makes a clip again, without any control character."""
+        return " ".join(map(quoted, self._command(spec, cues, latents, path)))
 
     def add(self, clip: Clip) -> None:
-        """Show a clip; the oldest makes room."""
+        """Show a clip, and make room."""
         with self._lock:
             self._clips[clip.name] = clip
-            surplus = [self._clips.pop(name) for name in list(self._clips)[: -self.most]]
-        for old in surplus:
-            for suffix in SUFFIXES:
-                old.path.with_suffix(suffix).unlink(missing_ok=True)
+            self._stems[clip.path.stem] = clip.visitor
+            surplus = []
+            while len(self._stems) > self._most:
+                surplus.append(self._next_to_go())
+                del self._stems[surplus[-1]]
+            self._clips = {name: each for name, each in self._clips.items() if each.path.stem in self._stems}
+        for stem in surplus:
+            self._delete_files(stem)
+
+    def remove(self, clip: Clip) -> None:
+        """Delete a clip with its files."""
+        with self._lock:
+            self._clips.pop(clip.name, None)
+            self._stems.pop(clip.path.stem, None)
+        self._delete_files(clip.path.stem)
 
     def get(self, name: str) -> Clip | None:
         """The clip of that name."""
         with self._lock:
             return self._clips.get(name)
 
-    def of(self, owner: str) -> list[Clip]:
-        """Clips of one owner, the latest first."""
+    def of(self, session_id: str) -> list[Clip]:
+        """Clips of one session, the latest first."""
         with self._lock:
-            return [clip for clip in reversed(self._clips.values()) if clip.owner == owner]
+            return [clip for clip in reversed(self._clips.values()) if clip.session_id == session_id]
 
-    def gif(self, clip: Clip) -> Path:
-        """The clip as a looping GIF, made on first use: at most 160 frames, from first to last, 480 pixels high."""
-        from utils.video import sample_frames, write_gif
+    def _next_to_go(self) -> str:
+        """The oldest clip of the visitor with the most clips."""
+        visitor = greediest(self._stems.values())
+        return next(stem for stem, owner in self._stems.items() if owner == visitor)
 
-        path = clip.path.with_suffix(".gif")
-        with self._gif_lock:  # one at a time, as each holds its frames in memory
-            if not path.exists():
-                frames = sample_frames(clip.path, min(clip.frames, MOST_GIF_FRAMES))
-                step = -(-frames.shape[1] // MOST_GIF_HEIGHT)
-                write_gif(path, frames[:, ::step, ::step], clip.fps * len(frames) / clip.frames)
-        return path
+    def _delete_files(self, stem: str) -> None:
+        for suffix in SUFFIXES:
+            (self.folder / f"{stem}{suffix}").unlink(missing_ok=True)  # a link goes, what it points to stays
 
 
-class ClipRecorder:
-    """Writes one stream's chunks to its mp4. Used by one thread."""
+def _stems(folder: Path) -> list[str]:
+    """Stems of the clips that lie in a folder, the oldest first. Files of other names and links are not ours."""
+    found: dict[str, float] = {}
+    for path in folder.glob("*") if folder.is_dir() else ():
+        stem = next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+        if OWN_STEM.fullmatch(stem) and is_own_file(path):
+            found[stem] = max(found.get(stem, 0.0), path.lstat().st_mtime)
+    return sorted(found, key=found.__getitem__)
 
-    def __init__(self, gallery: Gallery, stream: Stream) -> None:
-        from utils.video import VideoWriter
 
-        self._gallery, self._stream = gallery, stream
-        self._name = secrets.token_hex(12)
-        self._path = gallery.folder / f"{safe_stem(stream.spec.prompt, 60)}-{self._name}.mp4"
-        self._files = ExitStack()
-        self._writer = self._files.enter_context(VideoWriter(self._path, stream.spec.fps, scale=stream.spec.scale))
-        self._frames = self._latents = 0
-        self._cues: list[Cue] = []
-        self._whole = True
+def quoted(argument: str) -> str:
+    """An argument for a POSIX shell. Control and direction characters are written as escapes, as in ``$'\\n'``."""
+    if not any(is_control(character) for character in argument):
+        return shlex.quote(argument)
+    pieces = []
+    for character in argument:
+        if is_control(character):
+            pieces.append("".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape")))
+        else:
+            pieces.append(f"\\{character}" if character in "\\'" else character)
+    return f"$'{''.join(pieces)}'"
 
-    def write(self, frames: Tensor, start_frame: int, end_frame: int) -> None:
-        """Append a chunk's frames, uint8 [F H W 3], of a range of latent frames, unless the clip is long enough."""
-        fps = self._stream.spec.fps
-        if self._frames >= self._gallery.longest * fps:
-            self._whole = False
-        if not self._whole:
-            return
-        at = math.floor(1000 * self._frames / fps) / 1000
-        switches = [switch for frame, switch in self._stream.switches if frame == start_frame]
-        self._cues += [Cue(at, switch.prompt, switch.style) for switch in switches]
-        self._writer.write(frames)
-        self._frames += len(frames)
-        self._latents = end_frame
 
-    def finish(self) -> Clip:
-        """Close the file and show it in the gallery."""
-        self._files.close()
-        spec = self._stream.spec
-        if spec.image is not None:
-            self._save_image(spec.image)
-        if self._cues:
-            board = [vars(cue) for cue in self._cues]
-            atomic_write_text(self._path.with_suffix(".yaml"), yaml.safe_dump(board, allow_unicode=True))
-        clip = Clip(
-            name=self._name,
-            owner=self._stream.owner,
-            path=self._path,
-            prompts=[spec.prompt, *(cue.prompt for cue in self._cues)],
-            frames=self._frames,
-            fps=spec.fps,
-            height=spec.height,
-            width=spec.width,
-            whole=self._whole,
-            command=shlex.join(self._gallery.command(self._stream, self._cues, self._latents, self._path)),
-        )
-        self._gallery.add(clip)
-        return clip
-
-    def _save_image(self, image: bytes) -> None:
-        """The first frame beside the clip, and the list that inference.py --i2v reads."""
-        path = self._path.with_suffix(".png")
-        atomic_write_bytes(path, image)
-        entry = {"image": path.name, "prompt": self._stream.spec.prompt}
-        atomic_write_text(self._path.with_suffix(".jsonl"), json.dumps(entry, ensure_ascii=False) + "\n")
+def is_control(character: str) -> bool:
+    """Whether a character moves the cursor, ends the line, or turns the direction of the text."""
+    return unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs") or unicodedata.bidirectional(character) in (
+        *("LRE", "RLE", "LRO", "RLO", "PDF"),
+        *("LRI", "RLI", "FSI", "PDI"),
+    )

@@ -1,22 +1,23 @@
-"""Who may talk to the server: host names, origins and passwords, checked before anything else sees a request."""
+"""Who may talk to the server: host names, origins, passwords and rates, checked before anything else sees a request."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import secrets
-from http.cookies import CookieError, SimpleCookie
+import ipaddress
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline.serving.limits import Count, Limits, Rate, visitor_of
+from pipeline.serving.passwords import COOKIE, Passwords
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-COOKIE = "self_forcing"
+HEALTH = "/healthz"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-WRONG_PASSWORD_SECONDS = 0.5
 # Everything comes from this server; Gradio's page needs inline scripts and eval.
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob:; "
@@ -29,77 +30,182 @@ HEADERS = {
 }
 
 
-class Guard:
-    """ASGI middleware.
+@dataclass(frozen=True)
+class Access:
+    """Who may come in, as the command line says it."""
 
-    Args:
-        app: what it guards.
-        hosts: names that a request's Host header may have, so that no foreign name can be pointed at this server; None
-            allows any.
-        auth: "user:password", asked for in HTTP's basic scheme; a cookie then stands in for it, as browsers do not
-            send it along with a WebSocket. None asks for nothing.
+    hosts: tuple[str, ...] | None
+    """Names that a request's Host header may have, so that no foreign name can be pointed at this server; None allows
+    any."""
+    origins: tuple[str, ...] = ()
+    """Host names whose pages may use this server besides its own, such as that of a proxy that changes Host."""
+    accounts: tuple[str, ...] = ()
+    """"user:password" each; empty asks for nothing."""
+    root_path: str = ""
+    """Path below which a proxy shows the server, such as "/wan"; it is taken off if the proxy has left it."""
+
+
+class Guard:
+    """ASGI middleware that refuses what may not come in, and slows down who asks for too much.
+
+    It passes the visitor on as ``scope["state"]["visitor"]``; see ``limits.visitor_of``.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: tuple[str, ...] | None, auth: str | None) -> None:
-        self._app, self._hosts, self._auth = app, hosts, auth
-        self._cookie = secrets.token_urlsafe(32)
+    def __init__(self, app: ASGIApp, access: Access, limits: Limits) -> None:
+        self._app, self._access, self._limits = app, access, limits
+        self._passwords = Passwords(access.accounts) if access.accounts else None
+        self._requests = Rate(limits.requests, 10 * limits.requests)
+        self._health_checks = Rate(limits.health_checks, limits.health_checks)
+        self._websockets = Count(limits.connections_each)
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._using_slots = Count(2**31)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal = self._refusal(scope, headers) or await self._check_password(headers)
-        if refusal is None:
-            await self._app(scope, receive, lambda message: send(self._with_headers(message)))
-        elif scope["type"] == "http":
+        address = visitor_of(scope["client"][0]) if scope["client"] else ""
+        user = None
+        refusal = self._foreign(scope, headers) or await self._too_often(scope, address)
+        if refusal is None and self._passwords is not None:
+            user, refusal = await self._sign_in(headers, address)
+        refusal = refusal or self._take_off_root(scope)
+        if refusal is not None:
+            await self._refuse(refusal, scope, receive, send)
+            return
+        visitor = user if user is not None and len(self._access.accounts) > 1 else address
+        scope.setdefault("state", {})["visitor"] = visitor
+        if scope["type"] == "websocket":
+            await self._pass_websocket(visitor, scope, receive, send)
+        else:
+            await self._pass_request(visitor, scope, receive, self._with_headers(scope, send, user))
+
+    async def _pass_websocket(self, visitor: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._websockets.enter(visitor):
+            await send({"type": "websocket.close", "code": 1013})
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._websockets.leave(visitor)
+
+    async def _pass_request(self, visitor: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a few requests of a visitor at a time, and count large answers as several requests."""
+
+        async def pay_and_send(message: Message) -> None:
+            wait = self._requests.spend(visitor, len(message.get("body", b"")) / self._limits.answer_bytes)
+            if wait:
+                await asyncio.sleep(wait)
+            await send(message)
+
+        if scope["path"] == HEALTH:  # whoever looks after the server does not wait behind others
+            await self._app(scope, receive, send)
+            return
+        slot = self._slots.setdefault(visitor, asyncio.Semaphore(self._limits.requests_at_once))
+        self._using_slots.enter(visitor)
+        try:
+            async with slot:
+                await self._app(scope, receive, pay_and_send)
+        finally:
+            self._using_slots.leave(visitor)
+            if not self._using_slots.of(visitor):
+                del self._slots[visitor]
+
+    def _foreign(self, scope: Scope, headers: Headers) -> Response | None:
+        """The refusal of a request that another site sent, or that was sent to another name."""
+        access, host = self._access, headers.get("host", "")
+        if access.hosts is not None and host_name(host) not in access.hosts:
+            return PlainTextResponse("this server answers to its own name only: see --allowed-host\n", 403)
+        origin = headers.get("origin")
+        changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
+        if changes and origin is not None and not self._is_own(origin, host):
+            return PlainTextResponse("requests from other sites are refused: see --allowed-host\n", 403)
+        return None
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        try:
+            parts = urlsplit(origin)
+            return parts.netloc.lower() == host.lower() or (parts.hostname or "") in self._access.origins
+        except ValueError:
+            return False
+
+    async def _too_often(self, scope: Scope, address: str) -> Response | None:
+        rate = self._health_checks if scope["path"].endswith(HEALTH) else self._requests
+        wait = rate.try_spend(address, self._limits.longest_wait)
+        if wait is None:
+            return PlainTextResponse("too many requests: slow down\n", 429, {"retry-after": "5"})
+        if wait:
+            await asyncio.sleep(wait)
+        return None
+
+    async def _sign_in(self, headers: Headers, address: str) -> tuple[str | None, Response | None]:
+        """The user, or the refusal."""
+        passwords = self._passwords
+        user = passwords.user_of_cookie(headers)
+        if user is not None:
+            return user, None
+        if "authorization" in headers:
+            wait = passwords.wait(address)
+            if wait:
+                text = "too many wrong passwords: wait and try again\n"
+                return None, PlainTextResponse(text, 429, {"retry-after": str(int(wait) + 1)})
+            user = passwords.user_of_password(headers, address)
+            if user is not None:
+                return user, None
+            await asyncio.sleep(min(passwords.wait(address), self._limits.longest_wait))
+        ask = {"www-authenticate": 'Basic realm="Self Forcing"'}
+        return None, PlainTextResponse("user and password, please\n", 401, ask)
+
+    def _take_off_root(self, scope: Scope) -> Response | None:
+        """Take the root path off, if it is there; a path without its last slash is sent to the page."""
+        root, path = self._access.root_path, scope["path"]
+        if not root or (path != root and not path.startswith(f"{root}/")):
+            return None
+        if path == root:
+            return RedirectResponse(f"{root}/")
+        scope["path"] = path[len(root) :]
+        raw = scope.get("raw_path")
+        if raw is not None and raw.startswith(f"{root}/".encode()):
+            scope["raw_path"] = raw[len(root) :]
+        return None
+
+    async def _refuse(self, refusal: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
             await refusal(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _refusal(self, scope: Scope, headers: Headers) -> PlainTextResponse | None:
-        host = headers.get("host", "")
-        if self._hosts is not None and _host_name(host) not in self._hosts:
-            return PlainTextResponse("this server answers to its own name only\n", 403)
-        origin = headers.get("origin")
-        changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
-        if changes and origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return PlainTextResponse("requests from other sites are refused\n", 403)
-        return None
+    def _with_headers(self, scope: Scope, send: Send, user: str | None) -> Send:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                if user is not None:
+                    secure = "; Secure" if scope["scheme"] == "https" else ""
+                    value = f"{COOKIE}={self._passwords.cookie(user)}; Path={self._access.root_path or '/'}"
+                    headers.append("set-cookie", f"{value}; HttpOnly; SameSite=Strict{secure}")
+            await send(message)
 
-    async def _check_password(self, headers: Headers) -> PlainTextResponse | None:
-        if self._auth is None or self._knows_cookie(headers) or self._knows_password(headers):
-            return None
-        if "authorization" in headers:
-            await asyncio.sleep(WRONG_PASSWORD_SECONDS)
-        return PlainTextResponse("user and password, please\n", 401, {"www-authenticate": 'Basic realm="Self Forcing"'})
+        return send_with_headers
 
-    def _knows_cookie(self, headers: Headers) -> bool:
+
+def proxy_check(proxies: Sequence[str]) -> Callable[[str], bool]:
+    """Whether an address is one of these proxies, given as addresses or networks."""
+    networks = [ipaddress.ip_network(proxy, strict=False) for proxy in proxies]
+
+    def is_proxy(address: str) -> bool:
         try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
             return False
-        return cookie is not None and secrets.compare_digest(cookie.value.encode(), self._cookie.encode())
+        return any(ip in network for network in networks)
 
-    def _knows_password(self, headers: Headers) -> bool:
-        scheme, _, value = headers.get("authorization", "").partition(" ")
-        try:
-            given = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError):
-            return False
-        return scheme.lower() == "basic" and secrets.compare_digest(given, self._auth.encode())
-
-    def _with_headers(self, message: Message) -> Message:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in HEADERS.items():
-                headers[name] = value
-            if self._auth is not None:
-                headers.append("set-cookie", f"{COOKIE}={self._cookie}; Path=/; HttpOnly; SameSite=Strict")
-        return message
+    return is_proxy
 
 
-def _host_name(host: str) -> str:
+def host_name(host: str) -> str:
     """The name in a Host header, without its port and brackets."""
     try:
         return urlsplit(f"//{host}").hostname or ""

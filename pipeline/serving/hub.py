@@ -1,7 +1,7 @@
-"""Several viewers, one model: a seat for each of the first few, a line for the rest, and turns of one chunk each.
+"""Several viewers, one model: turns of one chunk each.
 
-Three threads, in a row: the first denoises (the one thread that drives the sessions), the second decodes and packs
-frames, the third writes clips. The queues between them are short, so the slowest sets the pace.
+Three threads, in a row: the first denoises (it is the only one that drives sessions), the second decodes and packs
+frames, the third writes clips. The queues between them are short, so the slowest thread sets the pace.
 """
 
 from __future__ import annotations
@@ -13,152 +13,39 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from pipeline.serving.clips import ClipRecorder, Gallery
+from pipeline.serving.clips import Gallery
 from pipeline.serving.frames import frame_messages
-from pipeline.serving.pace import Pace
+from pipeline.serving.limits import Limits
+from pipeline.serving.outbox import Message
+from pipeline.serving.recorder import Recorders
+from pipeline.serving.seats import FairTurns, Seats
+from pipeline.serving.spec import PromptChange, StreamSpec
+from pipeline.serving.viewer import Session, Viewer
 
 if TYPE_CHECKING:
-    from pipeline.session import Chunk, SessionState, SwitchStyle
+    from pipeline.session import Chunk
 
 log = logging.getLogger(__name__)
 
 QUEUED_CHUNKS = 2  # between two threads
-BATCH_SECONDS = 0.25  # so much before it is wanted, a chunk may be made along with another
-IDLE_SECONDS = 600.0  # without a sign of life after which a seat is given up
-IDLE_SECONDS_IN_DEMAND = 20.0  # the same while others wait
-
-Message = dict[str, Any] | bytes
+BATCH_SECONDS = 0.25  # so long before it is wanted, a chunk may be made along with another
 
 
-@dataclass(frozen=True)
-class StreamSpec:
-    """What a viewer asked for, checked by the API; the demo turns it into a session."""
+@dataclass(frozen=True, eq=False)
+class FinishedBlock:
+    """A denoised chunk on its way to the viewer and to the clip; without a block, the end of the stream."""
 
-    prompt: str
-    height: int
-    width: int
-    fps: int
-    seed: int = 0
-    num_frames: int | None = None
-    """Latent frames; None never ends."""
-    steps: int | None = None
-    """Denoising steps a chunk; None is the model's own number."""
-    decoder: str = ""
-    """Name of the video decoder; "" is the first one on offer."""
-    precision: str = "full"
-    """Of the matrix products: full, or the name of a ``pipeline.optimize.Quantization``."""
-    compiled: bool = False
-    """Compile the denoiser."""
-    scale: int = 1
-    """Whole-number enlargement of the clip's file."""
-    image: bytes | None = field(default=None, repr=False)
-    """First frame, as a PNG."""
-
-    @property
-    def kind(self) -> tuple:
-        """Streams of the same kind can be made as one batch."""
-        return self.height, self.width, self.steps, self.decoder, self.precision, self.compiled
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A new prompt for a running stream."""
-
-    prompt: str
-    style: str
-    """Name of a ``pipeline.rollout.SwitchStyle``."""
-
-
-class Session(Protocol):
-    """What the hub needs of ``pipeline.session.StreamSession``."""
-
-    @property
-    def state(self) -> SessionState: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def stop(self) -> None: ...
-    def switch(self, prompt: str, style: SwitchStyle) -> None: ...
-    def denoise(self, wait: bool = True) -> Any: ...
-    def decode(self, block: Any) -> Chunk: ...
-
-
-class Stream:
-    """One viewer's running video. Its methods may be called from any thread."""
-
-    def __init__(self, hub: Hub, number: int, spec: StreamSpec, deliver: Callable[[Message], None], owner: str) -> None:
-        self.number = number
-        self.spec = spec
-        self.deliver = deliver
-        self.owner = owner
-        self.pace = Pace(spec.fps)
-        self.session: Session | None = None
-        self.recorder: ClipRecorder | None = None
-        self.paused = self.stopped = False
-        self.last_turn = 0.0
-        self.wanted_since = 0.0
-        self.heard_at = time.monotonic()
-        self._hub = hub
-        self.switches: list[tuple[int, Switch]] = []  # with the latent frame each took effect at
-        self._waiting: Switch | None = None  # for the session to hear of
-        self._taken: Switch | None = None  # by the session, but not in effect yet
-
-    def pause(self) -> None:
-        """Stop within a denoising step; the viewer keeps its seat."""
-        self._command(lambda session: session.pause(), paused=True)
-
-    def resume(self) -> None:
-        """Go on where it paused."""
-        self._command(lambda session: session.resume(), paused=False)
-
-    def stop(self) -> None:
-        """End within a denoising step; the clip so far is kept."""
-        with self._hub.wake:
-            self.stopped = True
-        self._command(lambda session: session.stop(), paused=False)
-        self._hub.fill_seats()
-
-    def switch(self, switch: Switch) -> None:
-        """Change the prompt at the next chunk; of several, all but the last are forgotten."""
-        with self._hub.wake:
-            self._waiting = switch
-            self.heard_at = time.monotonic()
-
-    def frame_sent(self) -> None:
-        """A frame of it was written to the socket."""
-        with self._hub.wake:
-            self.pace.sent += 1
-            self._hub.wake.notify_all()
-
-    def frames_shown(self, count: int) -> None:
-        """The viewer has shown the first ``count`` frames."""
-        with self._hub.wake:
-            self.heard_at = time.monotonic()
-            self.pace.report_shown(count, self.heard_at)
-            self._hub.wake.notify_all()
-
-    def take_switch(self) -> Switch | None:
-        """The change that came since the last turn."""
-        with self._hub.wake:
-            switch, self._waiting = self._waiting, None
-        self._taken = switch or self._taken
-        return switch
-
-    def note_switch(self, block: Any) -> None:
-        """Remember at which frame a change took effect: at once, or one block later where it came within one."""
-        if self._taken is not None and block.prompt == self._taken.prompt:
-            self.switches.append((block.start_frame, self._taken))
-            self._taken = None
-
-    def _command(self, command: Callable[[Session], None], *, paused: bool) -> None:
-        with self._hub.wake:
-            self.paused = paused
-            self.heard_at = self.wanted_since = time.monotonic()
-            session = self.session
-            self._hub.wake.notify_all()
-        if session is not None:
-            command(session)
+    viewer: Viewer
+    session: Session | None = None
+    block: Any = None
+    change: PromptChange | None = None
+    """The change of the prompt that takes effect with it."""
+    wanted: float = 0.0
+    """Since when it was wanted, in ``time.monotonic()`` seconds."""
+    started: float = 0.0
+    """When its turn began."""
 
 
 @dataclass
@@ -172,6 +59,13 @@ class Counters:
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage."""
 
+    def add_chunk(self, frames: int, timings: dict[str, float]) -> None:
+        """Count a chunk."""
+        self.chunks += 1
+        self.frames += frames
+        for stage, value in timings.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
 
 class Hub:
     """Seats, turns and the threads behind them.
@@ -179,229 +73,239 @@ class Hub:
     Args:
         max_viewers: streams that run at once; the others wait in line.
         gallery: where finished clips go.
-        denoise_together: the next blocks of several sessions of one kind, made as a batch; None makes one by one.
+        denoise_batch: makes the next blocks of several sessions of one kind as a batch; None makes one by one.
+        limits: how long seats are kept.
     """
 
     def __init__(
         self,
         max_viewers: int,
         gallery: Gallery,
-        denoise_together: Callable[[list[Session]], list[Any]] | None = None,
+        denoise_batch: Callable[[list[Session]], list[Any]] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         if max_viewers < 1:
             raise ValueError(f"max_viewers={max_viewers} must be at least 1")
-        self.max_viewers = max_viewers
-        self.wake = threading.Condition()
         self.counters = Counters()
-        self.seated: list[Stream] = []
-        self.line: list[Stream] = []
-        self._gallery = gallery
-        self._denoise_together = denoise_together
+        self._seats = Seats(max_viewers, limits or Limits())
+        self._wake = threading.Condition()
+        self._turns = FairTurns()
+        self._last_turn: dict[Viewer, float] = {}
+        self._places: dict[Viewer, int] = {}
+        self._recorders = Recorders(gallery)
+        self._denoise_batch = denoise_batch
         self._open_session: Callable[[StreamSpec], Session] | None = None
-        self._numbers = 0
         self._closing = False
-        self._to_decode: queue.Queue = queue.Queue(QUEUED_CHUNKS)
-        self._to_record: queue.Queue = queue.Queue(QUEUED_CHUNKS)
-        stages = {"generate": self._generate, "decode": self._decode, "record": self._write}
+        self._to_decode: queue.Queue[FinishedBlock | None] = queue.Queue(QUEUED_CHUNKS)
+        self._to_record: queue.Queue[tuple[FinishedBlock, Chunk | None] | None] = queue.Queue(QUEUED_CHUNKS)
+        stages = {"generate": self._generate, "decode": self._decode, "record": self._record}
         self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in stages.items()]
         for thread in self._threads:
             thread.start()
 
+    @property
+    def max_viewers(self) -> int:
+        """Streams that run at once."""
+        return self._seats.count
+
+    @property
+    def viewers(self) -> int:
+        """Streams that have a seat."""
+        return len(self._seats.taken)
+
+    @property
+    def waiting(self) -> int:
+        """Streams in line."""
+        return len(self._seats.line)
+
+    def place(self, viewer: Viewer) -> int | None:
+        """The place of a viewer in line, from 1; None if it does not wait."""
+        return self._places.get(viewer)
+
     def ready(self, open_session: Callable[[StreamSpec], Session]) -> None:
         """The model is loaded: streams that were asked for begin."""
-        with self.wake:
+        with self._wake:
             self._open_session = open_session
-            self.wake.notify_all()
+            self._wake.notify_all()
 
-    def submit(self, spec: StreamSpec, deliver: Callable[[Message], None], owner: str) -> Stream:
+    def submit(self, spec: StreamSpec, deliver: Callable[[Message], None], visitor: str, session_id: str) -> Viewer:
         """A new stream, seated or in line. ``deliver`` gets its messages from other threads and must not block."""
-        with self.wake:
-            self._numbers += 1
-            stream = Stream(self, self._numbers, spec, deliver, owner)
+        with self._wake:
             self.counters.streams += 1
-            self.line.append(stream)
-        self.fill_seats()
-        return stream
+            viewer = Viewer(
+                self.counters.streams,
+                spec,
+                visitor=visitor,
+                session_id=session_id,
+                deliver=deliver,
+                changed=self._look_again,
+            )
+            self._seats.join(viewer)
+            self._fill_seats()
+        return viewer
 
     def close(self) -> None:
         """Stop every stream and the threads; clips are finished first."""
-        with self.wake:
+        with self._wake:
             self._closing = True
-            streams = [*self.seated, *self.line]
-        for stream in streams:
-            stream.stop()
-        with self.wake:
-            self.wake.notify_all()
+            viewers = [*self._seats.taken, *self._seats.line]
+        for viewer in viewers:
+            viewer.stop()
+        self._look_again()
         for thread in self._threads:
             thread.join()
 
-    def fill_seats(self) -> None:
-        """Seat who comes next, and tell the others their place."""
-        with self.wake:
-            for stream in [stream for stream in self.line if stream.stopped]:
-                self.line.remove(stream)
-                stream.deliver({"type": "ended", "stream": stream.number, "frames": 0})
-            while self.line and len(self.seated) < self.max_viewers:
-                stream = self.line.pop(0)
-                stream.heard_at = stream.wanted_since = time.monotonic()
-                self.seated.append(stream)
-                stream.deliver({"type": "seated", "stream": stream.number})
-            for place, stream in enumerate(self.line, start=1):
-                stream.deliver({"type": "waiting", "stream": stream.number, "place": place})
-            self.wake.notify_all()
+    # Seats.
+
+    def _look_again(self) -> None:
+        with self._wake:
+            if any(viewer.stopped for viewer in self._seats.line):
+                self._fill_seats()
+            self._wake.notify_all()
+
+    def _fill_seats(self) -> None:
+        """Seat those who are next; the lock is held."""
+        for viewer in self._seats.drop_stopped():
+            viewer.deliver({"type": "ended", "stream": viewer.number, "frames": 0})
+            viewer.close()
+        for viewer in self._seats.fill():
+            viewer.seated()
+        self._places = {viewer: place for place, viewer in enumerate(self._seats.in_order(), start=1)}
+        self._wake.notify_all()
+
+    def _make_room(self, now: float) -> None:
+        if self._open_session is None:
+            return
+        for viewer, reason in self._seats.to_stop(now):
+            viewer.deliver({"type": "notice", "stream": viewer.number, "message": reason})
+            viewer.stop()
+
+    # The first thread: denoising.
 
     def _generate(self) -> None:
-        while streams := self._next_turn():
+        while turn := self._next_turn():
+            started = time.monotonic()
             try:
-                self._take_turn(streams)
+                self._take_turn(turn, started)
             except Exception as error:  # one viewer's failure is not the others'
-                for stream in streams:
-                    self._fail(stream, error)
-                    self._end(stream)
+                for viewer in turn:
+                    self._fail(viewer, error)
+                    if viewer in self._seats.taken:
+                        self._end(viewer)
+            spent = (time.monotonic() - started) / len(turn)
+            with self._wake:
+                for viewer in turn:
+                    self._turns.used(viewer.visitor, spent)
+            del turn
         self._to_decode.put(None)
 
-    def _next_turn(self) -> list[Stream]:
-        """The stream served longest ago among those that want a chunk, and those that can be made with it.
+    def _next_turn(self) -> dict[Viewer, float]:
+        """The viewers whose next chunks are made now, with the times since when they are wanted.
 
-        Waits for one; empty once all is closed.
+        That is the viewer whose visitor has used the least time, among those that want a chunk, and those whose chunks
+        can be made as one batch with its. Waits for one; empty once all is closed.
         """
-        with self.wake:
-            while not (self._closing and not self.seated):
-                self._stop_idle()
+        with self._wake:
+            while not (self._closing and not self._seats.taken):
                 now = time.monotonic()
-                due = {stream: self._due(stream) for stream in self.seated}
-                wanting = sorted((s for s in due if due[s] <= now), key=lambda stream: stream.last_turn)
+                self._make_room(now)
+                due = {viewer: self._due(viewer) for viewer in self._seats.taken}
+                used = self._turns.order(viewer.visitor for viewer in due)
+                wanting = [viewer for viewer in due if due[viewer] <= now]
                 if wanting:
-                    chosen = self._together(wanting[0], due, now)
-                    for stream in chosen:
-                        stream.last_turn = now
-                        stream.wanted_since = max(min(due[stream], now), stream.wanted_since)
-                    return chosen
-                self.wake.wait(min(min(due.values(), default=math.inf) - now, 1.0))
-        return []
+                    first = min(wanting, key=lambda v: (not v.stopped, used[v.visitor], self._last_turn.get(v, 0.0)))
+                    chosen = self._together(first, due, now)
+                    self._last_turn = {v: now if v in chosen else self._last_turn.get(v, 0.0) for v in due}
+                    return {viewer: viewer.turn_begins(due[viewer], now) for viewer in chosen}
+                self._wake.wait(min(min(due.values(), default=math.inf) - now, 1.0))
+        return {}
 
-    def _together(self, first: Stream, due: dict[Stream, float], now: float) -> list[Stream]:
-        """A stream and, where chunks are made in batches, those of its kind that want one about now."""
-        if self._denoise_together is None or first.stopped:
+    def _due(self, viewer: Viewer) -> float:
+        return viewer.due() if self._open_session is not None or viewer.stopped else math.inf
+
+    def _together(self, first: Viewer, due: dict[Viewer, float], now: float) -> list[Viewer]:
+        """A viewer and, if chunks are made in batches, those of its kind that want one about now."""
+        if self._denoise_batch is None or first.stopped:
             return [first]
-        return [
-            stream
-            for stream in due
-            if stream is first
-            or (stream.spec.kind == first.spec.kind and due[stream] <= now + BATCH_SECONDS and not stream.stopped)
-        ]
+        kind, soon = first.spec.kind, now + BATCH_SECONDS
+        return [v for v in due if v is first or (v.spec.kind == kind and due[v] <= soon and not v.stopped)]
 
-    def _due(self, stream: Stream) -> float:
-        if stream.stopped:
-            return 0.0
-        return math.inf if stream.paused or self._open_session is None else stream.pace.wanted_at()
-
-    def _stop_idle(self) -> None:
-        limit = IDLE_SECONDS_IN_DEMAND if self.line else IDLE_SECONDS
-        for stream in self.seated:
-            if self._open_session and not stream.stopped and time.monotonic() - stream.heard_at > limit:
-                stream.deliver({"type": "notice", "message": "Stopped: nobody was watching."})
-                stream.stopped = True
-                if stream.session is not None:
-                    stream.session.stop()
-
-    def _take_turn(self, streams: list[Stream]) -> None:
-        started = time.monotonic()
-        if streams[0].stopped:
-            self._end(streams[0])
+    def _take_turn(self, turn: dict[Viewer, float], started: float) -> None:
+        first = next(iter(turn))
+        if first.stopped:
+            self._end(first)
             return
-        for stream in streams:
-            self._prepare(stream)
-        if len(streams) == 1:
-            blocks = [streams[0].session.denoise(wait=False)]
-        else:
-            blocks = self._denoise_together([stream.session for stream in streams])
-        for stream, block in zip(streams, blocks, strict=True):
-            self._hand_on(stream, block, started)
+        for viewer in turn:
+            self._prepare(viewer)
+        sessions = [viewer.session for viewer in turn]
+        together = self._denoise_batch if len(turn) > 1 else lambda one: [one[0].denoise(wait=False)]
+        for (viewer, wanted), session, block in zip(turn.items(), sessions, together(sessions), strict=True):
+            self._hand_on(FinishedBlock(viewer, session, block, viewer.change_shown_by(block), wanted, started))
 
-    def _prepare(self, stream: Stream) -> None:
-        """Open the session of a new stream, and tell it of a new prompt."""
-        from pipeline.session import SwitchStyle
-
-        if stream.session is None:
-            self._open(stream)
-        switch = stream.take_switch()
-        if switch is not None:
-            stream.session.switch(switch.prompt, SwitchStyle[switch.style])
-
-    def _open(self, stream: Stream) -> None:
-        session = self._open_session(stream.spec)
-        with self.wake:
-            stream.session = session
-            stopped, paused = stream.stopped, stream.paused
-        if stopped:  # while it was being opened
-            session.stop()
-        elif paused:
-            session.pause()
-
-    def _hand_on(self, stream: Stream, block: Any, started: float) -> None:
-        """A block goes to the decoder; without one the stream may be over."""
+    def _hand_on(self, job: FinishedBlock) -> None:
+        """A block goes to the decoder. Without one the stream may be over."""
         from pipeline.session import SessionState
 
-        if block is not None:
-            stream.note_switch(block)
-            with self.wake:
-                stream.pace.pending += 1
-            self._to_decode.put((stream, block, started))
-        elif stream.session.state in (SessionState.stopped, SessionState.finished):
-            self._end(stream)
+        if job.block is not None:
+            job.viewer.block_made()
+            self._to_decode.put(job)
+        elif job.session.state in (SessionState.stopped, SessionState.finished):
+            self._end(job.viewer)
 
-    def _end(self, stream: Stream) -> None:
-        """Free the seat at once; what is still being decoded follows, then the clip."""
-        with self.wake:
-            self.seated.remove(stream)
-        self._to_decode.put((stream, None, 0.0))
-        self.fill_seats()
+    def _prepare(self, viewer: Viewer) -> None:
+        """Open the session of a new viewer, and tell it of a new prompt."""
+        from pipeline.session import SwitchStyle
+
+        if viewer.session is None:
+            viewer.open(self._open_session)
+        change = viewer.take_change()
+        if change is not None:
+            viewer.session.switch(change.prompt, SwitchStyle[change.style])
+
+    def _end(self, viewer: Viewer) -> None:
+        """Free the seat and the session at once; chunks that are still being decoded follow, then the clip."""
+        session = viewer.end()
+        with self._wake:
+            self._seats.leave(viewer)
+            self._last_turn.pop(viewer, None)
+            self._fill_seats()
+        self._to_decode.put(FinishedBlock(viewer, session))
+
+    # The second thread: decoding.
 
     def _decode(self) -> None:
         while (job := self._to_decode.get()) is not None:
-            stream, block, started = job
             try:
-                chunk = None if block is None else self._deliver_chunk(stream, block, started)
+                chunk = None if job.block is None else self._deliver_chunk(job)
+                self._to_record.put((job, chunk))
             except Exception as error:
-                self._drop(stream, error)
-                continue
-            self._to_record.put((stream, chunk, block))
+                self._drop(job.viewer, error)
+            chunk = job = None  # not kept while waiting for the next
         self._to_record.put(None)
 
-    def _drop(self, stream: Stream, error: Exception) -> None:
+    def _drop(self, viewer: Viewer, error: Exception) -> None:
         """A chunk that is not shown: the stream was stopped, or it cannot go on."""
         from pipeline.session import Stopped
 
         if not isinstance(error, Stopped):
-            self._fail(stream, error)
-            stream.stop()
+            self._fail(viewer, error)
+            viewer.stop()
 
-    def _deliver_chunk(self, stream: Stream, block: Any, started: float) -> Chunk:
+    def _deliver_chunk(self, job: FinishedBlock) -> Chunk:
         """Decode a chunk and hand its frames on."""
-        chunk = stream.session.decode(block)
-        ready, first = time.time(), stream.pace.produced
-        options = {"stream": stream.number, "first_frame": first, "chunk": chunk.index, "ready": ready}
+        viewer = job.viewer
+        chunk = job.session.decode(job.block)
+        ready, first = time.time(), viewer.pace.produced
+        options = {"stream": viewer.number, "first_frame": first, "chunk": chunk.index, "ready": ready}
         for message in frame_messages(chunk.frames, **options):
-            stream.deliver(message)
-        now = time.monotonic()
-        timings = dict(chunk.timings) | {
-            "encode": time.time() - ready,
-            "queue": max(0.0, started - stream.wanted_since),
-        }
-        with self.wake:
-            seconds = now - max(stream.wanted_since, stream.last_turn if stream.pace.produced == 0 else 0.0)
-            stream.pace.decoded(len(chunk.frames), seconds)
-            stream.wanted_since = now
-            self.counters.chunks += 1
-            self.counters.frames += len(chunk.frames)
-            for stage, value in timings.items():
-                self.counters.seconds[stage] = self.counters.seconds.get(stage, 0.0) + value
-            self.wake.notify_all()
-        stream.deliver(
+            viewer.deliver(message)
+        timings = dict(chunk.timings) | {"encode": time.time() - ready, "queue": max(0.0, job.started - job.wanted)}
+        viewer.chunk_ready(len(chunk.frames), job.wanted if first else job.started)
+        self.counters.add_chunk(len(chunk.frames), timings)
+        viewer.deliver(
             {
                 "type": "chunk",
-                "stream": stream.number,
+                "stream": viewer.number,
                 "chunk": chunk.index,
                 "first_frame": first,
                 "frames": len(chunk.frames),
@@ -409,33 +313,27 @@ class Hub:
                 "timings": {stage: round(value, 4) for stage, value in timings.items()},
             }
         )
+        self._look_again()
         return chunk
 
-    def _write(self) -> None:
-        while (job := self._to_record.get()) is not None:
-            stream, chunk, block = job
-            try:
-                self._record(stream, chunk, block)
-            except Exception as error:
-                self._fail(stream, error)
-                stream.stop()
+    # The third thread: clips.
 
-    def _record(self, stream: Stream, chunk: Chunk | None, block: Any) -> None:
-        """Add a chunk to the stream's clip; without one the stream has ended and the clip is finished."""
-        if chunk is not None:
-            if stream.recorder is None:
-                stream.recorder = ClipRecorder(self._gallery, stream)
-            stream.recorder.write(chunk.frames, block.start_frame, block.start_frame + block.latents.shape[1])
-            return
-        stream.deliver({"type": "ended", "stream": stream.number, "frames": stream.pace.produced})
-        if stream.recorder is not None:
-            clip = stream.recorder.finish()
-            stream.deliver({"type": "clip", "stream": stream.number, "clip": clip.describe()})
+    def _record(self) -> None:
+        while (entry := self._to_record.get()) is not None:
+            job, chunk = entry
+            if chunk is not None:
+                self._recorders.write(job.viewer, chunk.frames, job.block, job.change)
+            else:
+                frames = job.viewer.pace.produced
+                job.viewer.deliver({"type": "ended", "stream": job.viewer.number, "frames": frames})
+                self._recorders.finish(job.viewer)
+                job.viewer.close()
+            entry = job = chunk = None  # not kept while waiting for the next
 
-    def _fail(self, stream: Stream, error: Exception) -> None:
+    def _fail(self, viewer: Viewer, error: Exception) -> None:
         known = isinstance(error, ValueError)
         if not known:
-            log.error("stream %d failed", stream.number, exc_info=error)
+            log.error("stream %d failed", viewer.number, exc_info=error)
         self.counters.failures += 1
         message = str(error) if known else f"{type(error).__name__}: see the server's log"
-        stream.deliver({"type": "error", "stream": stream.number, "message": message})
+        viewer.deliver({"type": "error", "stream": viewer.number, "message": message})

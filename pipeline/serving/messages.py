@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from pipeline.serving.clips import is_control
 
 LONGEST_PROMPT = 2000  # characters
 MOST_SEED = 2**53 - 1  # what a JavaScript number holds exactly
 MOST_FPS = 60
 MOST_FRAMES = 100_000  # latent frames of a stream with an end
+SHOWN = 40  # characters of a wrong value in an error message
+KINDS = ("hello", "start", "switch", "pause", "resume", "stop", "shown")
 FULL_PRECISION = "full"  # the model's own
 DEFAULT_STYLE = "recache"  # of inference.py too
 
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST_PROMPT)]
+
+def one_line(prompt: str) -> str:
+    """A prompt on one line: control characters become spaces, so that no clip's command or file holds any."""
+    line = " ".join("".join(" " if is_control(character) else character for character in prompt).split())
+    if not line:
+        raise ValueError("the prompt is empty")
+    return line
+
+
+Prompt = Annotated[str, StringConstraints(max_length=LONGEST_PROMPT), AfterValidator(one_line)]
 
 
 class _Message(BaseModel):
@@ -28,7 +41,7 @@ class Hello(_Message):
 
 
 class Start(_Message):
-    """Begin a stream; one that runs is stopped."""
+    """Begin a stream; one that runs on this connection is stopped."""
 
     type: Literal["start"]
     prompt: Prompt
@@ -44,7 +57,7 @@ class Start(_Message):
     image: bool = False
 
 
-class Switch(_Message):
+class SwitchPrompt(_Message):
     """Change the prompt of the running stream at its next chunk."""
 
     type: Literal["switch"]
@@ -71,12 +84,32 @@ class Stop(_Message):
 
 
 class Shown(_Message):
-    """How many frames of the stream have been shown: what keeps it going."""
+    """How many frames of the stream have been shown. The stream goes on only while these come."""
 
     type: Literal["shown"]
     stream: int
     frames: Annotated[int, Field(ge=0)]
 
 
-ClientMessage = Hello | Start | Switch | Pause | Resume | Stop | Shown
+ClientMessage = Hello | Start | SwitchPrompt | Pause | Resume | Stop | Shown
 CLIENT_MESSAGE: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with a message, in words for a person: the field, its value and what it may be."""
+    first = error.errors(include_url=False)[0]
+    names = [str(part) for part in first["loc"] if part not in KINDS]
+    name = ".".join(names) or "the message"
+    if first["type"] in ("json_invalid", "union_tag_invalid", "union_tag_not_found", "model_type", "dict_type"):
+        return f"the message is not understood: {first['msg']}"
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a field of this message"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    if first["type"] == "string_too_long":
+        return f"the {name} has {len(first['input']):,} characters; at most {first['ctx']['max_length']:,} are taken"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    return f"{name} = {shown} is not possible: {first['msg'].removeprefix('Input ')}"

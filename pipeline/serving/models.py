@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.serving.clips import Cue
-from pipeline.serving.hub import Stream, StreamSpec
 from pipeline.serving.messages import DEFAULT_STYLE, FULL_PRECISION, LONGEST_PROMPT, MOST_FPS, MOST_SEED, Start
+from pipeline.serving.spec import StreamSpec
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ STYLES = {  # of a prompt switch, with what each does
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model comes from, as the command line said it: what a clip's command repeats."""
 
     read_config: Callable[[], PipelineConfig]
@@ -55,7 +55,7 @@ class Source:
 class Models:
     """Loads the parts once; streams share them. Another precision of the denoiser is loaded when first asked for."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self._source = source
         self._lock = threading.Lock()
         self._config: PipelineConfig
@@ -152,12 +152,15 @@ class Models:
             image=image,
         )
 
+    def is_prepared(self, spec: StreamSpec) -> bool:
+        """Whether the denoiser that a stream needs is in memory."""
+        wanted, special = (spec.precision, spec.compiled), self._special
+        return wanted == (FULL_PRECISION, False) or (special is not None and special[:2] == wanted)
+
     def prepare(self, spec: StreamSpec) -> None:
         """Load what a stream needs and is not there yet; streams that run go on meanwhile, with what they have."""
-        if (spec.precision, spec.compiled) == (FULL_PRECISION, False):
-            return
         with self._lock:
-            if self._special is not None and self._special[:2] == (spec.precision, spec.compiled):
+            if self.is_prepared(spec):
                 return
             self._special = (spec.precision, spec.compiled, self._load_special(spec))
         self._warm_up(replace(spec, image=None))
@@ -179,9 +182,15 @@ class Models:
         )
         return StreamSession(self._pipeline(spec), request)
 
-    def command(self, stream: Stream, cues: Sequence[Cue], latents: int, clip: Path) -> list[str]:
+    def denoise_batch(self, sessions: list[StreamSession]) -> list[LatentChunk | None]:
+        """The next chunks of several sessions, made as a batch."""
+        from pipeline import session
+
+        return session.denoise_together(sessions)
+
+    def command(self, spec: StreamSpec, cues: Sequence[Cue], latents: int, clip: Path) -> list[str]:
         """Arguments of the command that makes the first latent frames of a stream again; see ``clips.Gallery``."""
-        spec, video = stream.spec, self._config.video
+        video = self._config.video
         source = f"--prompt={spec.prompt}" if spec.image is None else f"--data_path={clip.with_suffix('.jsonl')}"
         command = ["python", "inference.py", *self._source.arguments, source]
         command += ["--i2v"] if spec.image is not None else []
@@ -254,13 +263,6 @@ class Models:
         session = self.open(spec)
         session.decode(session.denoise())
         session.stop()
-
-
-def denoise_together(sessions: list[StreamSession]) -> list[LatentChunk | None]:
-    """The next chunks of several sessions, made as a batch."""
-    from pipeline import session
-
-    return session.denoise_together(sessions)
 
 
 def offered_precisions(device: torch.device) -> list[str]:

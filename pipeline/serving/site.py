@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import TypeVar
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -18,8 +20,11 @@ OWN_PATHS = ("/api/", "/page/", "/healthz", "/metrics")
 TITLE = "Self Forcing"
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-HEAD = '<link rel="stylesheet" href="/page/style.css"><meta name="color-scheme" content="light dark">'
-ON_LOAD = "import('/page/app.js').then((app) => app.start(element));"
+# Relative to the page, which a proxy may show at any path.
+HEAD = '<link rel="stylesheet" href="page/style.css"><meta name="color-scheme" content="light dark">'
+ON_LOAD = "import(new URL('page/app.js', document.baseURI).href).then((app) => app.start(element));"
+
+T = TypeVar("T")
 
 
 class Site:
@@ -28,11 +33,14 @@ class Site:
     Args:
         server: its model begins to load when the application starts, after the page is ready.
         started: called on a thread once requests are answered.
-        failed: called once where the model does not load.
+        failed: called once if the model does not load.
+        root_path: the path below which a proxy shows the site, such as "/wan".
     """
 
-    def __init__(self, server: Server, *, started: Callable[[], None], failed: Callable[[], None]) -> None:
-        self._server, self._started, self._failed = server, started, failed
+    def __init__(
+        self, server: Server, *, started: Callable[[], None], failed: Callable[[], None], root_path: str = ""
+    ) -> None:
+        self._server, self._started, self._failed, self._root_path = server, started, failed, root_path
         self._api = create_app(server, lifespan=self._lifespan)
         self._page: ASGIApp | None = None
 
@@ -43,6 +51,8 @@ class Site:
             await send({"type": "websocket.close", "code": 1008})
         elif scope["method"] not in ("GET", "HEAD"):  # Gradio's own uploads and events are not used
             await PlainTextResponse("not here\n", 405)(scope, receive, send)
+        elif self._page is None and scope["path"] != "/":
+            await PlainTextResponse("not yet\n", 503, {"retry-after": "2"})(scope, receive, send)
         elif self._page is None:
             await HTMLResponse((PAGE / "splash.html").read_text(encoding="utf-8"))(scope, receive, send)
         else:
@@ -56,22 +66,46 @@ class Site:
                 yield
             finally:
                 start.cancel()
-                await run_in_threadpool(self._server.hub.close)
+                await run_in_threadpool(self._server.close)
 
     async def _start(self, stack: AsyncExitStack) -> None:
-        self._server.report("opening the page", 0.02)
-        await run_in_threadpool(self._started)
-        page = await run_in_threadpool(gradio_page)
-        await stack.enter_async_context(page.router.lifespan_context(page))
-        self._page = page
-        await run_in_threadpool(self._server.load)
+        """Open the page, then load the model. Whatever fails ends the server with its reason."""
+        try:
+            self._server.report("opening the page", 0.02)
+            await on_a_thread(self._started)
+            page = await on_a_thread(lambda: gradio_page(self._root_path))
+            await stack.enter_async_context(page.router.lifespan_context(page))
+            self._page = page
+            await on_a_thread(self._server.load)
+        except Exception as error:
+            self._server.fail(error)
         if self._server.error is not None:
             await asyncio.sleep(1.0)  # so that open pages hear why
             self._failed()
 
 
-def gradio_page() -> FastAPI:
-    """A Gradio application whose one component holds the page."""
+async def on_a_thread(run: Callable[[], T]) -> T:
+    """Run something long on a thread that does not keep the program from ending."""
+    loop, result = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def deliver(set_result: Callable, value: object) -> None:
+        if not result.done():
+            set_result(value)
+
+    def work() -> None:
+        try:
+            outcome = result.set_result, run()
+        except BaseException as error:
+            outcome = result.set_exception, error
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(deliver, *outcome)
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    return await result
+
+
+def gradio_page(root_path: str = "") -> FastAPI:
+    """A Gradio application whose one component holds the page, for a site below ``root_path``."""
     import gradio
 
     theme = gradio.themes.Base(font=SYSTEM_FONTS, font_mono=MONO_FONTS)
@@ -83,4 +117,5 @@ def gradio_page() -> FastAPI:
             elem_id="self-forcing",
         )
     app = FastAPI(openapi_url=None)
-    return gradio.mount_gradio_app(app, blocks, path="/", theme=theme, head=HEAD, footer_links=[], ssr_mode=False)
+    options = {"theme": theme, "head": HEAD, "footer_links": [], "ssr_mode": False, "root_path": root_path or None}
+    return gradio.mount_gradio_app(app, blocks, path="/", **options)

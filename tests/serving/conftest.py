@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.serving.browser import FLAGS, PATIENCE, find_chromium, leaves
+from tests.serving.served import serve  # noqa: F401, a fixture
 
 
 @pytest.fixture(scope="module")  # playwright keeps an event loop running meanwhile

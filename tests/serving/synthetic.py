@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from pipeline.serving.clips import Gallery
-from pipeline.serving.hub import Hub, StreamSpec
+from pipeline.serving.hub import Hub
+from pipeline.serving.limits import Limits
 from pipeline.serving.messages import Start
 from pipeline.serving.server import Server
+from pipeline.serving.spec import StreamSpec
 from pipeline.session import Chunk, SessionState, Stopped
 
 CHUNK_FRAMES = 12
@@ -122,6 +124,9 @@ class SyntheticModel:
         fps = message.fps or self.fps
         return StreamSpec(message.prompt, self.height, self.width, fps, message.seed, message.num_frames, image=image)
 
+    def is_prepared(self, spec: StreamSpec) -> bool:
+        return True
+
     def prepare(self, spec: StreamSpec) -> None:
         pass
 
@@ -129,19 +134,22 @@ class SyntheticModel:
         return SyntheticSession(spec, self.seconds)
 
     @staticmethod
-    def command(stream: Any, cues: list, latents: int, clip: Path) -> list[str]:
-        return ["make", stream.spec.prompt]
+    def command(spec: StreamSpec, cues: list, latents: int, clip: Path) -> list[str]:
+        return ["make", spec.prompt]
 
 
-def synthetic_server(folder: Path, model: SyntheticModel, *, max_viewers: int = 4) -> Server:
+def synthetic_server(
+    folder: Path, model: SyntheticModel, *, max_viewers: int = 4, limits: Limits | None = None, clips: int = 200
+) -> Server:
     """A server without a socket."""
-    gallery = Gallery(folder, model.command)
-    return Server(model, Hub(max_viewers, gallery), gallery)
+    gallery = Gallery(folder, model.command, most=clips)
+    return Server(model, Hub(max_viewers, gallery, limits=limits), gallery, limits)
 
 
 def main() -> None:
     import demo
-    from pipeline.serving.guard import LOOPBACK, Guard
+    from pipeline.serving.door import Door
+    from pipeline.serving.guard import LOOPBACK, Access, Guard
     from pipeline.serving.site import Site
 
     parser = argparse.ArgumentParser()
@@ -158,7 +166,8 @@ def main() -> None:
     )
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"open http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    demo.make_runner(Guard(site, hosts=LOOPBACK, auth=None)).run(sockets=[listener])
+    limits = Limits()
+    demo.make_runner(Guard(site, Access(LOOPBACK), limits), Door(limits), []).run(sockets=[listener])
 
 
 if __name__ == "__main__":

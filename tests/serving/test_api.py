@@ -3,102 +3,21 @@
 import json
 import random
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from io import BytesIO
 
-import httpx
 import pytest
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
 
-import demo
-from pipeline.serving.api import MOST_MISTAKES, create_app
-from pipeline.serving.frames import HEADER
-from pipeline.serving.guard import LOOPBACK, Guard
-from pipeline.serving.server import resident_bytes
+from pipeline.serving.connection import MOST_MISTAKES
+from pipeline.serving.guard import Access
+from pipeline.serving.status import resident_bytes
 from tests.serving.browser import wait_until
-from tests.serving.synthetic import SyntheticModel, synthetic_server
+from tests.serving.served import PATIENCE, Site
 
-PATIENCE = 10
 CROWD = 60
-
-
-class Site:
-    """A running server."""
-
-    def __init__(self, server, port: int) -> None:
-        self.server, self.port = server, port
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)
-
-    def connect(self, **options):
-        return connect(f"ws://127.0.0.1:{self.port}/api/v1/stream", **{"proxy": None, "close_timeout": 0.2} | options)
-
-    @contextmanager
-    def client(self, **options):
-        with self.connect(**options) as socket:
-            yield Client(socket)
-
-
-class Client:
-    """Speaks the protocol of docs/api.md."""
-
-    def __init__(self, socket) -> None:
-        self.socket = socket
-        self.send("hello")
-        self.session = self.wait_for("hello")["session"]
-
-    def send(self, kind: str, **fields) -> None:
-        self.socket.send(json.dumps({"type": kind} | fields))
-
-    def wait_for(self, kind: str) -> dict:
-        while True:
-            message = self.socket.recv(timeout=PATIENCE)
-            if isinstance(message, str) and json.loads(message)["type"] == kind:
-                return json.loads(message)
-
-    def frame(self) -> tuple:
-        """The next frame's header; says that it was shown."""
-        while isinstance(message := self.socket.recv(timeout=PATIENCE), str):
-            pass
-        header = HEADER.unpack_from(message)
-        self.send("shown", stream=header[1], frames=header[2] + 1)
-        return header
-
-    def frames_a_second(self, seconds: float) -> float:
-        count, deadline = 0, time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self.frame()
-            count += 1
-        return count / seconds
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Serves a synthetic model; many sites may run."""
-    running = []
-
-    def serve(model: SyntheticModel | None = None, *, auth: str | None = None, max_viewers: int = 4) -> Site:
-        server = synthetic_server(tmp_path, model or SyntheticModel(), max_viewers=max_viewers)
-        server.load()
-        listener = socket.create_server(("127.0.0.1", 0))
-        app = Guard(create_app(server), hosts=None if auth else LOOPBACK, auth=auth)
-        runner = demo.make_runner(app)
-        thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
-        thread.start()
-        running.append((runner, thread, server))
-        site = Site(server, listener.getsockname()[1])
-        wait_until(lambda: runner.started)
-        return site
-
-    yield serve
-    for runner, thread, server in running:
-        runner.should_exit = True
-        thread.join()
-        server.hub.close()
 
 
 def picture(size=(64, 48), kind: str = "PNG") -> bytes:
@@ -231,7 +150,7 @@ def test_other_names_for_this_machine_are_refused(serve):
 
 
 def test_a_password_is_asked_for_everywhere(serve):
-    site = serve(auth="me:secret")
+    site = serve(access=Access(None, accounts=("me:secret",)))
     for path in ("/healthz", "/api/v1/status", "/page/app.js"):
         assert site.http.get(path).status_code == 401
     assert site.http.get("/healthz", auth=("me", "wrong")).status_code == 401
@@ -255,10 +174,9 @@ def test_uploads_are_images_or_nothing(serve):
             assert site.http.put(url, content=data).status_code == 415
         assert site.http.put(url, content=bytes(11 * 2**20)).status_code == 413
         for data in (bomb(7_000), bomb(20_000)):
-            before, started = resident_bytes(), time.monotonic()
+            before = resident_bytes()
             refused = site.http.put(url, content=data)
             assert refused.status_code == 415 and "pixels" in refused.json()["detail"]
-            assert time.monotonic() - started < 1
             assert resident_bytes() - before < 50e6
     assert site.http.put("/api/v1/sessions/unknown/image", content=picture()).status_code == 404
 
@@ -299,10 +217,10 @@ def test_a_crowd_comes_and_goes_while_one_watches(serve):
             list(crowd)
         assert rate >= 0.9 * 24
         wait_until(lambda: site.server.connections == 1, PATIENCE)
-        wait_until(lambda: site.server.hub.seated and not site.server.hub.line, PATIENCE)
+        wait_until(lambda: site.server.hub.viewers and not site.server.hub.waiting, PATIENCE)
         watcher.send("stop")
         watcher.wait_for("clip")
-    wait_until(lambda: not site.server.hub.seated, PATIENCE)
+    wait_until(lambda: not site.server.hub.viewers, PATIENCE)
     assert resident_bytes() - before < 80e6
     for line in half_open:
         line.close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.serving.clips import MOST_GIF_FRAMES
+from pipeline.serving.gifs import MOST_FRAMES
 from tests.serving.browser import REPOSITORY, running, wait_until
 from utils.shapes import Scene, measure, render_at
 from utils.video import read_video
@@ -106,7 +106,7 @@ def test_a_visit(demo, open_page, tmp_path):
     clip = video[:9, 4::8, 4::8].permute(0, 3, 1, 2).float() / 127.5 - 1
     assert recognised(clip, RED_CIRCLE) >= RIGHT
     with Image.open(download(page, ".clip .gif", tmp_path / "clip.gif")) as gif:
-        assert gif.n_frames == min(len(video), MOST_GIF_FRAMES)
+        assert gif.n_frames == min(len(video), MOST_FRAMES)
     assert "--switch=" in page.evaluate("document.querySelector('.clip code').textContent")
 
 

@@ -8,23 +8,24 @@ import pytest
 
 from pipeline.serving.clips import Gallery
 from pipeline.serving.frames import HEADER
-from pipeline.serving.hub import Hub, StreamSpec, Switch
+from pipeline.serving.hub import Hub
+from pipeline.serving.spec import PromptChange, StreamSpec
 from tests.serving.synthetic import CHUNK_FRAMES, SyntheticModel, SyntheticSession
 
 SPEC = StreamSpec("numbers", 48, 48, fps=24)
 PATIENCE = 10.0
 
 
-class Viewer:
+class Client:
     """Keeps what it is sent; watches at once whatever comes unless it is told not to."""
 
-    def __init__(self, hub: Hub, spec: StreamSpec = SPEC, *, watches: bool = True) -> None:
+    def __init__(self, hub: Hub, spec: StreamSpec = SPEC, *, watches: bool = True, visitor: str = "me") -> None:
         self.messages: list[dict] = []
         self.frames: list[bytes] = []
         self.watches = watches
         self.changed = threading.Condition()
         self.stream = None
-        self.stream = hub.submit(spec, self.deliver, "owner")
+        self.stream = hub.submit(spec, self.deliver, visitor, "session")
 
     def deliver(self, message) -> None:
         with self.changed:
@@ -64,7 +65,7 @@ def open_hub(tmp_path):
 
 
 def test_a_stream_with_an_end_gives_its_frames_in_order_and_a_clip(open_hub):
-    viewer = Viewer(open_hub(), StreamSpec("numbers", 48, 48, fps=60, num_frames=9))
+    viewer = Client(open_hub(), StreamSpec("numbers", 48, 48, fps=60, num_frames=9))
     clip = viewer.wait_for("clip")["clip"]
     assert clip["frames"] == len(viewer.frames) == 3 * CHUNK_FRAMES
     assert [HEADER.unpack_from(frame)[2] for frame in viewer.frames] == list(range(3 * CHUNK_FRAMES))
@@ -73,7 +74,7 @@ def test_a_stream_with_an_end_gives_its_frames_in_order_and_a_clip(open_hub):
 
 def test_streams_asked_for_before_the_model_is_there_begin_with_it(tmp_path):
     hub = Hub(1, Gallery(tmp_path, SyntheticModel.command))
-    viewer = Viewer(hub)
+    viewer = Client(hub)
     time.sleep(0.1)
     assert not viewer.frames
     hub.ready(SyntheticModel().open)
@@ -83,8 +84,8 @@ def test_streams_asked_for_before_the_model_is_there_begin_with_it(tmp_path):
 
 def test_later_viewers_wait_and_see_their_place_move_up(open_hub):
     hub = open_hub(max_viewers=1)
-    first, second, third = (Viewer(hub) for _ in range(3))
-    assert [message["place"] for message in third.of("waiting")] == [2]
+    first, second, third = (Client(hub) for _ in range(3))
+    assert [hub.place(client.stream) for client in (first, second, third)] == [None, 1, 2]
     second.stream.stop()
     first.stream.stop()
     third.wait_for("seated")
@@ -103,7 +104,7 @@ def test_turns_are_fair(open_hub):
             return super().denoise(wait)
 
     hub = open_hub(open_session=lambda spec: Slow(spec, 0.02))
-    viewers = [Viewer(hub, StreamSpec(name, 48, 48, fps=60)) for name in "abc"]
+    viewers = [Client(hub, StreamSpec(name, 48, 48, fps=60)) for name in "abc"]
     for viewer in viewers:
         viewer.wait(lambda viewer=viewer: len(viewer.of("chunk")) >= 4)
     together = turns[turns.index("c") :][:9]
@@ -112,7 +113,7 @@ def test_turns_are_fair(open_hub):
 
 def test_a_viewer_that_does_not_watch_gets_little(open_hub):
     """The hub neither generates nor buffers for whoever takes nothing."""
-    viewer = Viewer(open_hub(), watches=False)
+    viewer = Client(open_hub(), watches=False)
     viewer.wait(lambda: viewer.frames)
     time.sleep(0.5)
     assert len(viewer.frames) <= 3 * CHUNK_FRAMES
@@ -120,13 +121,13 @@ def test_a_viewer_that_does_not_watch_gets_little(open_hub):
 
 def test_others_go_on_beside_a_viewer_that_hangs(open_hub):
     hub = open_hub()
-    hung, lively = Viewer(hub, watches=False), Viewer(hub)
+    hung, lively = Client(hub, watches=False), Client(hub)
     lively.wait(lambda: len(lively.frames) >= 6 * CHUNK_FRAMES)
     assert len(hung.frames) <= 3 * CHUNK_FRAMES
 
 
 def test_pause_holds_and_resume_goes_on(open_hub):
-    viewer = Viewer(open_hub())
+    viewer = Client(open_hub())
     viewer.wait(lambda: viewer.frames)
     viewer.stream.pause()
     time.sleep(0.1)
@@ -138,10 +139,10 @@ def test_pause_holds_and_resume_goes_on(open_hub):
 
 
 def test_a_switch_shows_in_the_next_chunk_and_in_the_clip(open_hub):
-    viewer = Viewer(open_hub(open_session=SyntheticModel(seconds=0.05).open))
+    viewer = Client(open_hub(open_session=SyntheticModel(seconds=0.05).open))
     viewer.wait_for("chunk")
     seen = len(viewer.of("chunk"))
-    viewer.stream.switch(Switch("letters", "recache"))
+    viewer.stream.change_prompt(PromptChange("letters", "recache"))
     viewer.wait(lambda: any(chunk["prompt"] == "letters" for chunk in viewer.of("chunk")))
     first = next(i for i, chunk in enumerate(viewer.of("chunk")) if chunk["prompt"] == "letters")
     assert first <= seen + 2
@@ -152,7 +153,7 @@ def test_a_switch_shows_in_the_next_chunk_and_in_the_clip(open_hub):
 def test_stop_does_not_wait_for_the_chunk(open_hub):
     """A session in the middle of a chunk of a minute is left within a moment, and its seat is free."""
     hub = open_hub(max_viewers=1, open_session=lambda spec: SyntheticSession(spec, 60 if spec.seed else 0))
-    busy, next_one = Viewer(hub, StreamSpec("numbers", 48, 48, 24, seed=1)), Viewer(hub)
+    busy, next_one = Client(hub, StreamSpec("numbers", 48, 48, 24, seed=1)), Client(hub)
     time.sleep(0.2)
     started = time.monotonic()
     busy.stream.stop()
@@ -168,7 +169,7 @@ def test_a_failing_session_tells_its_viewer_and_no_other(open_hub):
             return super().denoise(wait)
 
     hub = open_hub(open_session=Failing)
-    broken, fine = Viewer(hub, StreamSpec("broken", 48, 48, 24)), Viewer(hub)
+    broken, fine = Client(hub, StreamSpec("broken", 48, 48, 24)), Client(hub)
     assert broken.wait_for("error")["message"] == "no such thing"
     fine.wait(lambda: len(fine.frames) >= 4 * CHUNK_FRAMES)
     assert broken.wait_for("ended")
@@ -179,7 +180,7 @@ def test_closing_finishes_clips_and_leaves_no_thread(tmp_path):
     before = threading.active_count()
     hub = Hub(2, Gallery(tmp_path, SyntheticModel.command))
     hub.ready(SyntheticModel().open)
-    viewer = Viewer(hub)
+    viewer = Client(hub)
     viewer.wait(lambda: viewer.frames)
     hub.close()
     assert threading.active_count() == before
@@ -197,7 +198,7 @@ def test_streams_of_one_kind_share_a_batch(tmp_path):
         return [session.denoise(wait=False) for session in sessions]
 
     hub = Hub(4, Gallery(tmp_path, SyntheticModel.command), together)
-    viewers = [Viewer(hub, StreamSpec("numbers", side, side, 24)) for side in (48, 48, 64)]
+    viewers = [Client(hub, StreamSpec("numbers", side, side, 24)) for side in (48, 48, 64)]
     hub.ready(SyntheticSession)
     for viewer in viewers:
         viewer.wait(lambda viewer=viewer: len(viewer.of("chunk")) >= 3)

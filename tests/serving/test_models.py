@@ -4,7 +4,6 @@ import importlib.util
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import inference
 from pipeline.serving.clips import Cue, Gallery
 from pipeline.serving.hub import Hub
 from pipeline.serving.messages import Start
-from pipeline.serving.models import Models, Source, denoise_together, offered_precisions, step_list
+from pipeline.serving.models import Models, ModelSource, offered_precisions, step_list
 from pipeline.storyboard import read_storyboard
 from utils.errors import UserError
 
@@ -24,7 +23,7 @@ STEP_SECONDS = 0.5
 @pytest.fixture(scope="module")
 def models(release):
     stages = []
-    models = Models(Source(release.config, [f"--config_path={release.config_path}"]))
+    models = Models(ModelSource(release.config, [f"--config_path={release.config_path}"]))
     models.load(lambda stage, progress: stages.append((progress, stage)))
     assert stages == sorted(stages) and len(stages) > 3
     return models
@@ -72,7 +71,7 @@ def test_streams_made_as_a_batch_are_those_made_alone(models):
     specs = [models.spec(start(num_frames=6, seed=seed), None) for seed in (1, 2)]
     together = [models.open(spec) for spec in specs]
     for _ in range(2):
-        blocks = denoise_together(together)
+        blocks = models.denoise_batch(together)
         for spec, block in zip(specs, blocks, strict=True):
             alone = models.open(spec)
             for _ in range(block.index + 1):
@@ -82,8 +81,7 @@ def test_streams_made_as_a_batch_are_those_made_alone(models):
 
 def command_of(models, cues=(), latents=6, **fields) -> list[str]:
     image = b"" if fields.pop("with_image", False) else None
-    stream = SimpleNamespace(spec=models.spec(start(**fields), image))
-    return models.command(stream, list(cues), latents, Path("clips/cat-0123.mp4"))
+    return models.command(models.spec(start(**fields), image), list(cues), latents, Path("clips/cat-0123.mp4"))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_a_stop_takes_effect_within_one_step(models, tmp_path):
     hub = Hub(1, Gallery(tmp_path, models.command))
     hub.ready(models.open)
     try:
-        stream = hub.submit(models.spec(start(), None), deliver, "owner")
+        stream = hub.submit(models.spec(start(), None), deliver, "visitor", "session")
         assert begun.wait(10)
         stopped = time.monotonic()
         stream.stop()

@@ -1,7 +1,7 @@
 // The page: controls, figures and gallery around the player. It speaks the API of docs/api.md and nothing else.
-import { Connection } from "/page/connection.js";
-import { Player } from "/page/player.js";
-import { matchTheme, toggleTheme } from "/page/theme.js";
+import { API, Connection } from "./connection.js";
+import { Player } from "./player.js";
+import { matchTheme, toggleTheme } from "./theme.js";
 
 const CRISP_PIXELS = 256; // frames at most so wide are drawn with square pixels
 const LENGTHS = [1, 2, 4, 8]; // of the model's own length
@@ -351,7 +351,7 @@ class Page {
     const card = this.get("clip").content.cloneNode(true);
     const find = (selector) => card.querySelector(selector);
     const seconds = (clip.frames / clip.fps).toFixed(1);
-    const url = (kind) => `/api/v1/clips/${clip.name}.${kind}`;
+    const url = (kind) => new URL(`clips/${clip.name}.${kind}`, API).href;
     find("video").src = url("mp4");
     find(".prompt").textContent = clip.prompts.join(" → ");
     find(".prompt").title = clip.prompts.join("\n");

@@ -1,4 +1,5 @@
 // The WebSocket: says hello, comes back by itself when the line breaks, and keeps the session across reloads of the page.
+export const API = new URL("../api/v1/", import.meta.url); // wherever a proxy shows the site
 const KEY = "self-forcing-session";
 const RETRY_MS = 1000;
 
@@ -11,8 +12,9 @@ export class Connection {
   }
 
   open() {
-    const scheme = location.protocol === "https:" ? "wss" : "ws";
-    this.socket = new WebSocket(`${scheme}://${location.host}/api/v1/stream`);
+    const address = new URL("stream", API);
+    address.protocol = address.protocol.replace("http", "ws");
+    this.socket = new WebSocket(address);
     this.socket.binaryType = "arraybuffer";
     this.socket.onopen = () => this.send({ type: "hello", session: this.session });
     this.socket.onclose = () => {
@@ -35,7 +37,7 @@ export class Connection {
   }
 
   async putImage(file) {
-    const answer = await fetch(`/api/v1/sessions/${this.session}/image`, { method: "PUT", body: file });
+    const answer = await fetch(new URL(`sessions/${this.session}/image`, API), { method: "PUT", body: file });
     if (!answer.ok) throw new Error((await answer.json()).detail);
     return answer.json();
   }

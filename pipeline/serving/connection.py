@@ -1,0 +1,167 @@
+"""One client at the other end of a WebSocket, with at most one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import WebSocket, WebSocketDisconnect
+from pydantic import ValidationError
+from starlette.websockets import WebSocketState
+
+from pipeline.serving import messages
+from pipeline.serving.frames import HEADER
+from pipeline.serving.outbox import Outbox
+from pipeline.serving.server import Server
+from pipeline.serving.spec import PromptChange
+from pipeline.serving.viewer import Viewer
+from pipeline.serving.visitors import BrowserSession
+from utils.errors import UserError
+
+VERSION = 1
+MOST_MISTAKES = 20  # of one client before it is shown out
+SEND_SECONDS = 20.0  # a client that takes nothing for so long is gone
+HELLO_SECONDS = 10.0
+REPORT_SECONDS = 0.3  # between two looks at what a client is told about the server
+MEMORY_SECONDS = 3.0
+GONE = (WebSocketDisconnect, asyncio.TimeoutError, TimeoutError, OSError)  # what a client that leaves looks like
+
+
+class Connection:
+    """Serves one client until it goes.
+
+    Args:
+        visitor: whose share of everything it counts for; see ``limits.visitor_of``.
+    """
+
+    def __init__(self, server: Server, socket: WebSocket, visitor: str) -> None:
+        self._server, self._socket, self._visitor = server, socket, visitor
+        self._outbox = Outbox(asyncio.get_running_loop())
+        self._viewer: Viewer | None = None
+        self._session: BrowserSession
+
+    async def run(self) -> None:
+        """Greet the client, serve it, and stop its stream when it goes."""
+        await self._socket.accept()
+        try:
+            self._session = await self._greet()
+        except GONE:
+            return
+        try:
+            await self._serve()
+        except GONE:
+            pass
+        finally:
+            self._server.sessions.leave(self._session)
+            self._outbox.close()
+            if self._viewer is not None:
+                self._viewer.stop()
+
+    async def _greet(self) -> BrowserSession:
+        text = await asyncio.wait_for(self._socket.receive_text(), HELLO_SECONDS)
+        try:
+            hello = messages.Hello.model_validate_json(text)
+        except ValidationError:
+            await self._socket.close(1008, "the first message must be hello")
+            raise WebSocketDisconnect(1008) from None
+        session = self._server.sessions.greet(hello.session, self._visitor)
+        clips = [clip.describe() for clip in self._server.gallery.of(session.id)]
+        greeting = {"type": "hello", "version": VERSION, "session": session.id, "clips": clips}
+        await self._socket.send_json(greeting | {"image": session.image is not None})
+        return session
+
+    async def _serve(self) -> None:
+        """Receive, send and report until one of the three ends."""
+        runs = (self._receive, self._send, self._report, self._outbox.overrun.wait)
+        tasks = [asyncio.create_task(run()) for run in runs]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception) and not isinstance(result, GONE):
+                raise result
+        if self._outbox.overrun.is_set():
+            await self._socket.close(1013, "too slow")
+
+    async def _receive(self) -> None:
+        mistakes = 0
+        while self._socket.application_state is WebSocketState.CONNECTED:  # not if sending found it gone
+            try:
+                message = messages.CLIENT_MESSAGE.validate_json(await self._socket.receive_text())
+                await asyncio.sleep(self._server.messages.spend(self._visitor))
+                await self._obey(message)
+            except (ValidationError, UserError, KeyError) as error:  # KeyError: a binary message
+                mistakes += 1
+                self._outbox.put({"type": "error", "message": _in_words(error)})
+            if mistakes == MOST_MISTAKES:
+                await self._socket.close(1008, "too many mistakes")
+
+    async def _obey(self, message: messages.ClientMessage) -> None:
+        viewer = self._viewer
+        if isinstance(message, messages.Start):
+            await self._start(message)
+        elif viewer is None or isinstance(message, messages.Hello):
+            raise UserError(f"{message.type} is not possible now: no stream was started")
+        elif isinstance(message, messages.Shown):
+            if message.stream == viewer.number:
+                viewer.frames_shown(message.frames)
+        elif isinstance(message, messages.SwitchPrompt):
+            viewer.change_prompt(PromptChange(message.prompt, message.style))
+        else:
+            {"pause": viewer.pause, "resume": viewer.resume, "stop": viewer.stop}[message.type]()
+
+    async def _start(self, message: messages.Start) -> None:
+        server = self._server
+        if server.state != "ready":
+            raise UserError("the model is still loading")
+        image = self._session.image if message.image else None
+        if message.image and image is None:
+            raise UserError("no image was uploaded: upload one first")
+        spec = server.model.spec(message, image)
+        await server.take_start(self._visitor)
+        if self._viewer is not None:
+            self._viewer.stop()
+        await server.prepare(spec, self._visitor)
+        self._viewer = server.hub.submit(spec, self._outbox.put, self._visitor, self._session.id)
+
+    async def _send(self) -> None:
+        while True:
+            message = await self._outbox.get()
+            if isinstance(message, dict):
+                await asyncio.wait_for(self._socket.send_json(message), SEND_SECONDS)
+                continue
+            viewer = self._viewer
+            if viewer is not None and HEADER.unpack_from(message)[1] == viewer.number:  # not one that was replaced
+                await asyncio.wait_for(self._socket.send_bytes(message), SEND_SECONDS)
+                viewer.frame_sent()
+
+    async def _report(self) -> None:
+        """Say what changed in the status and in line, now and then the memory in use, and once what is on offer."""
+        told: dict[str, Any] = {}
+        place, since, offered = None, 0.0, False
+        while True:
+            status = self._server.status()
+            news = {key: value for key, value in status.items() if key != "memory"}
+            if news != told or since > MEMORY_SECONDS:
+                if self._server.state == "ready" and not offered:
+                    status, offered = status | {"options": self._server.model.options()}, True
+                self._outbox.put(status)
+                told, since = news, 0.0
+            place = self._tell_place(place)
+            await asyncio.sleep(REPORT_SECONDS)
+            since += REPORT_SECONDS
+
+    def _tell_place(self, told: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Say where the viewer is in line, if that changed."""
+        viewer = self._viewer
+        place = None if viewer is None else self._server.hub.place(viewer)
+        if place is None or (viewer.number, place) == told:
+            return told
+        self._outbox.put({"type": "waiting", "stream": viewer.number, "place": place})
+        return viewer.number, place
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return messages.explain(error)
+    return str(error) if isinstance(error, UserError) else "messages are text"

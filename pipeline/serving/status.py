@@ -1,0 +1,72 @@
+"""Figures of the server: memory, and the counters of /metrics."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from pipeline.serving.server import Server
+
+MEMORY_SECONDS = 1.0  # for which a figure of the memory is used again
+
+
+def memory_use() -> dict[str, float | None]:
+    """Gigabytes in use: ``ram`` of this process, ``vram`` of the GPU."""
+    torch = sys.modules.get("torch")  # not worth waiting for its import
+    vram = total = None
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():  # asking would open a context
+        free, total = torch.cuda.mem_get_info()
+        vram, total = (total - free) / 1e9, total / 1e9
+    return {"ram": resident_bytes() / 1e9, "vram": vram, "vram_total": total}
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return psutil.Process().memory_info().rss
+
+
+class Remembered:
+    """A figure that is measured again only after a while, however many ask for it."""
+
+    def __init__(self, measure: Callable[[], dict], seconds: float) -> None:
+        self._measure, self._seconds = measure, seconds
+        self._value: dict = {}
+        self._measured_at = float("-inf")
+
+    def __call__(self) -> dict:
+        now = time.monotonic()
+        if now - self._measured_at > self._seconds:
+            self._value, self._measured_at = self._measure(), now
+        return self._value
+
+
+def metrics_text(server: Server) -> str:
+    """All figures in Prometheus' text format, one a line with its type."""
+    hub, counters = server.hub, server.hub.counters
+    memory = server.memory()
+    vram = {"gpu_used_bytes": memory["vram"], "gpu_total_bytes": memory["vram_total"]}
+    figures = [
+        ("connections", "gauge", server.connections),
+        ("viewers", "gauge", hub.viewers),
+        ("waiting", "gauge", hub.waiting),
+        ("sessions", "gauge", len(server.sessions)),
+        ("model_ready", "gauge", int(server.state == "ready")),
+        ("streams_total", "counter", counters.streams),
+        ("chunks_total", "counter", counters.chunks),
+        ("frames_total", "counter", counters.frames),
+        ("failures_total", "counter", counters.failures),
+        ("resident_bytes", "gauge", round(memory["ram"] * 1e9)),
+        *((name, "gauge", round(value * 1e9)) for name, value in vram.items() if value is not None),
+    ]
+    lines = [f"# TYPE self_forcing_{name} {kind}\nself_forcing_{name} {value}" for name, kind, value in figures]
+    seconds = dict(counters.seconds)
+    if seconds:
+        lines.append("# TYPE self_forcing_stage_seconds_total counter")
+    for stage, value in sorted(seconds.items()):
+        lines.append(f'self_forcing_stage_seconds_total{{stage="{stage}"}} {value:.3f}')
+    return "\n".join(lines) + "\n"

@@ -1,1 +1,0 @@
-"""The long tests of what must not break, each a part of scripts/endure.py."""

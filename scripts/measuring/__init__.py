@@ -1,1 +1,0 @@
-"""What benchmark.py and doctor.py measure, and the machine they measure it on."""
