@@ -18,14 +18,14 @@ from model.weights.lora_read import load_lora
 from model.weights.transformer_read import read_transformer
 from model.weights.transformer_write import FORMATS
 from scripts.export import main
-from tests.fake_release import SMALL, FakeRelease, write_fake_release
+from tests.fake_release import SMALL, FakeRelease, copy_fake_release
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> FakeRelease:
-    return write_fake_release(tmp_path_factory.mktemp("fake"))
+    return copy_fake_release(tmp_path_factory, tmp_path_factory.mktemp("fake"))
 
 
 @pytest.fixture(scope="module")
