@@ -7,7 +7,7 @@ holds a manifest of the same step. Everything else belongs to somebody else: it 
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from utils.checkpoint_files import (
@@ -151,21 +151,36 @@ def _looks_own(folder: Path) -> bool:
 
 def _problem(folder: Path, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint, the same answer on every process; each verifies its share of the files."""
+    problem = _first_problem(lambda: _check_content(folder, ranks))
+    if problem is None:
+        problem = _first_problem(lambda: _check_meaning(folder) if ranks.is_main else None)
+    return problem
+
+
+def _first_problem(check: Callable[[], None]) -> str | None:
+    """The message of the first process whose check finds a damage; None if all are content."""
     problem = None
     try:
-        if (folder / ".metadata").exists() and not (folder / MANIFEST_FILE).exists():
-            raise DamagedCheckpoint("was written by an earlier version, in a format that can run code when it is read")
-        manifest = read_manifest(folder)
-        if manifest.step != step_of(folder):
-            raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} is that of step {manifest.step}")
-        verify(folder, manifest, ranks)
-        if ranks.is_main:
-            describe(folder, manifest)
-            if read_state(folder)["step"] != manifest.step:
-                raise DamagedCheckpoint(f"{folder / STATE_FILE} is that of another step")
+        check()
     except DamagedCheckpoint as error:
         problem = str(error)
     return next((each for each in gather_values(problem) if each is not None), None)
+
+
+def _check_content(folder: Path, ranks: Ranks) -> None:
+    if (folder / ".metadata").exists() and not (folder / MANIFEST_FILE).exists():
+        raise DamagedCheckpoint("an earlier version wrote it, in a format that can run code when it is read")
+    manifest = read_manifest(folder)
+    if manifest.step != step_of(folder):
+        raise DamagedCheckpoint(f"{MANIFEST_FILE} is that of step {manifest.step}")
+    verify(folder, manifest, ranks)
+
+
+def _check_meaning(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    describe(folder, manifest)
+    if read_state(folder)["step"] != manifest.step:
+        raise DamagedCheckpoint(f"{STATE_FILE} is that of another step")
 
 
 def _tell(folder: Path, good: str, named: str | None, problems: Mapping[str, str]) -> None:
