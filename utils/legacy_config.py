@@ -1,7 +1,7 @@
-"""What the official code's YAML keys are called here: an old file is answered with the lines to write instead.
+"""Answer a YAML file of the official code with the lines to write instead.
 
-`OFFICIAL_KEYS` is the one table: the keys of guandeh17/Self-Forcing and of its relatives CausVid, LongLive and
-Causal-Forcing.
+`OFFICIAL_KEYS` is the one table of the keys of guandeh17/Self-Forcing and of its relatives CausVid, LongLive,
+Causal-Forcing and krea-ai/realtime-video. A translation keeps the meaning that the value has there.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -14,11 +14,14 @@ import yaml
 from utils.errors import UserError
 
 Translation = Callable[[Any], dict[str, Any]]
-"""An old value -> our dotted keys with theirs."""
+"""An old value -> our dotted keys and their values."""
+InFile = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+"""The same, for a value whose meaning depends on the rest of the file."""
 
 VAE_SCALE = 8  # pixels a latent, of the Wan VAE
 VAE_FRAMES = 4  # frames a latent frame after the first
 MODELS = {"1.3B": "wan2.1-t2v-1.3b", "14B": "wan2.1-t2v-14b"}
+LONGLIVE_FRAMES = 21  # a window of LongLive, if streaming_chunk_size does not say it
 OBJECTIVES = {
     "ode": "ode_regression",
     "diffusion": "diffusion",
@@ -48,6 +51,43 @@ def _objective(name: str) -> dict[str, Any]:
     return {"objective": OBJECTIVES[name]} if name != "score_distillation" else {}  # distribution_loss says which
 
 
+def _guidance(scale: float, file: Mapping[str, Any]) -> dict[str, Any]:
+    """`guidance_scale` is that of a sampler, of the teacher of a consistency distillation, or of the real score."""
+    trainer = file.get("trainer")
+    if trainer == "consistency_distillation":
+        return {"consistency.guidance_scale": scale}
+    return {"sampling.guidance_scale" if trainer in ("diffusion", "ode") else "dmd.real_guidance_scale": scale}
+
+
+def _steps(steps: list[float], file: Mapping[str, Any]) -> dict[str, Any]:
+    """A final 0 ends the list; without backward simulation (CausVid) it is a step that is trained on too."""
+    ours: dict[str, Any] = {"rollout.denoising_steps": [step for step in steps if step > 0]}
+    trained_on = 0 in steps and file.get("backward_simulation") is False
+    return ours | ({"dmd.clean_step": True} if trained_on else {})
+
+
+def _lora(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """LongLive's LoRA, which the critic has too unless `apply_to_critic` denies it, and which has no average."""
+    sections = ["lora", "critic_lora"] if adapter.get("apply_to_critic", True) else ["lora"]
+    ours = {f"{section}.{name}": adapter[name] for section in sections for name in ("rank", "alpha")}
+    return ours | {"trainer.ema_decay": 0.0}
+
+
+def _windows(longest: int, file: Mapping[str, Any]) -> dict[str, Any]:
+    """LongLive's longest rollout as windows: the first shows `streaming_chunk_size` frames, the others add new ones."""
+    shown, new = file.get("streaming_chunk_size", LONGLIVE_FRAMES), file.get("streaming_min_new_frame", 18)
+    return {"long.windows": 1 + (longest - shown) // new, "long.overlap": shown - new}
+
+
+def _last_switch(frames: list[int], file: Mapping[str, Any]) -> dict[str, Any]:
+    shown, new = file.get("streaming_chunk_size", LONGLIVE_FRAMES), file.get("streaming_min_new_frame", 18)
+    return {"long.last_switch": 1 + (max(frames) - shown) // new}
+
+
+def _window_of_krea(frames: int, file: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rollout.window": frames + file.get("num_frame_per_block", 3)}
+
+
 def _video_shape(shape: list[int]) -> dict[str, Any]:
     _, frames, _, height, width = shape
     return {"video.num_frames": frames, "video.height": height * VAE_SCALE, "video.width": width * VAE_SCALE}
@@ -57,7 +97,7 @@ OFFICIAL_KEYS: dict[str, Translation] = {
     "generator_ckpt": to("student.weights"),
     "checkpoint_path": to("generator.weights"),
     "lora_ckpt": to("generator.lora"),
-    "adapter": lambda lora: {"lora.rank": lora["rank"], "lora.alpha": lora["alpha"]},
+    "adapter": _lora,
     "use_taehv": lambda on: {"codec.kind": "tiny", "codec.weights": "checkpoints/taew2_1.pth"} if on else {},
     "real_name": _network("real_score"),
     "fake_name": _network("fake_score"),
@@ -68,7 +108,6 @@ OFFICIAL_KEYS: dict[str, Translation] = {
     "distillation_loss": _objective,
     "teacher_forcing": lambda on: {"diffusion.forcing": "teacher_forcing" if on else "diffusion_forcing"},
     "causal": lambda on: {} if on else {"diffusion.forcing": "bidirectional"},
-    "denoising_step_list": lambda steps: {"rollout.denoising_steps": [step for step in steps if step > 0]},
     "warp_denoising_step": to("rollout.warp_denoising_step"),
     "num_frame_per_block": to("rollout.frames_per_chunk"),
     "independent_first_frame": to("rollout.independent_first_frame"),
@@ -78,8 +117,17 @@ OFFICIAL_KEYS: dict[str, Translation] = {
     "model_kwargs.timestep_shift": to("generator.shift", "student.shift"),
     "timestep_shift": to("generator.shift", "student.shift"),
     "gradient_checkpointing": to("student.gradient_checkpointing", "fake_score.gradient_checkpointing"),
-    "guidance_scale": to("dmd.real_guidance_scale"),
     "real_guidance_scale": to("dmd.real_guidance_scale"),
+    "fake_guidance_scale": to("dmd.fake_guidance_scale"),
+    "ts_schedule": to("dmd.ts_schedule"),
+    "ts_schedule_max": to("dmd.ts_schedule_max"),
+    "min_score_timestep": to("dmd.min_timestep"),
+    "noise_augmentation_max_timestep": to("diffusion.noise_augmentation_max_timestep"),
+    "global_sink": lambda on: {"rollout.recache_sink": not on},
+    "do_kv_recomp": to("rollout.recompute"),
+    "switch_prompt_path": to("data.switch_path"),
+    "streaming_chunk_size": to("video.num_frames"),
+    "use_ema": to("generator.use_ema"),
     "dfake_gen_update_ratio": to("dmd.critic_updates"),
     "sid_alpha": to("sid.alpha"),
     "gan_g_weight": to("gan.generator_weight"),
@@ -123,21 +171,38 @@ OFFICIAL_KEYS: dict[str, Translation] = {
     "output_folder": to("inference.output_folder"),
     "num_samples": to("inference.num_samples"),
 }
+IN_FILE: dict[str, InFile] = {
+    "guidance_scale": _guidance,
+    "denoising_step_list": _steps,
+    "streaming_max_length": _windows,
+    "switch_choices": _last_switch,
+    "kv_cache_num_frames": _window_of_krea,
+}
+"""Keys whose translation depends on other keys of the same file."""
 
 ITERATIONS = ("max_iters", "ema_start_step", "log_iters")
 """The official distillation counts updates of the critic; trainer.steps counts those of the generator."""
 
-# Where there is no key: an option of a command line, or nothing, because the code decides.
-OPTIONS = {"i2v": "--i2v", "use_ema": "--use_ema", "save_with_index": "--save_with_index", "output_path": "--logdir"}
+# Keys without a partner: an option of a command line takes their place, or nothing does, because the code decides.
+OPTIONS = {"i2v": "--i2v", "save_with_index": "--save_with_index", "output_path": "--logdir"}
 NO_KEY = (
     *("*_fsdp_wrap_strategy", "*_grad", "*_task", "*_task_type", "wandb_*", "sharding_strategy"),
-    *("ts_schedule", "ts_schedule_max", "num_train_timestep", "denoising_loss_type", "same_step_across_blocks"),
+    *("num_train_timestep", "denoising_loss_type", "same_step_across_blocks", "gc_interval", "ckpt_step"),
     *("last_step_only", "discriminator_lr_multiplier", "concat_time_embeddings", "num_class", "backward_simulation"),
-    *("load_raw_video", "gc_interval", "ckpt_step", "prompt_name", "prompt_path", "eval_first_n", "validate_first_n"),
-    *("inference_iter", "global_sink", "text_encoder_cpu_offload", "gradient_accumulation_steps"),
-    *("streaming_*", "switch_*", "vis_*", "val_batch_size", "val_switch_prompt_path", "slice_last_frames"),
-    *("min_num_training_frames", "train_first_chunk", "clear_context", "memorize", "fake_guidance_scale"),
-    *("use_trt", "enable_fp8", "do_kv_recomp", "noise_augmentation_max_timestep", "min_score_timestep"),
+    *("load_raw_video", "prompt_name", "prompt_path", "eval_first_n", "validate_first_n", "inference_iter"),
+    *("text_encoder_cpu_offload", "gradient_accumulation_steps", "streaming_training", "streaming_min_new_frame"),
+    *("streaming_possible_max_length", "switch_mode", "*switch_frame_ind*", "fixed_switch_index", "vis_*"),
+    *("val_batch_size", "val_switch_prompt_path", "slice_last_frames", "min_num_training_frames"),
+    *(
+        "train_first_chunk",
+        "clear_context",
+        "memorize",
+        "use_trt",
+        "enable_fp8",
+        "grad_accum",
+        "spatial_sf",
+        "is_causal",
+    ),
 )
 
 
@@ -147,7 +212,7 @@ def refuse_official_keys(values: Mapping[str, Any], known: Collection[str], sour
     found = [key for key in flat if (key not in known or isinstance(flat[key], str)) and _is_official(key)]
     if not found:
         return
-    answers = {key: _translate(key, flat[key]) for key in found}
+    answers = {key: _translate(key, flat) for key in found}
     lines = [f"  {key}: {', '.join(new)}" for key, new in answers.items() if new]
     if dropped := [key for key, new in answers.items() if not new]:
         lines.append(f"  no key here: {', '.join(dropped)}")
@@ -160,19 +225,27 @@ def refuse_official_keys(values: Mapping[str, Any], known: Collection[str], sour
 
 
 def _is_official(key: str) -> bool:
-    return key in OFFICIAL_KEYS or key in OPTIONS or any(fnmatchcase(str(key), pattern) for pattern in NO_KEY)
+    return (
+        key in OFFICIAL_KEYS
+        or key in IN_FILE
+        or key in OPTIONS
+        or any(fnmatchcase(str(key), pattern) for pattern in NO_KEY)
+    )
 
 
-def _translate(key: str, value: Any) -> list[str]:
-    """`section.key=value` for each new key; without the value where an old one makes no sense."""
+def _translate(key: str, file: Mapping[str, Any]) -> list[str]:
+    """Return `section.key=value` for each new key, or a sentence if the value is none that the official code takes."""
     if key in OPTIONS:
         return [f"the option {OPTIONS[key]}"]
-    if key not in OFFICIAL_KEYS:
-        return []
     try:
-        new = OFFICIAL_KEYS[key](value)
+        if key in IN_FILE:
+            new = IN_FILE[key](file[key], file)
+        elif key in OFFICIAL_KEYS:
+            new = OFFICIAL_KEYS[key](file[key])
+        else:
+            return []
     except (AttributeError, KeyError, TypeError, ValueError):
-        return [f"{_show(value)} is no value the official code takes"]
+        return [f"{_show(file[key])} is no value the official code takes"]
     return [f"{name}={_show(translated)}" for name, translated in new.items()]
 
 

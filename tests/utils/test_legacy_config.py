@@ -11,8 +11,9 @@ import train
 from trainer.config import Config
 from utils.config import load_config
 from utils.errors import UserError
-from utils.legacy_config import NO_KEY, OFFICIAL_KEYS
+from utils.legacy_config import IN_FILE, NO_KEY, OFFICIAL_KEYS
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 # A value the official configurations give each key of the table, where the value itself says something.
 OFFICIAL_VALUES = {
     "real_name": "Wan2.1-T2V-14B",
@@ -27,6 +28,17 @@ OFFICIAL_VALUES = {
     "use_taehv": True,
     "adapter": {"type": "lora", "rank": 256, "alpha": 256},
     "denoising_step_list": [1000, 757, 522, 0],
+    "guidance_scale": 3.0,
+    "streaming_max_length": 240,
+    "switch_choices": [21, 39, 201],
+    "kv_cache_num_frames": 3,
+    "lora_ckpt": "longlive_models/models/lora.pt",
+    "ts_schedule": False,
+    "ts_schedule_max": True,
+    "global_sink": False,
+    "do_kv_recomp": False,
+    "use_ema": True,
+    "ema_weight": 0.99,
     "model_kwargs.local_attn_size": 12,
     "relativistic_discriminator": True,
     "mixed_precision": True,
@@ -39,7 +51,8 @@ OFFICIAL_VALUES = {
 
 
 def new_keys(old: str) -> dict:
-    return OFFICIAL_KEYS[old](OFFICIAL_VALUES.get(old, 1))
+    value = OFFICIAL_VALUES.get(old, 1)
+    return IN_FILE[old](value, {}) if old in IN_FILE else OFFICIAL_KEYS[old](value)
 
 
 def answer(text: str, folder: Path) -> str:
@@ -51,7 +64,7 @@ def answer(text: str, folder: Path) -> str:
 
 def test_every_key_it_names_is_one_of_ours_and_takes_the_value(tmp_path):
     (tmp_path / "new.yaml").write_text("{}")
-    new = {key: value for old in OFFICIAL_KEYS for key, value in new_keys(old).items()}
+    new = {key: value for old in (*OFFICIAL_KEYS, *IN_FILE) for key, value in new_keys(old).items()}
     betas = {key: new.pop(key) for key in list(new) if key.endswith("]")}
     new |= {key.partition("[")[0]: [0.5, 0.5] for key in betas}
     assert len(betas) == 4
@@ -64,6 +77,38 @@ def test_values_that_mean_something_else_here_are_translated():
     assert new_keys("num_frames") == {"video.num_frames": 21}
     assert OFFICIAL_KEYS["model_kwargs.local_attn_size"](-1) == {"rollout.window": None}
     assert new_keys("real_name")["real_score.weights"] == "wan_models/Wan2.1-T2V-14B"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "key"),
+    [
+        ("score_distillation", "dmd.real_guidance_scale"),
+        ("gan", "dmd.real_guidance_scale"),
+        ("diffusion", "sampling.guidance_scale"),
+        ("consistency_distillation", "consistency.guidance_scale"),
+    ],
+)
+def test_guidance_scale_means_what_the_objective_of_the_file_reads(tmp_path, trainer, key):
+    text = f"trainer: {trainer}\nguidance_scale: 3.0\n"
+    assert f"  guidance_scale: {key}=3.0" in answer(text, tmp_path).split("\n")
+
+
+def test_the_windows_and_switches_of_longlive_are_counted(tmp_path):
+    """longlive_train_long.yaml: 240 frames are 13 windows, and 201 is before the twelfth of them."""
+    text = "streaming_chunk_size: 21\nstreaming_min_new_frame: 18\nstreaming_max_length: 240\nglobal_sink: false\n"
+    lines = answer(f"{text}switch_choices: [21, 39, 201]\n", tmp_path).split("\n")
+    assert "  streaming_max_length: long.windows=13, long.overlap=3" in lines
+    assert "  switch_choices: long.last_switch=11" in lines
+    assert "  global_sink: rollout.recache_sink=true" in lines
+    assert "  streaming_chunk_size: video.num_frames=21" in lines
+    ours = load_config(Config, REPOSITORY / "configs" / "longlive.yaml")
+    assert (ours.long.windows, ours.long.overlap, ours.long.last_switch, ours.video.num_frames) == (13, 3, 11, 21)
+
+
+def test_a_clean_step_is_trained_on_without_backward_simulation_only(tmp_path):
+    steps = "denoising_step_list: [1000, 757, 522, 0]\n"
+    assert "dmd.clean_step" not in answer(steps, tmp_path)
+    assert "dmd.clean_step=true" in answer(f"{steps}backward_simulation: false\n", tmp_path)
 
 
 def test_an_old_file_is_answered_key_by_key_and_nothing_is_loaded(tmp_path):
@@ -113,7 +158,7 @@ def test_an_old_key_on_the_command_line_is_recognised(tmp_path):
 
 def test_no_key_of_ours_is_taken_for_an_old_one():
     ours = {field.name for field in fields(Config)}
-    assert not ours & (OFFICIAL_KEYS.keys() - {"trainer"})
+    assert not ours & ((OFFICIAL_KEYS | IN_FILE).keys() - {"trainer"})
     assert not any(fnmatchcase(name, pattern) for name in ours for pattern in NO_KEY)
 
 
