@@ -145,5 +145,5 @@ def without_wrappers(key: str) -> str:
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered modules `prefix`.0, `prefix`.1, ... the names mention."""
-    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in state)
+    numbers = (re.match(rf"{re.escape(prefix)}\.(\d{{1,9}})\.", key) for key in state)
     return 1 + max((int(number[1]) for number in numbers if number), default=-1)

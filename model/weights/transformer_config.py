@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
 from model.transformer import PRESETS, WanConfig
 from model.weights.names import count_layers
-from model.weights.paths import CONFIG_FILE, find_part, read_config
+from model.weights.paths import CONFIG_FILE, find_part
 from utils.errors import UserError
+from utils.side_files import check_schema, read_json
 
 WAN_HEAD_DIM = 128
+ADAPTER_PARTS = (".lora_", ".lokr_", ".hada_", ".oft_")
 # diffusers' config.json → ours; the width is num_attention_heads * attention_head_dim.
 DIFFUSERS_TO_WAN = {
     "num_attention_heads": "num_heads",
@@ -31,11 +35,68 @@ UNKNOWN_TO_DIFFUSERS = ("prediction_type", "text_len")
 """Keys that diffusers does not have. They are written only if they differ from the values it assumes."""
 
 
-def transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset: str) -> WanConfig:
-    """Sizes of the weights `state`, with what tensors do not show (heads, text length, eps, prediction) from a
-    config.json in or beside `path`, or a preset of the same sizes, or Wan's own: heads of 128, flow.
+Size = Annotated[int, Field(strict=True, ge=1, le=2**20)]
+Layers = Annotated[int, Field(strict=True, ge=1, le=2**12)]
+TextLen = Annotated[int, Field(strict=True, ge=1, le=2**14)]
 
-    Sizes that config.json states are taken as stated: weights that contradict them do not fit and are refused.
+
+@dataclass
+class WanFile:
+    """The entries of a config.json of Wan's own or of ours; the others are ignored."""
+
+    model_type: str = "t2v"
+    """Must be t2v."""
+    dim: Size | None = None
+    ffn_dim: Size | None = None
+    num_heads: Size | None = None
+    num_layers: Layers | None = None
+    text_dim: Size | None = None
+    text_len: TextLen | None = None
+    freq_dim: Size | None = None
+    in_dim: Size | None = None
+    out_dim: Size | None = None
+    patch_size: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None
+    eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    prediction_type: str | None = None
+
+    def sizes(self) -> dict[str, object]:
+        """What is stated, named as in `WanConfig`."""
+        return {key: value for key, value in vars(self).items() if key != "model_type" and value is not None}
+
+
+@dataclass
+class DiffusersFile:
+    """The entries of diffusers' config.json; the others are ignored."""
+
+    num_attention_heads: Size
+    attention_head_dim: Size = WAN_HEAD_DIM
+    num_layers: Layers | None = None
+    ffn_dim: Size | None = None
+    freq_dim: Size | None = None
+    text_dim: Size | None = None
+    text_len: TextLen | None = None
+    in_channels: Size | None = None
+    out_channels: Size | None = None
+    patch_size: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None
+    eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    prediction_type: str | None = None
+
+    def sizes(self) -> dict[str, object]:
+        """What is stated, named as in `WanConfig`."""
+        named = {ours: vars(self)[theirs] for theirs, ours in DIFFUSERS_TO_WAN.items()}
+        dim = self.num_attention_heads * self.attention_head_dim
+        return {"dim": dim, **{key: value for key, value in named.items() if value is not None}}
+
+
+def transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset: str) -> WanConfig:
+    """The sizes of the weights `state`.
+
+    Tensors do not show the heads, the text length, eps and what the model predicts. These come from a config.json in or
+    beside `path`; without one, from a preset of the same sizes; else they are Wan's: heads of 128, and flow.
+
+    Raises:
+        UserError: the weights are not a Wan transformer's, or config.json makes no transformer. Sizes that it states
+            are taken as stated: weights that contradict them do not fit later.
     """
     sizes = _checked_sizes(state, path)
     declared = read_declared_config(path)
@@ -51,34 +112,24 @@ def transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset:
 def read_declared_config(path: str | Path) -> dict[str, object] | None:
     """What the config.json in a folder, or beside a file, says of a transformer, named as in `WanConfig`.
 
-    Original Wan, diffusers and our own are understood; None where there is none or, beside a file, one of another kind.
+    Original Wan, diffusers and our own are understood. None if there is no config.json, or one of another kind.
+
+    Raises:
+        UserError: names the key and the value that no transformer can have.
     """
     path = find_part(path, "transformer")
-    folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG_FILE).is_file():
+    file = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    if not file.is_file():
         return None
-    file, values = folder / CONFIG_FILE, read_config(folder)
-    values = {key: value for key, value in values.items() if value is not None}
-    is_diffusers = "num_attention_heads" in values
-    if not is_diffusers and "dim" not in values:
+    values = {key: value for key, value in read_json(file, dict).items() if value is not None}
+    if "num_attention_heads" in values:
+        return check_schema(values, DiffusersFile, str(file)).sizes()
+    if "dim" not in values:
         return None
-    sizes = {field.name for field in fields(WanConfig) if field.type == "int"}
-    names = {theirs: ours for theirs, ours in DIFFUSERS_TO_WAN.items() if theirs in values}
-    for key in values.keys() & {*sizes, "attention_head_dim", *(theirs for theirs in names if names[theirs] in sizes)}:
-        if type(values[key]) is not int or values[key] < 1:
-            raise UserError(f"{file}: {key}={values[key]!r} is not a positive whole number")
-    eps, patch = values.get("eps", 1e-6), values.get("patch_size", [1, 2, 2])
-    if type(eps) is not float or not 0 < eps < 1:
-        raise UserError(f"{file}: eps={eps!r} is not a number between 0 and 1")
-    if not isinstance(patch, list) or len(patch) != 3 or any(type(size) is not int or size < 1 for size in patch):
-        raise UserError(f"{file}: patch_size={patch!r} is not three positive whole numbers")
-    if values.get("model_type", "t2v") != "t2v":
-        raise UserError(f"{file}: model_type={values['model_type']!r}; only t2v models are supported")
-    if is_diffusers:
-        dim = values["num_attention_heads"] * values.get("attention_head_dim", WAN_HEAD_DIM)
-        return {"dim": dim, **{ours: values[theirs] for theirs, ours in names.items()}}
-    known = {field.name for field in fields(WanConfig)}
-    return {key: value for key, value in values.items() if key in known}
+    stated = check_schema(values, WanFile, str(file))
+    if stated.model_type != "t2v":
+        raise UserError(f"{file}: model_type={stated.model_type!r}; only t2v models are supported")
+    return stated.sizes()
 
 
 def infer_transformer_sizes(state: Mapping[str, Tensor]) -> dict[str, int | list[int]]:
@@ -119,7 +170,7 @@ def fitting_preset(state: Mapping[str, Tensor], *, first: str = "") -> str | Non
 
 
 def _checked_sizes(state: Mapping[str, Tensor], path: str | Path) -> dict:
-    if any(".lora_" in key for key in state):
+    if any(part in key for key in state for part in ADAPTER_PARTS):
         raise UserError(f"{path}: is a LoRA, not a whole model; give it as generator.lora beside generator.weights")
     try:
         return infer_transformer_sizes(state)
@@ -128,5 +179,6 @@ def _checked_sizes(state: Mapping[str, Tensor], path: str | Path) -> dict:
 
 
 def describe_sizes(state: Mapping[str, Tensor]) -> str:
+    """The sizes that tell models apart, for messages."""
     sizes = infer_transformer_sizes(state)
     return ", ".join(f"{name}={sizes[name]}" for name in ("dim", "ffn_dim", "num_layers"))

@@ -20,12 +20,14 @@ def read_transformer(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> WanTransformer:
-    """A transformer from weights in any format, of any size.
+    """Read a transformer of any size from weights in any format.
 
     Args:
-        preset: which preset to try first where no config.json says what tensors cannot.
+        path: a folder or a file, as for `load_state_dict`.
+        preset: the preset to try first if no config.json says what tensors cannot.
         use_ema: see `load_state_dict`.
-        dtype: None keeps the stored one.
+        dtype: None keeps the stored one, or bfloat16 for packed weights.
+        device: where the weights go.
 
     Raises:
         UserError: weights that are missing, damaged, not finite, or not those of a text-to-video Wan transformer, or
@@ -37,13 +39,14 @@ def read_transformer(
 
 
 def open_transformer(path: str | Path, *, preset: str, use_ema: bool | None = None) -> tuple[WanTransformer, StateDict]:
-    """A transformer without values (on the meta device) and the memory-mapped weights that fit it; see above."""
+    """A transformer without values (on the meta device) and the memory-mapped weights that fit it.
+
+    Arguments and errors are those of :func:`read_transformer`.
+    """
     state = load_state_dict(path, use_ema=use_ema)
     config = transformer_config(path, state, preset=preset)
-    if config.num_layers > 2 * len(state):  # building such a model would take for ever
-        raise UserError(
-            f"{path}: its config.json says num_layers={config.num_layers}; the weights have {describe_sizes(state)}"
-        )
+    if config.num_layers > len(state):  # building such a model would take very long
+        raise UserError(f"{path}: num_layers={config.num_layers}; the weights have {describe_sizes(state)}")
     try:
         with torch.device("meta"):
             model = WanTransformer(config)

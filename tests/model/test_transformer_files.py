@@ -162,16 +162,24 @@ def broken_folders(folder, state):
 
     sizes = asdict(LARGE)
     yield write("heads", state, sizes | {"num_heads": 3}), "num_heads=3"
-    yield write("zero", state, sizes | {"num_heads": 0}), r"config.json: num_heads=0 is not a positive whole number"
-    yield write("text", state, sizes | {"dim": "256"}), r"config.json: dim='256' is not a positive whole number"
-    yield write("patch", state, sizes | {"patch_size": 2}), "patch_size=2 is not three positive whole numbers"
-    yield write("eps", state, sizes | {"eps": "a"}), "eps='a' is not a number between 0 and 1"
-    yield write("deep", state, sizes | {"num_layers": 10**7}), "config.json says num_layers=10000000; the weights have"
-    yield write("wide", state, sizes | {"dim": 2**40, "num_heads": 2**33}), "config.json are beyond any model"
+    yield write("zero", state, sizes | {"num_heads": 0}), r"config.json: num_heads = 0: Input should be greater"
+    yield write("text", state, sizes | {"dim": "256"}), r"config.json: dim = '256': Input should be a valid integer"
+    yield write("patch", state, sizes | {"patch_size": 2}), "patch_size = 2: Input should be a valid list"
+    yield write("eps", state, sizes | {"eps": "a"}), "eps = 'a': Input should be a valid number"
+    yield (
+        write("deep", state, sizes | {"num_layers": 10**7}),
+        "num_layers = 10000000: Input should",
+    )
+    yield (
+        write("wide", state, sizes | {"dim": 2**40, "num_heads": 2**33}),
+        "json: dim = 1099511627776: Input should",
+    )
+    yield write("layers", state, sizes | {"num_layers": 4000}), "num_layers=4000; the weights have dim=256"
+    yield write("words", state, sizes | {"text_len": 2**40}), "text_len = 1099511627776: Input should be less"
     yield write("i2v", state, sizes | {"model_type": "i2v"}), "model_type='i2v'; only t2v"
     yield (
         write("diffusers", state, {"num_attention_heads": "2"}),
-        "num_attention_heads='2' is not a positive whole number",
+        "num_attention_heads = '2': Input should be a valid integer",
     )
     image = {**state, "img_emb.proj.0.weight": torch.zeros(3)}
     yield write("extra", image, sizes), r"img_emb.proj.0.weight \(file: \(3,\), model: not in it\)"
