@@ -16,11 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.weights import StateDict, count_layers, load_into, load_state_dict, read_config, save_folder
+from model.weights import CONFIG_FILE, StateDict, layer_numbers, load_into, load_state_dict, save_folder
 from utils.errors import UserError
+from utils.side_files import check_schema, read_json
 
 Memory = dict[int, Tensor]
 """Layer index -> the last frame [B 1 h w c] that layer has seen; empty before a stream begins."""
+
+
+MAX_SIZE, MAX_STAGES, MAX_BLOCKS = 2**14, 8, 64  # a config.json may come from anybody
 
 
 @dataclass
@@ -61,7 +65,11 @@ class TinyVAEConfig:
         sizes = (self.patch_size, self.latent_channels, *self.encoder_widths, *self.decoder_widths)
         if min(*sizes, *self.spatial_strides, *self.temporal_strides) < 1:
             raise ValueError(f"sizes and strides must be positive: {self}")
-        if self.latent_limit <= 0:
+        if max(*sizes, *self.spatial_strides, *self.temporal_strides) > MAX_SIZE or stages > MAX_STAGES:
+            raise ValueError(f"sizes above {MAX_SIZE} or more than {MAX_STAGES} stages: {self}")
+        if max(self.encoder_blocks, self.decoder_blocks) > MAX_BLOCKS:
+            raise ValueError(f"{self.encoder_blocks=} and {self.decoder_blocks=} must be at most {MAX_BLOCKS}")
+        if not 0 < self.latent_limit < math.inf:
             raise ValueError(f"{self.latent_limit=} must be positive")
         if min(self.encoder_blocks, self.decoder_blocks) < 0:
             raise ValueError(f"{self.encoder_blocks=} and {self.decoder_blocks=} must not be negative")
@@ -90,6 +98,19 @@ class TinyVAEConfig:
             area, latents = area * scale**2, latents * stride
             peak = max(peak, grown + (inner + outer) * area * latents)
         return (kept + peak) * dtype.itemsize
+
+
+def read_tiny_config(folder: str | Path) -> TinyVAEConfig:
+    """The sizes in the config.json of a TinyVAE's folder.
+
+    Raises:
+        UserError: it is missing, has other keys, or its values make no TinyVAE.
+    """
+    file = Path(folder) / CONFIG_FILE
+    values = read_json(file, dict)
+    if unknown := set(values) - {field.name for field in fields(TinyVAEConfig)}:
+        raise UserError(f"{folder}: config.json is not a TinyVAE's: it has the unknown keys {sorted(unknown)}")
+    return check_schema(values, TinyVAEConfig, f"{file}: not a TinyVAE's")
 
 
 TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {
@@ -195,7 +216,7 @@ def _infer_config(state: StateDict, source: str) -> TinyVAEConfig:
     """Sizes read off the tensors' shapes, but for `spatial_strides`, which leave no trace there."""
 
     def shapes(part: str, suffix: str) -> list[torch.Size]:
-        names = (f"{part}.{index}.{suffix}" for index in range(count_layers(state, part)))
+        names = (f"{part}.{index}.{suffix}" for index in layer_numbers(state, part))
         return [state[name].shape for name in names if name in state]
 
     encoder, decoder, pools = shapes("encoder", "weight"), shapes("decoder", "weight"), shapes("encoder", "conv.weight")
@@ -324,14 +345,7 @@ class TinyVAE(nn.Module):
         Raises:
             UserError: a file is missing, unreadable, or not a TinyVAE's.
         """
-        values = read_config(folder)
-        if unknown := set(values) - {field.name for field in fields(TinyVAEConfig)}:
-            raise UserError(f"{folder}: config.json is not a TinyVAE's: it has the unknown keys {sorted(unknown)}")
-        try:
-            config = TinyVAEConfig(**values)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{folder}: config.json is not a TinyVAE's: {error}") from error
-        return cls.from_file(folder, config)
+        return cls.from_file(folder, read_tiny_config(folder))
 
     @classmethod
     def from_file(cls, path: str | Path, config: TinyVAEConfig | None = None) -> "TinyVAE":

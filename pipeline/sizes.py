@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.transformer import PRESETS, WanConfig
-from model.weights import read_config
 from model.weights.transformer_config import read_declared_config
 from pipeline.config import CodecConfig, CodecKind, PipelineConfig
 from utils.errors import UserError
@@ -29,15 +28,10 @@ def transformer_config(path: Path | None, preset: str) -> WanConfig:
 
 def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
     """Sizes of a TinyVAE, known before weights load; of the Wan VAE those it shares with the published TAEHV."""
-    from model.tiny_vae import TinyVAEConfig
+    from model.tiny_vae import TinyVAEConfig, read_tiny_config
 
     path = Path(config.weights)
-    if config.kind is CodecKind.tiny and path.is_dir():
-        try:
-            return TinyVAEConfig(**read_config(path))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: config.json is not a TinyVAE's: {error}") from error
-    return TinyVAEConfig()
+    return read_tiny_config(path) if config.kind is CodecKind.tiny and path.is_dir() else TinyVAEConfig()
 
 
 def token_size(config: PipelineConfig) -> tuple[int, int]:

@@ -91,5 +91,9 @@ def _check_archive(path: Path) -> None:
     for member in members:
         if member.file_size > size or member.compress_size > size:
             raise UserError(f"{path}: {member.filename} declares {member.file_size} bytes in a file of {size}; refused")
+        if member.compress_type != zipfile.ZIP_STORED and "/data/" in member.filename:
+            raise UserError(
+                f"{path}: {member.filename} is compressed, and would be read wrongly; save it with torch.save"
+            )
         if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE_BYTES:
             raise UserError(f"{path}: {member.filename} holds more than {MAX_PICKLE_BYTES} bytes; refused")

@@ -18,6 +18,7 @@ from model.weights.names import (
     KeyMap,
     count_layers,
     diffusers_to_wan,
+    layer_numbers,
     rename_keys,
     wan_to_diffusers,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "count_layers",
     "diffusers_to_wan",
     "find_part",
+    "layer_numbers",
     "load_into",
     "load_state_dict",
     "not_found",

@@ -143,7 +143,12 @@ def without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in INNER_SEGMENTS)
 
 
+def layer_numbers(state: Mapping[str, Tensor], prefix: str) -> list[int]:
+    """The numbers n of the modules `prefix`.n that names mention, in order."""
+    numbers = (re.match(rf"{re.escape(prefix)}\.(\d{{1,9}})\.", key) for key in state)
+    return sorted({int(number[1]) for number in numbers if number})
+
+
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered modules `prefix`.0, `prefix`.1, ... the names mention."""
-    numbers = (re.match(rf"{re.escape(prefix)}\.(\d{{1,9}})\.", key) for key in state)
-    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
+    return len(layer_numbers(state, prefix))

@@ -174,3 +174,29 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "depth": 3}))
     with pytest.raises(UserError, match="depth"):
         TinyVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_blocks": 10**9}, "must be at most 64"),
+        ({"latent_channels": 2**40}, "sizes above 16384"),
+        ({"decoder_widths": "wide"}, "decoder_widths = 'wide'"),
+        ({"latent_limit": "NaN"}, "must be positive|latent_limit"),
+        ({"spatial_strides": [1] * 1000, "temporal_strides": [1] * 1000}, "needs 1001 entries|more than 8 stages"),
+    ],
+)
+def test_sizes_beyond_any_codec_are_refused_before_anything_is_built(tmp_path: Path, change, message) -> None:
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message) as error:
+        TinyVAE.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_layer_of_a_huge_number_does_not_cost_a_huge_search(tmp_path: Path) -> None:
+    state = make().state_dict() | {"encoder.999999999.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "taew.pth")
+    with pytest.raises(UserError, match=r"not a TAEHV|does not fit"):
+        TinyVAE.from_file(tmp_path / "taew.pth")
