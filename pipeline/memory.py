@@ -309,12 +309,25 @@ def plan(
         UserError: none fits, or weights that are missing or damaged.
     """
     measured = measure(config, device=device, dtype=dtype, use_ema=use_ema, text=text)
+    return choose_profile(config, measured, device=device, text=text, interactive=interactive, processes=processes)
+
+
+def choose_profile(
+    config: PipelineConfig,
+    measured: Sizes,
+    *,
+    device: torch.device,
+    text: bool = True,
+    interactive: bool = False,
+    processes: int = 1,
+) -> Plan:
+    """Choose the first profile whose need fits what is free; arguments and errors as :func:`plan`."""
     memory = "VRAM" if device.type == "cuda" else "RAM"
     ram = free_ram() // processes
     free = ram if memory == "RAM" else torch.cuda.mem_get_info(device)[0]
     allowed = free if config.vram is None else int(config.vram * GB)
     said = f"{_size(allowed)} of {memory} {'is free' if config.vram is None else 'is allowed (--vram)'}"
-    profiles = [profile.for_session() for profile in PROFILES] if interactive else PROFILES
+    profiles = [profile.for_session() for profile in PROFILES] if interactive else list(PROFILES)
     needs = [need(profile, measured, one_memory=memory == "RAM") for profile in profiles]
     for profile, needed in zip(profiles, needs, strict=True):
         if needed.device <= allowed and needed.ram <= ram:
@@ -322,16 +335,16 @@ def plan(
             if profile is not profiles[0]:
                 line += f"; everything resident takes {_size(needs[0].device)}"
             return Plan(profile, line + _advice(config, profile))
+    advice = _advice(config, profiles[-1])
     least = min(needs, key=lambda needed: needed.device)
     if least.device <= allowed:
         raise UserError(
-            f"not enough RAM: {_size(least.ram)} is needed for what waits there and {_size(ram)} is "
-            f"free; close other programs{_advice(config, profiles[-1])}"
+            f"not enough RAM: {_size(least.ram)} is needed for what waits there and {_size(ram)} is free; "
+            f"close other programs{advice}"
         )
     raise UserError(
         f"not enough {memory}: {_size(least.device)} is needed even with {profiles[-1]}, and {said}; "
-        f"make rollout.window, video.height or video.width smaller, or allow more with --vram"
-        f"{_advice(config, profiles[-1])}"
+        f"make rollout.window, video.height or video.width smaller, or allow more with --vram{advice}"
     )
 
 

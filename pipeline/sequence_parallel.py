@@ -34,7 +34,7 @@ def shard_sequence(transformer: WanTransformer) -> None:
 
 
 def _take_tokens(blocks: nn.Module, args: tuple) -> tuple:
-    """Of hidden states [B F T C] and the rotary table [... F T 1 D/2 2] this process's tokens."""
+    """Keep this process's tokens of hidden states [B F T C] and of the rotary table [... F T 1 D/2 2]."""
     x, modulation, texts, rotary = args
     processes, rank = dist.get_world_size(), dist.get_rank()
     if x.shape[2] % processes:

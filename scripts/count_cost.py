@@ -71,7 +71,7 @@ class Clip:
     width: int
 
     def tokens(self, config: WanConfig) -> int:
-        """Of one latent frame."""
+        """Number of tokens of one latent frame."""
         _, rows, columns = config.patch_size
         return (self.height // rows) * (self.width // columns)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scripts import benchmark
+from scripts.measuring import codecs, floors, inference
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -12,8 +13,8 @@ pytest_plugins = ["tests.shapes_parts"]
 @pytest.fixture
 def bench(release, tmp_path, monkeypatch, capsys):
     """Runs benchmark.py on the tiny release; returns its results and what it printed."""
-    monkeypatch.setattr(benchmark, "FLOOR_SIZES", benchmark.FLOOR_SIZES | {"dim": 24, "ffn_dim": 32, "num_layers": 1})
-    monkeypatch.setattr(benchmark, "FLOOR_LATENT", (4, 4))
+    monkeypatch.setattr(floors, "FLOOR_SIZES", floors.FLOOR_SIZES | {"dim": 24, "ffn_dim": 32, "num_layers": 1})
+    monkeypatch.setattr(floors, "FLOOR_LATENT", (4, 4))
 
     def run(what: str, *arguments: str) -> tuple[dict, str]:
         output = tmp_path / f"{what}.json"
@@ -37,7 +38,7 @@ def test_inference_shows_every_stage_and_adds_up(bench):
 
 @pytest.mark.parametrize("what", ["floor", "peer", "codec", "codec_peer"])
 def test_comparisons_measure_both_sides(bench, what, monkeypatch):
-    monkeypatch.setattr(benchmark, "PEER_LATENTS", (3, 2, 2))
+    monkeypatch.setattr(codecs, "PEER_LATENTS", (3, 2, 2))
     report, _ = bench(what)
     figures = report["results"][what]
     assert all(value > 0 for value in figures.values())
@@ -54,7 +55,7 @@ def test_a_session_shows_its_first_chunk_long_before_its_last(bench):
 
 
 def test_late_chunks_are_compared_with_early_ones(bench, monkeypatch):
-    monkeypatch.setattr(benchmark, "LATE_CHUNK", 30)
+    monkeypatch.setattr(inference, "LATE_CHUNK", 30)
     report, _ = bench("endless", "rollout.denoising_steps=[1000.0]")
     assert set(report["results"]["endless"]) == {"chunk 20 ms", "chunk 30 ms", "late / early"}
 

@@ -28,7 +28,6 @@ CIRCLES = {
 LONG_FUNCTIONS = {
     "inference.py:run",
     "model/transformer.py:forward",
-    "pipeline/memory.py:plan",
     "pipeline/rollout.py:rollout_passes",
     "pipeline/serving/api.py:_add_http_routes",
     "pipeline/text_to_video.py:from_config",
@@ -42,7 +41,6 @@ LONG_FILES = {
     "model/wan_vae.py",
     "pipeline/serving/hub.py",
     "pipeline/stream.py",
-    "scripts/benchmark.py",
     "trainer/report.py",
     "trainer/trainer.py",
 }
@@ -50,10 +48,7 @@ RIDDLES = {
     "model/wan_vae.py:_widest_bytes",
     "model/wan_vae.py:dtype",
     "model/weights/lora.py:shape",
-    "pipeline/sequence_parallel.py:_take_tokens",
     "pipeline/serving/models.py:switch_arguments",
-    "scripts/benchmark.py:seconds",
-    "scripts/count_cost.py:tokens",
     "trainer/micro_batch.py:indices",
 }
 

@@ -16,7 +16,7 @@ import train
 from model.transformer import WanTransformer
 from model.weights import load_into, load_state_dict
 from scripts import make_ode_pairs
-from scripts.kill_and_resume import repeated_metrics
+from scripts.endurance.kills import repeated_metrics
 from tests.made_once import made_once
 from tests.shapes_parts import SIZES
 from trainer.config import Config

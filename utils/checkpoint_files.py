@@ -193,10 +193,10 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_exact = False
     if not is_exact:
-        raise DamagedCheckpoint(f"{path} is damaged")
+        raise DamagedCheckpoint(f"{path.name} is damaged")
     for name in manifest.files:
         if name != STATE_FILE and not TENSOR_FILE.fullmatch(name):
-            raise DamagedCheckpoint(f"{path} lists {name!r}, which is no file of a checkpoint")
+            raise DamagedCheckpoint(f"{path.name} lists {name!r}, which is no file of a checkpoint")
     return manifest
 
 
@@ -207,20 +207,21 @@ def verify(folder: Path, manifest: Manifest, ranks: Ranks = Ranks()) -> None:  #
         DamagedCheckpoint: a file is missing, of another size, or of another content.
     """
     if STATE_FILE not in manifest.files:
-        raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} does not list {STATE_FILE}")
+        raise DamagedCheckpoint(f"{MANIFEST_FILE} does not list {STATE_FILE}")
     for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
         path, expected = folder / name, manifest.files[name]
         if (size := _size(path)) != expected.bytes:
-            raise DamagedCheckpoint(f"{path} has {size} bytes, but {expected.bytes} were written")
+            held = f"has {size} bytes" if size >= 0 else "is missing"
+            raise DamagedCheckpoint(f"{name} {held}, but {expected.bytes} bytes were written")
         try:
             with open(path, "rb") as file:
                 checksum = 0
                 while chunk := file.read(READ_BYTES):
                     checksum = zlib.crc32(chunk, checksum)
         except OSError as error:
-            raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+            raise DamagedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error
         if checksum != expected.crc32:
-            raise DamagedCheckpoint(f"{path} has changed since it was written (its CRC-32 differs)")
+            raise DamagedCheckpoint(f"{path.name} has changed since it was written (its CRC-32 differs)")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         is_whole = False
     if not is_whole:
-        raise DamagedCheckpoint(f"{path} is damaged")
+        raise DamagedCheckpoint(f"{path.name} is damaged")
     return state
 
 
@@ -256,10 +257,10 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, StoredTensor]:
                 held, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
                 stored = found.setdefault(name, StoredTensor(tuple(shape), dtype, []))
                 if stored.shape[1:] != held[1:] or len(stored.shape) != len(held) or stored.dtype != dtype:
-                    raise DamagedCheckpoint(f"{folder / file}: {name} has shape {held}, not rows of {stored.shape}")
+                    raise DamagedCheckpoint(f"{file}: {name} has shape {held}, not rows of {stored.shape}")
                 stored.parts.append(StoredPart(file, start, held[0] if held else 1))
     for name, stored in found.items():
-        _check_complete(folder, name, stored)
+        _check_complete(name, stored)
     return found
 
 
@@ -302,7 +303,7 @@ def _manifest_text(manifest: Manifest) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
-def _check_complete(folder: Path, name: str, stored: StoredTensor) -> None:
+def _check_complete(name: str, stored: StoredTensor) -> None:
     """The parts, one after the other, are the whole tensor: so no header asks for more memory than its file has."""
     end = 0
     for part in sorted(stored.parts, key=lambda part: (part.start, part.count)):
@@ -310,7 +311,7 @@ def _check_complete(folder: Path, name: str, stored: StoredTensor) -> None:
             break
         end += part.count
     if end != (stored.shape[0] if stored.shape else 1):
-        raise DamagedCheckpoint(f"{folder}: the parts of {name} do not make up a tensor of shape {stored.shape}")
+        raise DamagedCheckpoint(f"the parts of {name} do not make up a tensor of shape {stored.shape}")
 
 
 class _opened:
@@ -323,24 +324,26 @@ class _opened:
         try:
             self._file = safe_open(self.path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise DamagedCheckpoint(f"{self.path} cannot be read: {error}") from error
+            raise DamagedCheckpoint(f"{self.path.name} cannot be read: {error}") from error
         return self._file.__enter__()
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         self._file.__exit__(kind, error, traceback)
         if isinstance(error, (SafetensorError, KeyError, TypeError, ValueError, RecursionError)):
-            raise DamagedCheckpoint(f"{self.path} cannot be read: {error}") from error
+            raise DamagedCheckpoint(f"{self.path.name} cannot be read: {error}") from error
 
 
 def _read_own_file(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes, never through a symbolic link."""
     size = _size(path)
     if not 0 <= size <= limit:
-        raise DamagedCheckpoint(f"{path} is missing" if size < 0 else f"{path} has {size} bytes, more than {limit}")
+        raise DamagedCheckpoint(
+            f"{path.name} is missing" if size < 0 else f"{path.name} has {size} bytes, more than {limit}"
+        )
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+        raise DamagedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error
 
 
 def _size(path: Path) -> int:

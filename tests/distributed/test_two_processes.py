@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.kill_and_resume import compare, kill_often, launch, repeated_metrics, step_reached, wait
+from scripts.endurance.kills import compare, kill_often, launch, repeated_metrics, step_reached, wait
 from utils.checkpoint import read_about
 from utils.checkpoint_search import latest_checkpoint
 

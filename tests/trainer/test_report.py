@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from trainer import report
-from trainer.report import read_curves, read_run, render, write_report
+from trainer import charts, report
+from trainer.report import read_run, render, write_report
 from utils.video import VideoWriter
 
 VOID = {"meta", "br", "img", "link", "input", "line", "path"}
@@ -95,7 +95,15 @@ def test_of_a_step_done_twice_the_last_line_counts_and_a_torn_line_does_not(logd
     curves = read_run(logdir).curves
     loss = dict(curves["generator_loss"])
     assert list(loss) == list(range(1, 41)) and loss[25] == 7.0 and loss[7] is None
-    assert read_curves('[]\nnonsense\n{"no": 1}\n{"step": 2, "a": 1.5}\n') == {"a": [(2, 1.5)]}
+    (logdir / "metrics.jsonl").write_text('[]\nnonsense\n{"no": 1}\n{"step": 2, "a": 1.5}\n')
+    assert read_run(logdir).curves == {"a": [(2, 1.5)]}
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a", "just text", "\x00", "a: !!python/object/apply:os.getcwd []"])
+def test_a_damaged_configuration_costs_the_report_nothing_else(logdir, text, caplog):
+    (logdir / "config.yaml").write_text(text)
+    assert read_run(logdir).config == {} and caplog.text.count("config.yaml: is damaged") == 1
+    assert "generator loss" in write_report(logdir).read_text()
 
 
 def test_the_csv_holds_every_number(logdir):
@@ -118,11 +126,11 @@ def test_missing_pieces_are_left_out(tmp_path):
 
 def test_curves_that_hardly_move_or_span_decades_have_round_ticks_inside_the_chart():
     for values in ([1.0] * 3, [0.0] * 3, [1e-6, 1.0, 1e4], [-3.0, 5.0, 0.1], [2e-4, 1.9e-4, 1.8e-4]):
-        svg = report.chart("x", list(enumerate(values, start=1)))
+        svg = charts.chart("x", list(enumerate(values, start=1)))
         places = [float(y) for y in re.findall(r'<line x1="[\d.]+" x2="[\d.]+" y1="([-\d.]+)"', svg)]
-        assert places and all(0 <= y <= report.HEIGHT for y in places)
+        assert places and all(0 <= y <= charts.HEIGHT for y in places)
         drawn = re.search(r'class="raw" d="M([^"]*)"', svg)[1].split("L")
-        assert all(0 <= float(y) <= report.HEIGHT for _, y in (point.split() for point in drawn))
+        assert all(0 <= float(y) <= charts.HEIGHT for _, y in (point.split() for point in drawn))
 
 
 def test_a_missing_folder_is_one_line(tmp_path, capsys):

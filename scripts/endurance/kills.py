@@ -1,12 +1,7 @@
-"""Kill a training at random moments, resume it each time, and compare its end with that of one left alone, bit by bit.
-
-python scripts/kill_and_resume.py --config_path configs/shapes/self_forcing_dmd.yaml --logdir logs/kills \
-    [--kills 50] [--processes 2] [trainer.steps=100 trainer.save_every=2 ...]
-"""
+"""Kill a training at random moments and resume it: its end must equal that of one left alone to the last bit."""
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -17,10 +12,9 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts.endurance.figures import Figure
 
-from utils.cli import exit_code
-
+ROOT = Path(__file__).resolve().parents[2]
 SLOW_IMPORTS = (
     "transformers.models.umt5.modeling_umt5",
     "transformers.models.auto.tokenization_auto",
@@ -28,48 +22,44 @@ SLOW_IMPORTS = (
     "torch.distributed.tensor",
     "imageio",
 )
-
 UNFINISHED = ".step_*.unfinished"
 NOT_REPEATED = ("seconds", "memory", "samples_per_second")
-"""Beginnings of the metrics that tell of the machine."""
+"""The first letters of metrics that tell of the machine."""
+JOBS = ((1, 30, "trainer.save_in_background=false"), (2, 20, "trainer.save_in_background=true"))
+"""(processes, kills, how to save)"""
+SMALL = (
+    "trainer.steps=24",
+    "trainer.save_every=2",
+    "trainer.batch_size=1",
+    "video.num_frames=3",
+    "dmd.critic_updates=1",
+    "dmd.critic_head_start=2",
+    "dmd.replay_rollouts=2",
+    "optimizer.warmup_steps=0",
+)
+"""Steps of a second with the Shapes models."""
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True, help="as for train.py")
-    parser.add_argument("--logdir", required=True, help="a new folder, for both runs")
-    parser.add_argument("--kills", type=int, default=50, help="how often to send SIGKILL")
-    parser.add_argument("--processes", type=int, default=1, help="of the training, on this machine")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("overrides", nargs="*", help="any key of the configuration")
-    return parser.parse_intermixed_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    return exit_code(lambda: run(args))
-
-
-def run(args: argparse.Namespace) -> None:
-    from utils.errors import UserError
-
-    logdir = Path(args.logdir)
-    if logdir.exists():
-        raise UserError(f"--logdir={logdir} exists; name a new folder")
-    whole, killed = logdir / "whole", logdir / "killed"
-    flags = ["--config_path", args.config_path, "--no_visualize", *args.overrides]
-    started = time.monotonic()
-    wait(launch([*flags, "--logdir", str(whole)], args.processes))
-    during_save = kill_often(
-        [*flags, "--logdir", str(killed)], args.processes, args.kills, time.monotonic() - started, args.seed
-    )
-    differences = compare(whole, killed)
-    if differences:
-        raise UserError(f"{killed} ends differently from {whole}: {', '.join(differences[:5])}")
-    print(
-        f"{args.kills} kills, {during_save} of them while a checkpoint was being written: parameters, averages, "
-        "optimizers, data position and metrics end equal to the last bit"
-    )
+def run(folder: Path) -> list[Figure]:
+    """Kill Self Forcing (DMD) on Shapes 50 times, with one and with two processes."""
+    figures = []
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for processes, kills, saving in JOBS:
+        whole, killed = folder / f"whole-{processes}", folder / f"killed-{processes}"
+        config = str(ROOT / "configs" / "shapes" / "self_forcing_dmd.yaml")
+        flags = ["--config_path", config, "--no_visualize", *SMALL, saving]
+        started = time.monotonic()
+        wait(launch([*flags, "--logdir", str(whole)], processes))
+        duration = time.monotonic() - started
+        during_save = kill_often([*flags, "--logdir", str(killed)], processes, kills, duration / 2, seed=processes)
+        different = compare(whole, killed)
+        name = f"{processes} process{'es' * (processes > 1)}"
+        figures += [
+            Figure(f"{name}: SIGKILLs", kills, "-", True),
+            Figure(f"{name}: of these while a checkpoint was being written", during_save, "-", True),
+            Figure(f"{name}: tensors, values and metrics that differ at the end", len(different), "0", not different),
+        ]
+    return figures
 
 
 def kill_often(arguments: list[str], processes: int, kills: int, duration: float, seed: int) -> int:
@@ -176,7 +166,3 @@ def _train(arguments: list[str], environment: dict[str, object]) -> None:
     with logdir.with_name(f"{logdir.name}.{environment['RANK']}.log").open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
     sys.exit(train.main(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What doctor.py finds out about a machine, and what it tries there."""

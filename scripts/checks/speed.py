@@ -1,0 +1,61 @@
+"""The table of doctor.py --benchmark: measurements of benchmark.py, with random weights of full size on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from pipeline import memory
+from pipeline.config import load_pipeline_config
+from scripts.benchmark import measure
+from scripts.checks.facts import installed, preset_sizes
+from scripts.measuring.bench import Bench, Figures
+
+FULL, SHAPES = "configs/self_forcing_dmd.yaml", "configs/shapes/self_forcing_dmd.yaml"
+TAEHV = ("codec.kind=tiny",)
+
+
+class Row(NamedTuple):
+    """A measurement of the table."""
+
+    title: str
+    name: str
+    """Its name in benchmark.py."""
+    config_path: str
+    overrides: tuple[str, ...] = ()
+    repeats: int = 3
+
+
+def rows(device: torch.device) -> Iterator[Row]:
+    """What is measured on a device."""
+    if device.type == "cuda":
+        yield Row("1.3B at 480x832, Wan VAE", "inference", FULL)
+        yield Row("the same, compiled", "inference", FULL, ("optimize.compile=default",))
+        yield Row("session, Wan VAE", "session", FULL)
+        yield Row("session, TAEHV", "session", FULL, TAEHV)
+        yield Row("session, TAEHV, compiled", "session", FULL, ("optimize.compile=default", *TAEHV))
+        yield Row("Wan VAE, 81 frames", "codec", FULL)
+        yield Row("TAEHV, 81 frames", "codec", FULL, TAEHV)
+    else:
+        yield Row("Shapes at 64x64", "inference", SHAPES, ("generator.preset=shapes", *TAEHV))
+        yield Row("session", "session", SHAPES, ("generator.preset=shapes", *TAEHV))
+    yield Row("rollout over bare products", "floor", FULL)
+    if installed("diffusers"):
+        yield Row("one pass, beside diffusers", "peer", FULL)
+        yield Row("Wan VAE, beside diffusers", "codec_peer", FULL, repeats=1)
+
+
+def measure_row(row: Row, device: torch.device) -> Figures:
+    """The figures of a row, by the names that benchmark.py gives them."""
+    config = load_pipeline_config(row.config_path, row.overrides)
+    bench = Bench(config, device, config_path=row.config_path, repeats=row.repeats, random_weights=True)
+    figures = measure(row.name, bench)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if row.name == "inference":
+            sizes = preset_sizes(config, device, bench.dtype)
+            needed = memory.need(memory.PROFILES[0], sizes, one_memory=False).device
+            figures["estimated memory GiB"] = needed / 2**30
+    return figures

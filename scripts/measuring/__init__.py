@@ -1,0 +1,1 @@
+"""What benchmark.py and doctor.py measure, and the machine they measure it on."""

@@ -1,0 +1,120 @@
+"""Our passes over what they cannot be faster than, and over those of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kv_cache import KVCache
+from model.transformer import WanConfig, WanTransformer
+from model.weights import wan_to_diffusers
+from pipeline.optimize import optimize
+from scripts.measuring.bench import Bench, Figures
+
+FLOOR_SIZES = {"dim": 384, "ffn_dim": 1536, "num_heads": 6, "num_layers": 6, "text_dim": 64, "text_len": 32}
+FLOOR_LATENT = (16, 24)
+FLOOR_FRAMES = 21
+
+
+def measure_floor(bench: Bench) -> Figures:
+    """A cached rollout over the bare matrix products and attention of its shapes, pass by pass in turn."""
+    sizes = WanConfig(**FLOOR_SIZES)
+    transformer = WanTransformer(sizes).to(bench.device, bench.dtype)
+    optimize(transformer, bench.config.optimize)
+    size, steps = bench.config.rollout.frames_per_chunk, len(bench.config.rollout.denoising_steps)
+    latents, embeds = floor_inputs(sizes, size, transformer.head.head.bias)
+    forward = partial(transformer, latents, torch.full((1, 1), 500.0, device=bench.device), embeds)
+    cache = KVCache(sizes.num_layers)
+    cache.reset(FLOOR_FRAMES)
+    ours = floor = 0.0
+    with torch.inference_mode():
+        for start in range(0, FLOOR_FRAMES, size):
+            options = {"cache": cache, "start_frame": start}
+            commits = start + size < FLOOR_FRAMES
+            denoised, committed, products = bench.in_turn(
+                partial(forward, **options),
+                partial(forward, **options, output_frames=0),
+                bare_pass(sizes, size, start + size, latents),
+            )
+            ours += steps * denoised + commits * committed
+            floor += (steps + commits) * products
+    return {"rollout s": ours, "bare products s": floor, "rollout / bare products": ours / floor}
+
+
+def floor_inputs(sizes: WanConfig, frames: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents [1 F C H W] and prompt embeddings [1 L E] of the sizes used to compare."""
+    return (
+        torch.randn(1, frames, sizes.in_dim, *FLOOR_LATENT).to(like),
+        torch.randn(1, sizes.text_len, sizes.text_dim).to(like),
+    )
+
+
+def bare_pass(sizes: WanConfig, frames: int, seen_frames: int, like: Tensor) -> Callable[[], None]:
+    """The matrix products and attention of one pass over a chunk, and nothing else."""
+    height, width = (side // patch for side, patch in zip(FLOOR_LATENT, sizes.patch_size[1:], strict=True))
+    tokens, dim, heads = height * width, sizes.dim, sizes.num_heads
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(like)
+
+    x, hidden = random(frames * tokens, dim), random(frames * tokens, sizes.ffn_dim)
+    qkv, square, wide, narrow = (
+        random(3 * dim, dim),
+        random(dim, dim),
+        random(sizes.ffn_dim, dim),
+        random(dim, sizes.ffn_dim),
+    )
+    q, k, v, text = (
+        random(1, heads, length, dim // heads)
+        for length in (frames * tokens, seen_frames * tokens, seen_frames * tokens, sizes.text_len)
+    )
+
+    def products() -> None:
+        for _ in range(sizes.num_layers):
+            F.linear(x, qkv, qkv[:, 0])
+            F.scaled_dot_product_attention(q, k, v)
+            for _ in range(3):  # out of self-attention, into and out of cross-attention
+                F.linear(x, square, square[0])
+            F.scaled_dot_product_attention(q, text, text)
+            F.linear(x, wide, wide[:, 0])
+            F.linear(hidden, narrow, narrow[:, 0])
+
+    return products
+
+
+def measure_peer(bench: Bench) -> Figures:
+    """Our bidirectional forward over that of diffusers, same weights and shapes, in turn."""
+    from diffusers import WanTransformer3DModel
+
+    sizes = WanConfig(**FLOOR_SIZES)
+    ours = WanTransformer(sizes)
+    ours.reset_parameters(torch.Generator().manual_seed(0))
+    theirs = WanTransformer3DModel(
+        patch_size=tuple(sizes.patch_size),
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.dim // sizes.num_heads,
+        in_channels=sizes.in_dim,
+        out_channels=sizes.out_dim,
+        text_dim=sizes.text_dim,
+        freq_dim=sizes.freq_dim,
+        ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=sizes.eps,
+    )
+    theirs.load_state_dict(wan_to_diffusers(ours.state_dict()))
+    ours, theirs = (model.to(bench.device, bench.dtype).eval() for model in (ours, theirs))
+    optimize(ours, bench.config.optimize)
+    latents, embeds = floor_inputs(sizes, FLOOR_FRAMES, ours.head.head.bias)
+    clip, timestep = latents.transpose(1, 2).contiguous(), torch.full((1,), 500.0, device=bench.device)
+    with torch.inference_mode():
+        mine, others = bench.in_turn(
+            partial(ours, latents, timestep[:, None], embeds),
+            partial(theirs, clip, timestep, embeds, return_dict=False),
+        )
+    return {"ours s": mine, "diffusers s": others, "ours / diffusers": mine / others}

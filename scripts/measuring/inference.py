@@ -1,0 +1,137 @@
+"""Stages of making videos, sessions, and streams without an end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from model.codec import VideoCodec
+from model.denoiser import Denoiser
+from model.kv_cache import KVCache
+from pipeline.request import StreamRequest
+from pipeline.rollout import FinishedChunk, Stage, rollout, rollout_passes
+from pipeline.session import StreamSession
+from pipeline.text_to_video import TextToVideo
+from scripts.measuring.bench import PROMPT, Bench, Figures
+from utils.distributed import share_cores
+from utils.frames import to_uint8
+from utils.tracking import peak_memory
+
+EARLY_CHUNK, LATE_CHUNK = 20, 500
+LONG_CHUNK = 6
+"""The chunk whose denoising published figures name."""
+
+
+def measure_inference(bench: Bench) -> Figures:
+    """Stages of making videos; the first frame and the rate include all of them, one after the other."""
+    denoiser, codec = bench.denoiser(), bench.codec()
+    embed = bench.text(denoiser.transformer.config)
+    frames = bench.num_frames
+    shape = (1, *bench.config.video.latent_shape(codec, frames))
+    with torch.inference_mode():
+        warm_up = bench.seconds(lambda: [make_video(bench, denoiser, codec, embed, shape) for _ in range(2)])
+        bench.spans.clear()
+        peak_memory(bench.device)
+        videos = [make_video(bench, denoiser, codec, embed, shape) for _ in range(bench.repeats)]
+    best = min(videos, key=lambda video: video["total"])
+    figures = bench.stages() | {f"{name} s": best[name] for name in ("first frame", "denoise and context", "total")}
+    pixel_frames = codec.num_frames(frames)
+    return figures | {
+        "frames/s": pixel_frames / best["total"],
+        "frames/s without decode": pixel_frames / best["denoise and context"],
+        "peak memory GB": peak_memory(bench.device),
+        "warm-up s": warm_up,
+    }
+
+
+def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Callable[[], Tensor], shape) -> Figures:
+    """One video, timed stage by stage; seconds of the first frame, of the denoiser and of all."""
+    begin, first, denoised, before = bench.now(), None, 0.0, 0.0
+    with bench.stage("text"):
+        embeds = embed()
+    noise = torch.randn(shape, device=bench.device, dtype=bench.dtype)
+    steps, decoder = bench.config.rollout.timesteps(denoiser), codec.streaming_decoder()
+    cache = KVCache(denoiser.transformer.config.num_layers)
+    passes = rollout_passes(steps, noise, embeds, cache, bench.config.rollout)
+    event, chunk = next(passes), 0
+    while event is not None:
+        if isinstance(event, FinishedChunk):
+            chunk += 1
+            if chunk == LONG_CHUNK:
+                bench.spans.setdefault(f"steps of chunk {chunk}", []).append(denoised - before)
+            with bench.stage("decode"):
+                pixels = decoder.decode(event.latents)
+            with bench.stage("host copy"):
+                to_uint8(pixels[0]).cpu()
+            first = first or bench.now() - begin
+            event = next(passes, None)
+            continue
+        step = f"step {steps.index(event.timestep) + 1}" if event.stage is Stage.denoise else "context"
+        with bench.stage(step):
+            x0 = event.run(denoiser)
+        denoised += bench.spans[step][-1]
+        before = denoised if event.stage is Stage.context else before
+        event = passes.send(x0)
+    return {"first frame": first, "denoise and context": denoised, "total": bench.now() - begin}
+
+
+@dataclass
+class Embedder:
+    """Stands in for a pipeline's text encoder."""
+
+    embed: Callable[[], Tensor]
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """One prompt, every time anew."""
+        return self.embed()
+
+
+def measure_session(bench: Bench) -> Figures:
+    """Streams as inference.py and the demo make them, decode beside denoising; by the wall's clock."""
+    threads = torch.get_num_threads()
+    if not bench.threads:
+        share_cores(bench.device)
+    denoiser, video = bench.denoiser(), bench.config.video
+    embedder = Embedder(bench.text(denoiser.transformer.config))
+    pipeline = TextToVideo(denoiser, embedder, bench.codec(), bench.config.rollout)
+    frames = bench.num_frames
+    rates, firsts = [], []
+    for _ in range(bench.repeats + 1):
+        request = StreamRequest(PROMPT, video.height, video.width, num_frames=frames)
+        begin = time.perf_counter()
+        arrivals = [(time.perf_counter() - begin, len(chunk.frames)) for chunk in StreamSession(pipeline, request)]
+        firsts.append(arrivals[0][0])
+        rates.append(sum(count for _, count in arrivals) / arrivals[-1][0])
+    torch.set_num_threads(threads)
+    rates, firsts = torch.tensor(rates[1:]), torch.tensor(firsts[1:])
+    return {
+        "frames/s p50": rates.median().item(),
+        "frames/s best": rates.max().item(),
+        "first chunk p50 ms": 1e3 * firsts.median().item(),
+        "first chunk best ms": 1e3 * firsts.min().item(),
+    }
+
+
+def measure_endless(bench: Bench) -> Figures:
+    """Chunks late in a stream over early ones, the window being full in both; two streams take turns."""
+    denoiser, codec = bench.denoiser(), bench.codec()
+    rules = bench.config.rollout if bench.config.rollout.window else replace(bench.config.rollout, window=9)
+    shape = (1, *bench.config.video.latent_shape(codec, rules.frames_per_chunk))
+    noise = torch.randn(shape, device=bench.device, dtype=bench.dtype)
+    embeds = bench.text(denoiser.transformer.config)()
+    with torch.inference_mode():
+        young, old = (
+            rollout(denoiser, repeat(noise), embeds, KVCache(denoiser.transformer.config.num_layers), rules)
+            for _ in range(2)
+        )
+        for stream, chunks in ((young, EARLY_CHUNK), (old, LATE_CHUNK)):
+            for _ in range(chunks - bench.repeats // 2):
+                next(stream)
+        early, late = bench.in_turn(partial(next, young), partial(next, old))
+    return {f"chunk {EARLY_CHUNK} ms": 1e3 * early, f"chunk {LATE_CHUNK} ms": 1e3 * late, "late / early": late / early}
