@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import inference
+from scripts import repeat
 from tests.inference_parts import REPOSITORY, records, same, snapshot, videos
 from utils.video import read_video
 
@@ -265,3 +266,9 @@ def test_the_records_of_a_listing_that_was_lost_come_back(make):
         assert all(found[key] == record[key] for key in ("prompt", "seed", "sample", "frames", "weights", "switches"))
         assert found["settings"]["rollout"] == record["settings"]["rollout"]
     assert os.listdir(folder).count("videos.jsonl") == 1
+
+
+def test_a_file_depends_on_prompt_seed_and_settings_alone(release, capsys):
+    """Three runs here; scripts/repeat.py makes more, also beside busy loops."""
+    assert repeat.main(["--runs", "3", "--config_path", release.config_path, "--prompt", "a cat", *SHORT]) == 0
+    assert "run 3 of 3: 1 different files" in capsys.readouterr().out
