@@ -6,6 +6,7 @@ Shapes: B batch, F frames of a chunk, T tokens a frame, N heads, D head dim, S v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,16 @@ from model.attention import FrameRange
 from model.rope import apply_rotary
 
 FP8 = torch.float8_e4m3fn
+
+
+class CacheDtype(Enum):
+    """How the KV cache stores keys and values."""
+
+    auto = "auto"
+    """In the dtype that the denoiser computes in."""
+    fp8 = "fp8"
+    """In 8-bit floats with a scale for every head and token: about half the memory of bfloat16; every pass converts
+    what it reads."""
 
 
 class KeyLayout(NamedTuple):

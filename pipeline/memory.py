@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.layer_cache import CacheDtype
 from model.transformer import WanConfig
 from model.weights import find_part, load_state_dict
 from model.weights.transformer_read import open_transformer
@@ -219,12 +220,17 @@ def generator_bytes(config: PipelineConfig, transformer: WanConfig, dtype: torch
     batch, itemsize = 2 if guided else 1, dtype.itemsize
     whole = config.sampler is Sampler.many_step
     held = 0 if whole else min(frames, rollout.window or frames)
-    cache = 2 * transformer.num_layers * (held * tokens + transformer.text_len) * transformer.dim
+    token = transformer.dim * itemsize
+    work = 0.0
+    if rollout.cache_dtype is CacheDtype.fp8:  # a layer's keys and values are read as new tensors, by way of float32
+        work += 2 * held * tokens * transformer.dim * (4 + itemsize)
+        token = transformer.dim + 4 * transformer.num_heads
+    cache = 2 * transformer.num_layers * (held * tokens * token + transformer.text_len * transformer.dim * itemsize)
     # Tensors of model width at once, as counted: rotation is computed in float32, so it weighs more in half precision.
     attention = 7.5 if itemsize == 4 else 10
     width = max(2 * transformer.ffn_dim + 4 * transformer.dim, attention * transformer.dim)
-    work = (frames if whole else rollout.frames_per_chunk) * tokens * width
-    return int(batch * cache * itemsize), int(batch * work * itemsize)
+    work += (frames if whole else rollout.frames_per_chunk) * tokens * width * itemsize
+    return int(batch * cache), int(batch * work)
 
 
 def text_work_bytes(state: Mapping[str, Tensor], text_len: int, dtype: torch.dtype) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from model.attention import BlockMask, block_causal_mask, chunk_ranges, visible_
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
+from model.layer_cache import CacheDtype
 from pipeline.recompute import ContextImages
+from pipeline.steps import Steps, checked_steps, map_steps, steps_of_chunk
 from utils.transfer import send
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -28,8 +30,9 @@ Generators = torch.Generator | list[torch.Generator] | None
 class RolloutConfig:
     """How a clip is rolled out."""
 
-    denoising_steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
-    """Timesteps of the few-step denoiser, descending from 1000."""
+    denoising_steps: list[Any] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
+    """Timesteps of the few-step denoiser, descending from 1000; or a list for each chunk, of which the last serves all
+    later chunks: [[1000, 750, 500, 250], [1000, 500]] takes four steps for the first chunk and two for the others."""
     warp_denoising_step: bool = True
     """Look the steps up in the shifted 1000-step grid."""
     frames_per_chunk: int = 3
@@ -44,6 +47,8 @@ class RolloutConfig:
     """First latent frames that never leave the window."""
     relative_positions: bool = False
     """Count positions within the window, so that the sink never gets further away than in training."""
+    cache_dtype: CacheDtype = CacheDtype.auto
+    """How keys and values are stored: auto or fp8."""
     recache_sink: bool = True
     """Encode the sink anew too where a prompt switch recaches; false keeps what it is from the first prompt."""
     recompute: bool = False
@@ -51,9 +56,7 @@ class RolloutConfig:
     (krea-ai/realtime-video). It needs a window without a sink. Training rollouts ignore it."""
 
     def __post_init__(self) -> None:
-        steps = self.denoising_steps
-        if not steps or any(a <= b for a, b in pairwise(steps)) or steps[0] > 1000 or steps[-1] <= 0:
-            raise ValueError(f"denoising_steps={steps} must descend within (0, 1000]")
+        self.denoising_steps = checked_steps("denoising_steps", self.denoising_steps)
         if self.frames_per_chunk < 1:
             raise ValueError(f"frames_per_chunk={self.frames_per_chunk} must be at least 1")
         if not 0 <= self.context_noise <= 1000:
@@ -83,9 +86,11 @@ class RolloutConfig:
             independent_first_frame=self.independent_first_frame,
         )
 
-    def timesteps(self, denoiser: Denoiser) -> list[float]:
-        """The step list as the denoiser's schedule warps it."""
-        return denoiser.schedule.warp(self.denoising_steps) if self.warp_denoising_step else self.denoising_steps
+    def timesteps(self, denoiser: Denoiser) -> Steps:
+        """The steps as the denoiser's schedule warps them: one list, or a list for each chunk."""
+        if not self.warp_denoising_step:
+            return self.denoising_steps
+        return map_steps(self.denoising_steps, denoiser.schedule.warp)
 
 
 class SwitchStyle(Enum):
@@ -200,7 +205,7 @@ def rollout(
 
 
 def rollout_passes(
-    timesteps: Sequence[float],
+    timesteps: Steps,
     noise: Tensor | Iterable[Tensor | ChunkInput],
     prompt_embeds: Tensor,
     cache: KVCache,
@@ -219,13 +224,14 @@ def rollout_passes(
     So whoever drives it may wait or stop between two passes, time them, or run those of several rollouts as a batch.
 
     Args:
-        timesteps: of the denoising steps, descending.
+        timesteps: of the denoising steps, descending; or a list for each chunk.
         noise: [B F C H W], split into chunks; or chunks from an iterable that may never end, each taken when the one
             before is finished: noise [B f C H W], or a :class:`ChunkInput`, which can change the prompt.
         prompt_embeds: [B L E].
         cache: reset here; with gradients it must be ``append_only``.
         context_latents: given clean frames [B F' C H W] (an image or a video) before the first chunk.
-        exit_steps: for training, the index of the step at which each chunk stops; None runs every step.
+        exit_steps: for training, the index of the step at which each chunk stops, or its last step if it has fewer;
+            None runs every step.
         grad_start_frame: first frame whose chunk's exit pass carries gradient; None carries none anywhere.
         generator: for the fresh noise between steps; see :func:`randn`.
         num_frames: how many there will be, given ones included, where an iterable does not show it; sizes the cache.
@@ -255,7 +261,8 @@ def rollout_passes(
         if chunk.prompt_embeds is not None:
             prompt_embeds = chunk.prompt_embeds
         if denoise_chunk is None:
-            steps = timesteps[chunk.first_step : None if exit_steps is None else exit_steps[index] + 1]
+            steps = steps_of_chunk(timesteps, index)
+            steps = steps[chunk.first_step : None if exit_steps is None else exit_steps[index] + 1]
             with_grad = grad_start_frame is not None and start >= grad_start_frame
             live = Pass(
                 Stage.denoise, chunk.latents, steps[0], prompt_embeds, context.cache, context.end, with_grad=with_grad
@@ -296,7 +303,12 @@ class _Context:
     ) -> None:
         self.cache, self.config, self.generator, self.images = cache, config, generator, images
         self.finished = 0
-        cache.configure(window=config.window, sink=config.sink, relative=config.relative_positions)
+        cache.configure(
+            window=config.window,
+            sink=config.sink,
+            relative=config.relative_positions,
+            fp8=config.cache_dtype is CacheDtype.fp8,
+        )
         cache.reset(num_frames)
         self.frames: dict[int, Tensor] = {}
         self.end = 0

@@ -25,6 +25,7 @@ from pipeline.request import PromptSwitch, StreamRequest
 from pipeline.rollout import ChunkInput, FinishedChunk, Pass, SwitchStyle, full_timesteps, randn, rollout_passes
 from pipeline.sampling import many_step_chunks
 from pipeline.source import SourceEncoder, SourceFrames
+from pipeline.steps import steps_of_chunk
 from pipeline.text_to_video import TextToVideo
 from utils.timer import StageTimer
 
@@ -226,7 +227,9 @@ class Stream:
 
     def _inputs(self) -> Iterator[ChunkInput]:
         """What each chunk is made from, decided when its turn comes."""
-        while (latents := self._upcoming()) is not None:
+        for chunk in itertools.count():
+            if (latents := self._upcoming()) is None:
+                return
             embeds, style = self._next_prompt()
             self.begins = self.begins or (embeds is not None and style is SwitchStyle.cut)
             first_step = 0
@@ -236,8 +239,8 @@ class Stream:
                     if frames is None:
                         return
                     source = self.source_encoder(frames, latents.shape[1], begins=self.begins)
-                first_step = self._first_step()
-                timestep = self.config.timesteps(self.pipeline.denoiser)[first_step]
+                first_step = self._first_step(chunk)
+                timestep = steps_of_chunk(self.config.timesteps(self.pipeline.denoiser), chunk)[first_step]
                 latents = add_noise(source, latents, full_timesteps(timestep, latents))
             self.next_noise = None
             yield ChunkInput(latents, first_step, embeds, style)
@@ -270,9 +273,9 @@ class Stream:
         frames, codec = latents.shape[1], self.pipeline.codec
         return codec.num_frames(frames) if self.begins else frames * codec.temporal_scale
 
-    def _first_step(self) -> int:
-        """Index of the first denoising step that is at most 1000 strength; the last step if none is."""
-        steps = self.config.denoising_steps
+    def _first_step(self, chunk: int) -> int:
+        """Index of a chunk's first denoising step that is at most 1000 strength; the last step if none is."""
+        steps = steps_of_chunk(self.config.denoising_steps, chunk)
         return next((i for i, step in enumerate(steps) if step <= 1000 * self.request.strength), len(steps) - 1)
 
 

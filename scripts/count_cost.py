@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.transformer import PRESETS, WanConfig
 from pipeline.rollout import RolloutConfig
+from pipeline.steps import most_steps
 from utils.cli import exit_code
 from utils.errors import UserError
 from utils.files import atomic_write_text
@@ -125,7 +126,7 @@ class Work:
         exits = [forward_flops(student, end - start, tokens, end) for start, end in chunks]
         commits = [context_flops(student, end - start, tokens, end) for start, end in chunks[:-1]]
         prompt = exits[0] - bare[0]
-        early = (len(config.denoising_steps) - 1) / 2  # passes before the exit, on average
+        early = (most_steps(config.denoising_steps) - 1) / 2  # passes before the exit, on average
         whole = forward_flops(student, clip.frames, tokens, clip.frames)
         guided = 2 * forward_flops(teacher, clip.frames, clip.tokens(teacher), clip.frames)
         return cls(
@@ -204,7 +205,8 @@ def report(args: argparse.Namespace, command: str) -> str:
         f"Written by `{command}`. **Counted, not measured**: no GPU was used. Generator and critic are {args.student} "
         f"({parameters(student) / 1e9:.2f} billion parameters), videos {args.frames} latent frames of "
         f"{args.height}x{args.width}, {clip.frames * clip.tokens(student):,} tokens; "
-        f"{len(rollout.denoising_steps)} steps, chunks of {rollout.frames_per_chunk}, blocks recomputed in backward.",
+        f"{most_steps(rollout.denoising_steps)} steps, chunks of {rollout.frames_per_chunk}, "
+        "blocks recomputed in backward.",
         "## FLOPs of one video, by phase",
         _table(["phase, TFLOP", *args.teachers], _phase_rows(works)),
         f"## Hours for {args.iterations} iterations",
@@ -273,7 +275,7 @@ def _memory_rows(args: argparse.Namespace, student: WanConfig, clip: Clip) -> li
 
 
 def _traffic_rows(args: argparse.Namespace, student: WanConfig, rollout: RolloutConfig, clip: Clip) -> list[list[str]]:
-    chunks, steps = len(rollout.chunks(clip.frames)), len(rollout.denoising_steps)
+    chunks, steps = len(rollout.chunks(clip.frames)), most_steps(rollout.denoising_steps)
     passes = {"rollout": chunks * (steps + 1) / 2 + chunks - 1, "generator backward": chunks, "critic": 2}
     rows = []
     for phase, count in passes.items():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.steps import steps_of_chunk
 from scripts.shard_job import ShardJob, begin, parse, shard_parser
 from utils.cli import exit_code
 
@@ -73,7 +74,7 @@ def check_counts(args: argparse.Namespace, config: Config) -> None:
     for name in ("count", "batch", "shard_size", "solver_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
-    kept_states(config.rollout.denoising_steps, args.solver_steps)
+    kept_states(steps_of_chunk(config.rollout.denoising_steps, 0), args.solver_steps)
     config.sampling.steps, config.sampling.solver = args.solver_steps, Solver.euler
 
 
@@ -87,7 +88,7 @@ class Teacher:
         from utils.distributed import derive_seed
 
         self.config, self.device, self.dtype, self.causal = job.config, job.device, job.dtype, args.causal
-        self.kept = kept_states(self.config.rollout.denoising_steps, args.solver_steps)
+        self.kept = kept_states(steps_of_chunk(self.config.rollout.denoising_steps, 0), args.solver_steps)
         self.denoiser = load_denoiser(self.config.real_score, device=self.device, dtype=self.dtype)
         self.text = text_source(self.config.data, self.config.text_encoder, self.device)
         self.codec = load_codec(self.config.codec, device=self.device)

@@ -18,6 +18,7 @@ from model.denoiser import Denoiser
 from model.flow_matching import MAX_TIMESTEP
 from model.kv_cache import KVCache
 from pipeline.rollout import randn, rollout
+from pipeline.steps import most_steps, steps_of_chunk
 from trainer.config import Config
 from trainer.data import Contents, Stream
 from trainer.micro_batch import MicroBatch
@@ -142,7 +143,7 @@ class Generation(ABC):
         config = self.config.rollout
         given = 0 if context is None else context.shape[1]
         shape = (len(embeds), *self.config.video.latent_shape(self.codec, frames))
-        last = int(torch.randint(len(config.denoising_steps), (), generator=micro_batch.generator("exit step")))
+        last = int(torch.randint(most_steps(config.denoising_steps), (), generator=micro_batch.generator("exit step")))
         blocks = rollout(
             self.denoiser,
             randn(shape, micro_batch.generators("start noise"), embeds),
@@ -158,8 +159,9 @@ class Generation(ABC):
 
     def _exit_facts(self, last: int) -> VideoFacts:
         config, schedule = self.config.rollout, self.denoiser.schedule
-        steps = config.denoising_steps
+        steps = steps_of_chunk(config.denoising_steps, 0)
         levels = steps if config.warp_denoising_step else [MAX_TIMESTEP * schedule.level(step) for step in steps]
+        last = min(last, len(levels) - 1)
         return VideoFacts(exit_level=levels[last], next_level=levels[last + 1] if last + 1 < len(levels) else 0.0)
 
     def first_with_grad(self, with_grad: bool, skipped: int = 0) -> int | None:
@@ -188,7 +190,7 @@ class ChunkDenoising(Generation):
 
     def video(self, micro_batch: MicroBatch, batch: Batch, *, with_grad: bool) -> Video:
         config = self.config.rollout
-        steps = [*config.timesteps(self.denoiser), *([0.0] if self.config.dmd.clean_step else [])]
+        steps = [*steps_of_chunk(config.timesteps(self.denoiser), 0), *([0.0] if self.config.dmd.clean_step else [])]
         chunks = config.chunks(self.config.video.num_frames)
         timesteps = sample_step_timesteps(micro_batch.total, chunks, steps, micro_batch.generator("steps"))
         with torch.set_grad_enabled(with_grad):

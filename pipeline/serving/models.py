@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.serving.clips import Cue
 from pipeline.serving.messages import DEFAULT_STYLE, FULL_PRECISION, LONGEST_PROMPT, MOST_FPS, MOST_SEED, Start
 from pipeline.serving.spec import StreamSpec
+from pipeline.steps import most_steps
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Models:
     def options(self) -> dict[str, Any]:
         """See docs/api.md."""
         config = self._config
-        steps = len(config.rollout.denoising_steps)
+        steps = most_steps(config.rollout.denoising_steps)
         parameters = sum(p.numel() for p in self._base.denoiser.transformer.parameters())
         return {
             "model": f"{config.generator.preset}, {parameters / 1e6:,.1f} M parameters, {self._device}",
@@ -134,7 +135,7 @@ class Models:
                 config.rollout.chunks(message.num_frames - given, given)
             except ValueError as error:
                 raise UserError(f"num_frames={message.num_frames}: {error}") from error
-        steps = message.steps if message.steps != len(config.rollout.denoising_steps) else None
+        steps = message.steps if message.steps != most_steps(config.rollout.denoising_steps) else None
         if steps is not None and steps > MOST_STEPS:
             raise UserError(f"steps={steps} is more than {MOST_STEPS}")
         spec = self._default_spec(message.decoder or next(iter(self._codecs)))

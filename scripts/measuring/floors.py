@@ -13,6 +13,7 @@ from model.kv_cache import KVCache
 from model.transformer import WanConfig, WanTransformer
 from model.weights import wan_to_diffusers
 from pipeline.optimize import optimize
+from pipeline.steps import most_steps
 from scripts.measuring.bench import Bench, Figures
 
 FLOOR_SIZES = {"dim": 384, "ffn_dim": 1536, "num_heads": 6, "num_layers": 6, "text_dim": 64, "text_len": 32}
@@ -25,7 +26,7 @@ def measure_floor(bench: Bench) -> Figures:
     sizes = WanConfig(**FLOOR_SIZES)
     transformer = WanTransformer(sizes).to(bench.device, bench.dtype)
     optimize(transformer, bench.config.optimize)
-    size, steps = bench.config.rollout.frames_per_chunk, len(bench.config.rollout.denoising_steps)
+    size, steps = bench.config.rollout.frames_per_chunk, most_steps(bench.config.rollout.denoising_steps)
     latents, embeds = floor_inputs(sizes, size, transformer.head.head.bias)
     forward = partial(transformer, latents, torch.full((1, 1), 500.0, device=bench.device), embeds)
     cache = KVCache(sizes.num_layers)

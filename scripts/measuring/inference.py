@@ -17,6 +17,7 @@ from model.kv_cache import KVCache
 from pipeline.request import StreamRequest
 from pipeline.rollout import FinishedChunk, Stage, rollout, rollout_passes
 from pipeline.session import StreamSession
+from pipeline.steps import steps_of_chunk
 from pipeline.text_to_video import TextToVideo
 from scripts.measuring.bench import PROMPT, Bench, Figures
 from utils.distributed import share_cores
@@ -56,9 +57,9 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
     with bench.stage("text"):
         embeds = embed()
     noise = torch.randn(shape, device=bench.device, dtype=bench.dtype)
-    steps, decoder = bench.config.rollout.timesteps(denoiser), codec.streaming_decoder()
+    timesteps, decoder = bench.config.rollout.timesteps(denoiser), codec.streaming_decoder()
     cache = KVCache(denoiser.transformer.config.num_layers)
-    passes = rollout_passes(steps, noise, embeds, cache, bench.config.rollout)
+    passes = rollout_passes(timesteps, noise, embeds, cache, bench.config.rollout)
     event, chunk = next(passes), 0
     while event is not None:
         if isinstance(event, FinishedChunk):
@@ -72,7 +73,11 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
             first = first or bench.now() - begin
             event = next(passes, None)
             continue
-        step = f"step {steps.index(event.timestep) + 1}" if event.stage is Stage.denoise else "context"
+        step = (
+            f"step {steps_of_chunk(timesteps, chunk).index(event.timestep) + 1}"
+            if event.stage is Stage.denoise
+            else "context"
+        )
         with bench.stage(step):
             x0 = event.run(denoiser)
         denoised += bench.spans[step][-1]

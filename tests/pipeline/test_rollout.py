@@ -10,6 +10,7 @@ from torch import Tensor
 from model.attention import BlockMask, chunk_ranges
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
+from model.layer_cache import CacheDtype, KeyLayout, LayerCache
 from model.rope import rotary_table
 from pipeline.rollout import (
     ChunkInput,
@@ -22,6 +23,7 @@ from pipeline.rollout import (
     rollout_passes,
 )
 from tests.parity import gradients, random, relative_error, tiny_denoiser
+from utils.config import from_dict, load_config, to_dict
 
 STEPS = [1000.0, 500.0]
 EMBEDS = random(1, 5, 8, seed=1)
@@ -37,7 +39,7 @@ def seeded(seed: int = 7) -> torch.Generator:
 
 
 def config(**options) -> RolloutConfig:
-    return RolloutConfig(denoising_steps=STEPS, **options)
+    return RolloutConfig(**{"denoising_steps": STEPS, **options})
 
 
 def latents_of(blocks) -> Tensor:
@@ -494,3 +496,76 @@ def test_a_rolling_cache_is_refused_under_grad():
     blocks = rollout(tiny_denoiser(), clip(6), EMBEDS, KVCache(2), config(window=3), grad_start_frame=0)
     with pytest.raises(ValueError, match="append_only=True"):
         next(blocks)
+
+
+def test_each_chunk_may_have_steps_of_its_own():
+    """[4, 2, 1]: the last list serves all later chunks; equal lists are the same as one list."""
+    lists = [[1000.0, 750.0, 500.0, 250.0], [1000.0, 500.0], [1000.0]]
+    denoiser, taken = tiny_denoiser(), []
+    denoiser.register_forward_pre_hook(lambda _, args: taken.append(args[1][0, 0].item()))
+    rules = config(denoising_steps=lists, warp_denoising_step=False)
+    list(rollout(denoiser, clip(12), EMBEDS, KVCache(2), rules, generator=seeded()))
+    assert [step for step in taken if step > 0] == [*lists[0], *lists[1], *lists[2], *lists[2]]
+    made = []
+    for steps in (lists[1], [lists[1], lists[1]]):
+        rules = config(denoising_steps=steps)
+        made.append(latents_of(rollout(tiny_denoiser(), clip(9), EMBEDS, KVCache(2), rules, generator=seeded())))
+    assert torch.equal(*made)
+
+
+def test_a_chunk_with_fewer_steps_than_the_exit_step_ends_at_its_last():
+    denoiser, taken = tiny_denoiser(), []
+    denoiser.register_forward_pre_hook(lambda _, args: taken.append(args[1][0, 0].item()))
+    rules = config(denoising_steps=[[1000.0, 750.0, 500.0], [1000.0]], warp_denoising_step=False)
+    list(rollout(denoiser, clip(6), EMBEDS, KVCache(2, append_only=True), rules, exit_steps=[1, 1]))
+    assert taken == [1000.0, 750.0, 0.0, 1000.0]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[], [[]], [[1000.0], []], [1000.0, [500.0]], [500.0, 750.0], [[1000.0], [0.0]], ["a"], [float("nan")]],
+)
+def test_steps_that_do_not_descend_are_refused(steps):
+    with pytest.raises(ValueError, match=r"denoising_steps=.* must descend within \(0, 1000\]"):
+        config(denoising_steps=steps)
+
+
+def test_steps_a_chunk_can_be_written_on_the_command_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("denoising_steps: [[1000, 750], [1000]]\n")
+    assert load_config(RolloutConfig, tmp_path / "config.yaml").denoising_steps == [[1000.0, 750.0], [1000.0]]
+    overrides = ["denoising_steps=[[1000,500],[750]]", "cache_dtype=fp8"]
+    changed = load_config(RolloutConfig, tmp_path / "config.yaml", overrides)
+    assert changed.denoising_steps == [[1000.0, 500.0], [750.0]] and changed.cache_dtype is CacheDtype.fp8
+    assert from_dict(RolloutConfig, to_dict(changed), "test") == changed
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 7, "sink": 1, "relative_positions": True}])
+def test_a_cache_in_8_bits_is_close_and_takes_half_the_memory_of_bfloat16(options):
+    """Error: relative difference of the clip. Memory: bytes of the buffers, at the head dim of Wan (128)."""
+    clips = []
+    for more in ({}, {"cache_dtype": CacheDtype.fp8}):
+        rules = config(**options, **more)
+        clips.append(latents_of(rollout(tiny_denoiser(), clip(12), EMBEDS, KVCache(2), rules, generator=seeded())))
+    assert 0 < relative_error(clips[1], clips[0]) <= 0.05
+    layout = KeyLayout(1, 10, 2, 128, torch.bfloat16, torch.device("cpu"))
+    sizes = []
+    for fp8 in (False, True):
+        layer = LayerCache.empty(layout, 6, sink=0, fp8=fp8)
+        tensors = [layer.k.data, layer.v.data, *(part.scale for part in (layer.k, layer.v) if part.scale is not None)]
+        sizes.append(sum(tensor.nbytes for tensor in tensors))
+    assert sizes[1] / sizes[0] == pytest.approx((128 + 4) / 256)
+
+
+def test_training_sees_the_keys_of_an_8_bit_cache_as_inference_does():
+    """The exit pass under grad gives the x0 that the same pass gives without, and gradients reach the live keys."""
+    rules = config(cache_dtype=CacheDtype.fp8)
+    made = []
+    for grad in (None, 0):
+        denoiser = tiny_denoiser()
+        chunks = rollout(
+            denoiser, clip(6), EMBEDS, KVCache(2, append_only=True), rules, exit_steps=[0, 0], grad_start_frame=grad
+        )
+        made.append(latents_of(chunks))
+    assert relative_error(made[1].detach(), made[0]) <= 1e-5
+    made[1].sum().backward()
+    assert all(block.self_attn.k.weight.grad.abs().sum() > 0 for block in denoiser.transformer.blocks)

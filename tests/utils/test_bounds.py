@@ -48,7 +48,7 @@ def refused(schema: type, name: str, value: object) -> str:
 
 
 def test_the_walk_finds_the_numbers_of_every_section():
-    assert len(KEYS) > 60 and {"optimizer.lr", "rollout.denoising_steps", "gan.heads.registers"} <= set(KEYS)
+    assert len(KEYS) > 60 and {"optimizer.lr", "rollout.context_noise", "gan.heads.registers"} <= set(KEYS)
 
 
 @pytest.mark.parametrize(("key", "schema", "name", "kind"), NUMBERS, ids=KEYS)
