@@ -12,14 +12,21 @@ from utils.cli import exit_code
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config_path", required=True, help="YAML file of values for trainer.config.Config")
-    parser.add_argument("--logdir", required=True, help="folder of the run; one that holds checkpoints is gone on with")
+    parser.add_argument(
+        "--logdir", help="folder of the run; a run that has checkpoints in it continues from the last one"
+    )
     parser.add_argument("--disable-wandb", action="store_true", help="report to metrics.jsonl only")
     parser.add_argument("--no_save", action="store_true", help="write no checkpoint before the end, or before a signal")
     parser.add_argument("--no_visualize", action="store_true", help="make no samples before the end")
     parser.add_argument("--no_resume", action="store_true", help="start anew; earlier checkpoints are set aside")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run reproduces and needs, print all keys, and stop"
+    )
     parser.add_argument("overrides", nargs="*", help="any key of the configuration, such as trainer.steps=20")
-    return parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    if args.logdir is None and not args.dry_run:
+        parser.error("the following arguments are required: --logdir")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    from trainer.about import describe
     from trainer.build import build_trainer
     from trainer.config import Config
     from trainer.trainer import RunContext, find_checkpoint
@@ -45,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.no_visualize:
         config.trainer.sample_every = 0
     if args.dry_run:
-        print(to_yaml(config), end="")
+        print(*(f"# {line}" for line in describe(config, args.config_path)), to_yaml(config), sep="\n", end="")
         return
     device = resolve_device(config.device)
     logdir = ensure_writable_folder(Path(args.logdir))
