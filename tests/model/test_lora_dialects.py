@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 from model.weights.lora import LoRA, LowRank, merge_loras
 from model.weights.lora_choice import LoRAChoice, load_loras, parse_loras
 from model.weights.lora_read import load_lora
+from pipeline.config import DenoiserConfig
+from pipeline.loading import load_transformer
 from tests.fake_release import SMALL, transformer_state
 from tests.model.test_lora import assert_same_differences, diffusers_name, underscores
+from utils.config import load_config
 from utils.errors import UserError
 
 RANK, ALPHA = 3, 6
@@ -278,7 +281,7 @@ def test_a_choice_that_cannot_be_read_is_one_line(text):
     if text == "{a: b":
         assert parse_loras(text) == [LoRAChoice(text)]
         return
-    with pytest.raises(UserError, match="lora="):
+    with pytest.raises(UserError, match=r"lora="):
         parse_loras(text)
 
 
@@ -310,3 +313,27 @@ def test_a_bad_adapter_config_is_one_line(tmp_path, lora, case):
         load_lora(tmp_path)
     assert "adapter_config.json" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_configuration_takes_one_lora_or_a_list_of_them(tmp_path):
+    def load(yaml, *overrides):
+        (tmp_path / "c.yaml").write_text(yaml)
+        return load_config(DenoiserConfig, tmp_path / "c.yaml", overrides).lora
+
+    assert load("weights: w.pt") is None
+    assert load("lora: a.safetensors:0.8") == "a.safetensors:0.8"
+    assert load("lora: [a.safetensors:0.8, b.pt]") == ["a.safetensors:0.8", "b.pt"]
+    for text in ("lora=[a.safetensors:0.8, b.pt]", "lora=['a.safetensors:0.8',b.pt]"):
+        assert [choice.scale for choice in parse_loras(load("weights: w.pt", text))] == [0.8, 1.0]
+    assert load("lora: a", "lora=null") is None
+    for wrong in ("lora: 3", "lora: {a: 0.8}", "lora: [a, 3]"):
+        with pytest.raises(UserError, match=r"lora=.* is not a path or a list of paths"):
+            load(wrong)
+
+
+def test_a_bad_lora_ends_inference_with_one_line_before_the_weights_are_read(tmp_path):
+    """The weights are a file that could not be read either: the LoRA comes first."""
+    (tmp_path / "weights.pt").write_bytes(b"not weights")
+    config = DenoiserConfig(weights=str(tmp_path / "weights.pt"), lora=str(tmp_path / "absent.safetensors"))
+    with pytest.raises(UserError, match=r"absent.safetensors: no such file"):
+        load_transformer(config)
