@@ -1,9 +1,19 @@
-"""One thread a process, and tests marked `gpu` skipped on machines without a CUDA device."""
+"""One thread a process, an empty home folder, and tests marked `gpu` skipped on machines without a CUDA device."""
 
+import atexit
 import os
+import shutil
+import site
+import tempfile
 
 # Tests start processes and threads side by side; tiny models on several OpenMP threads each would mostly wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What the user's own runs keep in their home, such as prompt embeddings, must decide no test. Workers share one home.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["PYTHONUSERBASE"] = site.getuserbase()  # packages installed with `pip install --user` stay importable
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="self-forcing-home-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 import pytest
 import torch
