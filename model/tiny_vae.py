@@ -8,7 +8,7 @@ Legend: B clips, F pixel frames, H W pixel size, f latent frames, C latent chann
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,117 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.weights import CONFIG_FILE, StateDict, layer_numbers, load_into, load_state_dict, save_folder
-from utils.errors import UserError
-from utils.side_files import check_schema, read_json
+from model.tiny_vae_config import TinyVAEConfig, infer_tiny_config, read_tiny_config
+from model.weights import load_into, load_state_dict, save_folder
 
 Memory = dict[int, Tensor]
 """Layer index -> the last frame [B 1 h w c] that layer has seen; empty before a stream begins."""
-
-
-MAX_SIZE, MAX_STAGES, MAX_BLOCKS = 2**14, 8, 64  # a config.json may come from anybody
-
-
-@dataclass
-class TinyVAEConfig:
-    """Sizes of a TinyVAE; the defaults are the published TAEHV for Wan2.1 latents. Stages count from the pixels on."""
-
-    patch_size: int = 1
-    """Side of the pixel squares folded into channels before the encoder."""
-    latent_channels: int = 16
-    """Channels of a latent."""
-    encoder_widths: tuple[int, ...] = (64, 64, 64, 64)
-    """Width before the first encoder stage, then of each stage."""
-    decoder_widths: tuple[int, ...] = (256, 128, 64, 64)
-    """Width of each decoder stage, then after the last one."""
-    encoder_blocks: int = 3
-    """MemBlocks in each encoder stage; 0 leaves the encoder linear apart from its first ReLU."""
-    decoder_blocks: int = 3
-    """MemBlocks in each decoder stage."""
-    spatial_strides: tuple[int, ...] = (2, 2, 2)
-    """Spatial reduction of each encoder stage; the decoder undoes them in reverse."""
-    temporal_strides: tuple[int, ...] = (2, 2, 1)
-    """Temporal reduction of each encoder stage; the decoder undoes them in reverse."""
-    latent_limit: float = 3.0
-    """The decoder bends latents softly into (-latent_limit, latent_limit)."""
-    first_frame_alone: bool = False
-    """True: copies of the first frame precede the clip, so latent 0 codes frame 0 alone, as in the Wan VAE.
-    False: the published way, in which the last frame is repeated to fill the last latent."""
-
-    def __post_init__(self) -> None:
-        for name in ("encoder_widths", "decoder_widths", "spatial_strides", "temporal_strides"):
-            setattr(self, name, tuple(getattr(self, name)))
-        stages = len(self.spatial_strides)
-        if len(self.temporal_strides) != stages:
-            raise ValueError(f"{self.temporal_strides=} and {self.spatial_strides=} differ in their number of stages")
-        for name in ("encoder_widths", "decoder_widths"):
-            if len(getattr(self, name)) != stages + 1:
-                raise ValueError(f"{name}={getattr(self, name)} needs {stages + 1} entries for {stages} stages")
-        sizes = (self.patch_size, self.latent_channels, *self.encoder_widths, *self.decoder_widths)
-        if min(*sizes, *self.spatial_strides, *self.temporal_strides) < 1:
-            raise ValueError(f"sizes and strides must be positive: {self}")
-        if max(*sizes, *self.spatial_strides, *self.temporal_strides) > MAX_SIZE or stages > MAX_STAGES:
-            raise ValueError(f"sizes above {MAX_SIZE} or more than {MAX_STAGES} stages: {self}")
-        if max(self.encoder_blocks, self.decoder_blocks) > MAX_BLOCKS:
-            raise ValueError(f"{self.encoder_blocks=} and {self.decoder_blocks=} must be at most {MAX_BLOCKS}")
-        if not 0 < self.latent_limit < math.inf:
-            raise ValueError(f"{self.latent_limit=} must be positive")
-        if min(self.encoder_blocks, self.decoder_blocks) < 0:
-            raise ValueError(f"{self.encoder_blocks=} and {self.decoder_blocks=} must not be negative")
-
-    @property
-    def spatial_scale(self) -> int:
-        """Pixels along a latent's side."""
-        return self.patch_size * math.prod(self.spatial_strides)
-
-    @property
-    def temporal_scale(self) -> int:
-        """Frames of a latent after the first."""
-        return math.prod(self.temporal_strides)
-
-    def decode_bytes(self, height: int, width: int, latents: int, dtype: torch.dtype) -> int:
-        """Estimate of what decoding chunks of so many latents to frames of H x W takes beside the weights."""
-        area = height * width // self.spatial_scale**2
-        kept = peak = 0
-        strides = zip(reversed(self.spatial_strides), reversed(self.temporal_strides), strict=True)
-        for index, (scale, stride) in enumerate(strides):
-            inner, outer = self.decoder_widths[index : index + 2]
-            if self.decoder_blocks:
-                kept += self.decoder_blocks * inner * area
-                peak = max(peak, 6 * inner * area * latents)  # a MemBlock's input, past, both joined, and two results
-            grown = stride * inner * area * latents
-            area, latents = area * scale**2, latents * stride
-            peak = max(peak, grown + (inner + outer) * area * latents)
-        return (kept + peak) * dtype.itemsize
-
-
-def read_tiny_config(folder: str | Path) -> TinyVAEConfig:
-    """The sizes in the config.json of a TinyVAE's folder.
-
-    Raises:
-        UserError: it is missing, has other keys, or its values make no TinyVAE.
-    """
-    file = Path(folder) / CONFIG_FILE
-    values = read_json(file, dict)
-    if unknown := set(values) - {field.name for field in fields(TinyVAEConfig)}:
-        raise UserError(f"{folder}: config.json is not a TinyVAE's: it has the unknown keys {sorted(unknown)}")
-    return check_schema(values, TinyVAEConfig, f"{file}: not a TinyVAE's")
-
-
-TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {
-    "taew2.1": TinyVAEConfig(),
-    "shapes": TinyVAEConfig(
-        patch_size=4,
-        encoder_widths=(48, 16),
-        decoder_widths=(64, 48),
-        encoder_blocks=0,
-        decoder_blocks=1,
-        spatial_strides=(1,),
-        temporal_strides=(4,),
-        latent_limit=12.0,
-        first_frame_alone=True,
-    ),
-}
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -210,35 +104,6 @@ def _build_decoder(config: TinyVAEConfig) -> nn.Sequential:
         # The identity stands where the published network repeats pixels, so that parameter names agree.
         layers += [nn.Identity(), TGrow(widths[i], stride, scale), _conv(widths[i], widths[i + 1], bias=False)]
     return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3 * config.patch_size**2))
-
-
-def _infer_config(state: StateDict, source: str) -> TinyVAEConfig:
-    """Sizes read off the tensors' shapes, but for `spatial_strides`, which leave no trace there."""
-
-    def shapes(part: str, suffix: str) -> list[torch.Size]:
-        names = (f"{part}.{index}.{suffix}" for index in layer_numbers(state, part))
-        return [state[name].shape for name in names if name in state]
-
-    encoder, decoder, pools = shapes("encoder", "weight"), shapes("decoder", "weight"), shapes("encoder", "conv.weight")
-    if (
-        len(encoder) < 2
-        or len(decoder) < 2
-        or not pools
-        or encoder[0][1] % 3
-        or any(len(shape) != 4 for shape in (*encoder, *decoder, *pools))
-    ):
-        raise UserError(f"{source}: is not a TAEHV: its tensors are not those of such an encoder and decoder")
-    stages = len(pools)
-    return TinyVAEConfig(
-        patch_size=math.isqrt(encoder[0][1] // 3),
-        latent_channels=encoder[-1][0],
-        encoder_widths=tuple(shape[0] for shape in encoder[:-1]),
-        decoder_widths=tuple(shape[0] for shape in decoder[:-1]),
-        encoder_blocks=len(shapes("encoder", "conv.0.weight")) // stages,
-        decoder_blocks=len(shapes("decoder", "conv.0.weight")) // stages,
-        spatial_strides=(2,) * stages,
-        temporal_strides=tuple(shape[1] // shape[0] for shape in pools),
-    )
 
 
 def _run(layers: nn.Sequential, x: Tensor, memory: Memory) -> Tensor:
@@ -358,7 +223,7 @@ class TinyVAE(nn.Module):
             UserError: the file is missing, unreadable, or its names or shapes are not those of `config`.
         """
         weights = load_state_dict(path)
-        config = _infer_config(weights, str(path)) if config is None else config
+        config = infer_tiny_config(weights, str(path)) if config is None else config
         with torch.device("meta"):
             model = cls(config)
         for index, layer in enumerate(model.decoder):

@@ -271,7 +271,7 @@ def decoder_bytes(
         whole = codec_sizes(config.codec).decode_bytes(*size, latents, dtype)
         return whole, whole, 0
     from model.tiling import TileConfig
-    from model.wan_vae import WanVAEConfig
+    from model.wan_autoencoder import WanVAEConfig
 
     first = next((state[name] for name in ("encoder.conv1.weight", "encoder.conv_in.weight") if name in state), None)
     if first is None:

@@ -12,7 +12,7 @@ from pipeline.config import CodecConfig, CodecKind, PipelineConfig
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from model.tiny_vae import TinyVAEConfig
+    from model.tiny_vae_config import TinyVAEConfig
 
 
 def transformer_config(path: Path | None, preset: str) -> WanConfig:
@@ -28,7 +28,7 @@ def transformer_config(path: Path | None, preset: str) -> WanConfig:
 
 def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
     """Sizes of a TinyVAE, known before weights load; of the Wan VAE those it shares with the published TAEHV."""
-    from model.tiny_vae import TinyVAEConfig, read_tiny_config
+    from model.tiny_vae_config import TinyVAEConfig, read_tiny_config
 
     path = Path(config.weights)
     return read_tiny_config(path) if config.kind is CodecKind.tiny and path.is_dir() else TinyVAEConfig()

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.tiny_vae import TinyVAE, TinyVAEConfig
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TinyVAEConfig
 from model.transformer import WanConfig, WanTransformer
 from model.weights import WAN_T5_TO_TRANSFORMERS, rename_keys
 from model.weights.transformer_write import write_transformer

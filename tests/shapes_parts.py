@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from model.text_encoder import TextEncoderConfig, build_text_encoder
-from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TINY_VAE_PRESETS
 from model.transformer import WanConfig, WanTransformer
 from model.weights import save_folder
 from tests.made_once import made_once

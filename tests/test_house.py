@@ -36,18 +36,12 @@ LONG_FUNCTIONS = {
 }
 LONG_FILES = {
     "inference.py",
-    "model/text_encoder.py",
-    "model/tiny_vae.py",
-    "model/wan_vae.py",
     "pipeline/serving/hub.py",
     "pipeline/stream.py",
     "trainer/report.py",
     "trainer/trainer.py",
 }
 RIDDLES = {
-    "model/wan_vae.py:_widest_bytes",
-    "model/wan_vae.py:dtype",
-    "model/weights/lora.py:shape",
     "pipeline/serving/models.py:switch_arguments",
     "trainer/micro_batch.py:indices",
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TINY_VAE_PRESETS
 from trainer.config import Config
 from trainer.data import Contents, training_data
 from trainer.micro_batch import MicroBatch

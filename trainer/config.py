@@ -46,7 +46,7 @@ class AutoencoderConfig:
     """Training a TinyVAE."""
 
     preset: str = "shapes"
-    """Sizes: a key of model.tiny_vae.TINY_VAE_PRESETS."""
+    """Sizes: a key of model.tiny_vae_config.TINY_VAE_PRESETS."""
     fit_clips: int = 192
     """Clips the linear encoder is fitted to."""
     crop_frames: int = 9

@@ -97,11 +97,12 @@ def preset_sizes(config: PipelineConfig, device: torch.device, dtype: torch.dtyp
     with torch.device("meta"):
         transformer = WanTransformer(sizes).to(dtype)
         if config.codec.kind is CodecKind.wan:
-            from model.wan_vae import WanAutoencoder, WanVAEConfig
+            from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
 
             codec = WanAutoencoder(WanVAEConfig())
         else:
-            from model.tiny_vae import TinyVAE, TinyVAEConfig
+            from model.tiny_vae import TinyVAE
+            from model.tiny_vae_config import TinyVAEConfig
 
             codec = TinyVAE(TinyVAEConfig())
     states = transformer.state_dict(), {}, codec.to(dtype).state_dict()

@@ -16,9 +16,11 @@ from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
 from model.kv_cache import KVCache
-from model.tiny_vae import TinyVAE, TinyVAEConfig
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TinyVAEConfig
 from model.transformer import WanConfig, WanTransformer
-from model.wan_vae import WanAutoencoder, WanVAE, WanVAEConfig
+from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+from model.wan_vae import WanVAE
 from pipeline.optimize import OptimizeConfig, optimize
 from pipeline.rollout import RolloutConfig, rollout
 from pipeline.text_to_video import TextToVideo

@@ -105,11 +105,13 @@ class Bench:
         if not self.random_weights:
             return load_codec(self.config.codec, device=self.device, dtype=self.dtype)
         if self.config.codec.kind is CodecKind.wan:
-            from model.wan_vae import WanAutoencoder, WanVAE, WanVAEConfig
+            from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+            from model.wan_vae import WanVAE
 
             codec = WanVAE(WanAutoencoder(WanVAEConfig()))
         else:
-            from model.tiny_vae import TinyVAE, TinyVAEConfig
+            from model.tiny_vae import TinyVAE
+            from model.tiny_vae_config import TinyVAEConfig
 
             codec = TinyVAE(TinyVAEConfig())
         return codec.to(self.device, self.dtype).eval().requires_grad_(False)

@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from model.wan_vae import WanAutoencoder, WanVAE, WanVAEConfig
+from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+from model.wan_vae import WanVAE
 from scripts.measuring.bench import Bench, Figures
 from utils.tracking import peak_memory
 

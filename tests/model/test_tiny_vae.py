@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE, TinyVAEConfig
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TINY_VAE_PRESETS, TinyVAEConfig
 from utils.errors import UserError
 
 SMALL = TinyVAEConfig(

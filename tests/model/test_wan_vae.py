@@ -12,7 +12,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from model.tiling import TileConfig
-from model.wan_vae import WAN_VAE_TO_DIFFUSERS, WanAutoencoder, WanVAE, WanVAEConfig
+from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+from model.wan_vae import WanVAE
+from model.wan_vae_files import WAN_VAE_TO_DIFFUSERS
 from model.weights import check_fit, rename_keys
 from tests.fake_release import original_vae_name
 from utils.errors import UserError
@@ -89,7 +91,7 @@ def test_streaming_encode_in_any_chunking_equals_diffusers(codec, theirs, monkey
 
 def test_latents_taken_one_at_a_time_give_the_same_frames(codec: WanVAE, monkeypatch) -> None:
     whole = codec.decode(latents(4))
-    monkeypatch.setattr("model.wan_vae.CPU_CALL_BYTES", 1)
+    monkeypatch.setattr("model.wan_autoencoder.CPU_CALL_BYTES", 1)
     assert_close(codec.decode(latents(4)), whole)
 
 
@@ -175,8 +177,10 @@ def test_a_gpu_in_half_precision_gives_nearly_the_same_frames(codec, folder, mon
 MEASURE = """
 import json, torch
 from model.tiling import TileConfig
-from model.tiny_vae import TinyVAE, TinyVAEConfig
-from model.wan_vae import WanAutoencoder, WanVAE, WanVAEConfig
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TinyVAEConfig
+from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+from model.wan_vae import WanVAE
 
 def memory(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

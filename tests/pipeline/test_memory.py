@@ -13,9 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.tiny_vae import TinyVAE, TinyVAEConfig
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TinyVAEConfig
 from model.transformer import PRESETS, WanConfig, WanTransformer
-from model.wan_vae import WanAutoencoder, WanVAEConfig
+from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
 from model.weights import save_folder
 from pipeline import memory
 from pipeline.config import CodecKind, Sampler

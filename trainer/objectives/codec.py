@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.tiny_vae import TinyVAE, TinyVAEConfig
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TinyVAEConfig
 
 
 @dataclass

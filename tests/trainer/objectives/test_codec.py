@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.tiny_vae import TINY_VAE_PRESETS, TinyVAE
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TINY_VAE_PRESETS
 from trainer.objectives.codec import LinearCode, decoder_loss, disturb, fit_linear_code, psnr, random_window
 from utils.shapes import render_clips, training_scenes
 
