@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +15,10 @@ from model.prompt_cache import PromptCache
 from pipeline.config import PipelineConfig, Sampler
 from pipeline.loading import load_codec, load_denoiser, load_prompt_cache
 from pipeline.memory import PROFILES, Profile, TextPlacement
-from pipeline.optimize import optimize
+from pipeline.optimize import optimize, rollout_flops
 from pipeline.rollout import RolloutConfig
 from pipeline.sampling import SamplingConfig
+from pipeline.sizes import token_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,12 @@ def load_pipeline(
     text_encoder = _prepare_text(config, profile, prompts, **options)
     denoiser = load_denoiser(config.generator, use_ema=use_ema, streamed=profile.stream_generator, **options)
     denoiser.eval().requires_grad_(False)
-    optimize(denoiser.transformer, config.optimize, streamed=profile.stream_generator)
+    optimize(
+        denoiser.transformer,
+        config.optimize,
+        streamed=profile.stream_generator,
+        flops_ahead=_flops_ahead(config, denoiser, prompts),
+    )
     return TextToVideo(
         denoiser,
         text_encoder,
@@ -79,6 +86,16 @@ def load_pipeline(
         sampling=config.sampling,
         decode_last=profile.decode_last,
     )
+
+
+def _flops_ahead(config: PipelineConfig, denoiser: Denoiser, prompts: Sequence[str] | None) -> float:
+    """Work of the denoiser for a video of each prompt; infinite if prompts come while it runs."""
+    if prompts is None:
+        return math.inf
+    rows, columns = token_size(config)
+    tokens = (config.video.height // rows) * (config.video.width // columns)
+    one = rollout_flops(denoiser.transformer, config.rollout, frames=config.video.num_frames, tokens=tokens)
+    return one * len(prompts) * config.inference.num_samples
 
 
 def _prepare_text(
