@@ -14,13 +14,15 @@ import yaml
 from pipeline.request import PromptSwitch
 from pipeline.rollout import SwitchStyle
 from utils.errors import UserError
+from utils.prompts import one_line
 
 TIME = re.compile(r"(?:(\d+):)?(\d+(?:\.\d+)?)\s*s?")
+LONGEST = 2**20  # characters of a storyboard
 KEYS = {"at", "prompt", "style"}
 
 
 @dataclass(frozen=True)
-class Cue:
+class TimedPrompt:
     """A prompt and when it begins."""
 
     seconds: float
@@ -31,51 +33,53 @@ class Cue:
         return f"{self.seconds:g}s {self.style.value} {self.prompt}"
 
 
-def parse_switch(text: str, style: SwitchStyle) -> Cue:
-    """A cue written as ``"12s: a cat"`` or ``"1:05: a cat"``.
+def parse_switch(text: str, style: SwitchStyle) -> TimedPrompt:
+    """Read a timed prompt that is written as ``"12s: a cat"`` or ``"1:05: a cat"``.
 
     Raises:
         UserError: it is written in another way.
     """
     time, colon, prompt = text.partition(": ")
     seconds = parse_seconds(time)
-    if not colon or seconds is None or not prompt.strip():
+    prompt = one_line(prompt)
+    if not colon or seconds is None or not prompt:
         raise UserError(f"--switch {text!r}: write a time and a prompt, such as '12s: a cat'")
-    return Cue(seconds, prompt.strip(), style)
+    return TimedPrompt(seconds, prompt, style)
 
 
-def read_storyboard(path: str | Path, style: SwitchStyle) -> list[Cue]:
-    """Cues of a YAML list of ``{at: 12s, prompt: a cat, style: recache}``; ``style`` holds where none is given.
+def read_storyboard(path: str | Path, style: SwitchStyle) -> list[TimedPrompt]:
+    """Read a YAML list of ``{at: 12s, prompt: a cat, style: recache}``. An entry without a style gets ``style``.
 
     Raises:
-        UserError: names the file and the entry that is wrong, counted from 1.
+        UserError: the file cannot be read, or an entry is wrong; names the entry, counted from 1.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        entries = None if len(text) > LONGEST else yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the storyboard: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)[:200]}: cannot read the storyboard: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: is not a list of {{at: 12s, prompt: a cat, style: recache}}")
     return [_read_entry(entry, f"{path}, entry {number}", style) for number, entry in enumerate(entries, start=1)]
 
 
-def _read_entry(entry: object, where: str, style: SwitchStyle) -> Cue:
+def _read_entry(entry: object, where: str, style: SwitchStyle) -> TimedPrompt:
     if not isinstance(entry, dict) or not {"at", "prompt"} <= entry.keys() <= KEYS:
         raise UserError(f"{where}: {entry!r} is not {{at: 12s, prompt: a cat, style: recache}}")
     seconds, prompt = parse_seconds(entry["at"]), entry["prompt"]
     if seconds is None:
         raise UserError(f"{where}: at={entry['at']!r} is not a time such as 12s or '1:05'")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not one_line(prompt):
         raise UserError(f"{where}: prompt={prompt!r} is not a prompt")
     if "style" in entry:
         style = parse_style(entry["style"], where)
-    return Cue(seconds, prompt.strip(), style)
+    return TimedPrompt(seconds, one_line(prompt), style)
 
 
 def parse_style(name: object, where: str) -> SwitchStyle:
-    """The style of that name; ``where`` begins the message of the UserError for another."""
+    """Return the style of that name. For another name, raise a UserError whose message begins with ``where``."""
     names = [style.value for style in SwitchStyle]
     if name not in names:
         raise UserError(f"{where}: style={name!r} is not one of {', '.join(names)}")
@@ -83,15 +87,15 @@ def parse_style(name: object, where: str) -> SwitchStyle:
 
 
 def parse_seconds(time: object) -> float | None:
-    """Seconds of ``12``, ``"12.5s"`` or ``"1:05"``; None for anything else."""
+    """Return the seconds of ``12``, ``"12.5s"`` or ``"1:05"`` (minutes and seconds); None for anything else."""
     if isinstance(time, bool) or not (match := TIME.fullmatch(str(time).strip())):
         return None
     minutes, seconds = match.groups()
     return 60 * int(minutes or 0) + float(seconds)
 
 
-def check_cues(cues: Sequence[Cue], seconds: float) -> None:
-    """Refuse cues whose times do not ascend, or that a video of so many seconds does not reach."""
+def check_cues(cues: Sequence[TimedPrompt], seconds: float) -> None:
+    """Raise UserError if the times of the prompts do not ascend, or if a video of ``seconds`` ends before the last."""
     for cue, following in pairwise(cues):
         if following.seconds <= cue.seconds:
             raise UserError(f"the prompt at {following.seconds:g}s follows one at {cue.seconds:g}s; times must ascend")
@@ -104,8 +108,8 @@ def check_cues(cues: Sequence[Cue], seconds: float) -> None:
         )
 
 
-def schedule(cues: Sequence[Cue], fps: float, *, begin: int = 0) -> tuple[PromptSwitch, ...]:
-    """The cues as switches of a stream that is shown at ``fps``; their times count from its pixel frame ``begin``."""
+def schedule(cues: Sequence[TimedPrompt], fps: float, *, begin: int = 0) -> tuple[PromptSwitch, ...]:
+    """Return the timed prompts as switches of a stream of ``fps`` frames a second. Times count from its frame ``begin``."""
     # Rounding must not move a cue past the frame it names.
     return tuple(
         PromptSwitch(cue.prompt, cue.style, at_frame=begin + math.ceil(cue.seconds * fps - 1e-6)) for cue in cues

@@ -255,6 +255,7 @@ LONG_PATHS = (
 )
 BAD_INPUT = {
     "prompt beside a file": (["--prompt", "a", "--data_path", "x"], "--prompt and --data_path both give prompts"),
+    "more videos than a run can hold": (["--num_samples", "999999999"], "2999999997 videos are too many for one run"),
     "negative seed": (["--seed", "-5"], "seed=-5 must be at least 0, or -1 to draw one"),
     "a video that no disk holds": (["--num_output_frames", "999999999999"], "choose another --output_folder or fewer"),
     "a rate that is no number": (["--fps", "nan"], "video.fps='nan' is not of type"),

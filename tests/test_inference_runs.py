@@ -187,6 +187,23 @@ def test_leftovers_of_every_kind_do_not_stop_a_run(make):
     assert len(records(folder)) == 5
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files through the shell")
+def test_a_disk_that_is_full_keeps_what_plays_and_ends_in_one_line(release, tmp_path):
+    command = [sys.executable, "inference.py", "--config_path", release.config_path, "--output_folder", str(tmp_path)]
+    long = ["--prompt", "a cat", "--num_output_frames", "30000"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command, *long],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if " INFO " not in line and " WARNING " not in line]
+    assert line.startswith("error: cannot write ") and "a cat-0.partial.mp4" in line
+    assert len(read_video(tmp_path / "a cat-0.partial.mp4")) > 12
+
+
 def test_nothing_is_written_through_links(make, release, tmp_path, capsys):
     (tmp_path / "other").write_text("kept")
     folder = tmp_path / "videos"

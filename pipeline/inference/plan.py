@@ -13,7 +13,7 @@ from pipeline.config import PipelineConfig, Sampler
 from pipeline.inference.options import InferenceOptions
 from pipeline.inference.recipe import Recipe, deciding_settings, file_hash
 from pipeline.sizes import codec_sizes
-from pipeline.storyboard import Cue, check_cues, parse_style, parse_switch, read_storyboard
+from pipeline.storyboard import TimedPrompt, check_cues, parse_style, parse_switch, read_storyboard
 from utils import prompt_extend
 from utils.errors import UserError
 from utils.files import LONGEST_NAME, exact_stem
@@ -21,6 +21,7 @@ from utils.prompts import PromptLine, one_line, pair_prompts, read_image_lines, 
 from utils.video import stream_video
 
 SUFFIX = ".mp4"
+MOST_VIDEOS = 1_000_000
 EXTENDED_PROMPTS = "extended_prompts.jsonl"
 
 
@@ -34,7 +35,7 @@ class Job:
     image: Path | None = None
     extends: Path | None = None
     follows: Path | None = None
-    cues: tuple[Cue, ...] = ()
+    cues: tuple[TimedPrompt, ...] = ()
 
     @property
     def prompts(self) -> list[str]:
@@ -55,6 +56,8 @@ def plan_jobs(config: PipelineConfig, options: InferenceOptions, dtype: torch.dt
     """
     opening, cues = _storyboard(config, options)
     lines, source = _prompt_lines(config, options, opening)
+    if (videos := len(lines) * config.inference.num_samples) > MOST_VIDEOS:
+        raise UserError(f"{videos} videos are too many for one run; at most {MOST_VIDEOS}: lower --num_samples")
     prompts = _long_prompts(config, options, lines, source)
     extends, follows = (None if video is None else _existing_video(video) for video in (options.extend, options.v2v))
     common = Recipe(
@@ -121,7 +124,7 @@ def _long_prompts(
     return names
 
 
-def _storyboard(config: PipelineConfig, options: InferenceOptions) -> tuple[str | None, tuple[Cue, ...]]:
+def _storyboard(config: PipelineConfig, options: InferenceOptions) -> tuple[str | None, tuple[TimedPrompt, ...]]:
     """Return the prompt a storyboard opens with, if it does, and the prompts to come."""
     style = parse_style(options.switch_style or "recache", "--switch_style")
     cues = [parse_switch(text, style) for text in options.switch or []]

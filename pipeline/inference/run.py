@@ -121,7 +121,7 @@ def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torc
     hashes = part_hashes(config, use_ema=config.generator.average(options.use_ema), dtype=dtype)
     output = OutputFolder(folder)
     placements = []
-    for job in jobs:
+    for job in progress(jobs, "looking for existing videos", unit="video"):
         placement = output.place(replace(job, recipe=replace(job.recipe, weights=hashes)))
         again = placement.exists and options.overwrite
         placements.append(replace(placement, exists=False) if again else placement)
