@@ -109,7 +109,7 @@ def check_cues(cues: Sequence[TimedPrompt], seconds: float) -> None:
 
 
 def schedule(cues: Sequence[TimedPrompt], fps: float, *, begin: int = 0) -> tuple[PromptSwitch, ...]:
-    """Return the timed prompts as switches of a stream of ``fps`` frames a second. Times count from its frame ``begin``."""
+    """Return the prompts as switches of a stream of ``fps`` frames a second; times count from its frame ``begin``."""
     # Rounding must not move a cue past the frame it names.
     return tuple(
         PromptSwitch(cue.prompt, cue.style, at_frame=begin + math.ceil(cue.seconds * fps - 1e-6)) for cue in cues
