@@ -51,7 +51,10 @@ class TextEncoderConfig:
 class TextEncoder(nn.Module):
     """A UMT5 encoder with its tokenizer. Device and dtype are the model's.
 
-    `input_device` is for a model whose weights wait elsewhere until they compute; None is where the model is.
+    Args:
+        text_len: tokens L that a prompt is padded or cut to.
+        input_device: the device of the token ids, for a model whose weights wait on another device until they compute.
+            None is the model's device.
     """
 
     def __init__(
@@ -76,9 +79,9 @@ class TextEncoder(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B L D] of B prompts, zero past each prompt's own length; differentiable when grad is enabled.
 
-        Prompts are cleaned first; one longer than `text_len` tokens is cut, keeping the closing token. An embedding
-        does not depend on the other prompts: up to rounding with grad, to the last bit without, where prompts are
-        encoded one at a time.
+        Prompts are cleaned first. One of more than `text_len` tokens is cut, but keeps its closing token. An embedding
+        does not depend on the other prompts. Without grad prompts are encoded one at a time, so that this holds to the
+        last bit; with grad it holds up to rounding.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"encode() takes a non-empty list of prompts, not {prompts!r}")

@@ -23,8 +23,8 @@ class WanVAE(nn.Module):
 
     Attributes:
         tiling: cut frames into tiles to decode them; None decodes them whole.
-        reduced: convolve with fewer products, from rearranged weights; None does so on a CPU, where it is known to be
-            faster.
+        reduced: convolve with fewer products, from rearranged weights. None does so on a CPU only, because it was
+            measured to be faster there.
     """
 
     def __init__(self, vae: WanAutoencoder) -> None:
@@ -140,7 +140,7 @@ class StreamingWanDecoder(_Stream):
     """A `StreamingDecoder`: each causal convolution keeps its last two frames, so memory does not grow."""
 
     def __init__(self, codec: WanVAE, *, latents_per_call: int | None = None) -> None:
-        """None: as many as suit the size of the frames."""
+        """`latents_per_call` latents are decoded at once; None is as many as suit the size of the frames."""
         super().__init__(codec)
         self._latents_per_call = latents_per_call
 

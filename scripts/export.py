@@ -36,13 +36,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     formats = "; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items())
     add("--format", required=True, choices=FORMATS, help=formats)
     add("--ema", action="store_true", help="averaged weights of a training checkpoint; without it the raw ones")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the written weights; default: as stored, bfloat16 for packed ones",
+    )
     add("--lora", help="LoRA to merge first: PATH[:SCALE], or '[PATH:SCALE, ...]'")
-    add("--lora_scale", type=float, default=1.0, help="default: %(default)s")
+    add(
+        "--lora_scale",
+        type=float,
+        default=1.0,
+        help="factor of the scales of the LoRA; 1 is as trained; default: %(default)s",
+    )
     add("--parts", help="release folder that holds the other parts of a diffusers pipeline; default: IN")
     add("--shift", type=float, default=5.0, help="timestep shift of a diffusers pipeline; default: %(default)s")
-    add("--preset", default="wan2.1-t2v-1.3b", help="preset to try first where IN brings no config.json")
-    add("--shard_gb", type=float, default=10.0, help="largest file of a folder; default: %(default)s")
+    add("--preset", default="wan2.1-t2v-1.3b", help="sizes to try first if IN has no config.json; default: %(default)s")
+    add("--shard_gb", type=float, default=10.0, help="largest file of a folder, in gigabytes; default: %(default)s")
     add("--overwrite", action="store_true", help="write over what OUT holds")
     return parser.parse_args(arguments)
 
@@ -67,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def export_transformer(args: argparse.Namespace) -> str:
-    """Write, read back and compare; returns a line about it."""
+    """Write the transformer, read it back and compare. Return a line about it."""
     import torch
 
     from model.transformer import PRESETS
@@ -116,7 +125,7 @@ def check_reload(path: str, state: Mapping[str, Tensor], dtype: torch.dtype | No
 
 
 def export_lora(args: argparse.Namespace) -> str:
-    """Any LoRA → peft, read back and compared."""
+    """Write a LoRA of any dialect for peft, read it back and compare. Return a line about it."""
     import torch
 
     from model.weights.lora import save_lora
@@ -133,7 +142,7 @@ def export_lora(args: argparse.Namespace) -> str:
 
 
 def write_pipeline(args: argparse.Namespace) -> str:
-    """The other parts of a diffusers pipeline, where a release folder holds them; returns the end of the line."""
+    """Write the other parts of a diffusers pipeline if a release folder has them. Return the end of the line."""
     from diffusers import UniPCMultistepScheduler
     from diffusers import __version__ as version
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from model.text_encoder import TextEncoder
 from model.wan_vae import WanVAE
-from model.weights import load_state_dict
+from model.weights import load_state_dict, save_safetensors
 from model.weights.lora import merge_lora
 from model.weights.lora_read import load_lora
 from model.weights.transformer_read import read_transformer
@@ -128,6 +128,31 @@ def test_a_lora_is_merged_or_rewritten_for_peft(release, tmp_path):
     )
     assert main([str(tmp_path / "lora.safetensors"), str(tmp_path / "peft"), "--format", "peft"]) == 0
     assert load_lora(tmp_path / "peft").layers.keys() == {"blocks.0.self_attn.q"}
+
+
+def test_scaled_fp8_weights_are_exported_as_their_values(release, tmp_path):
+    state = load_state_dict(release.small)
+    name = "blocks.0.ffn.0.weight"
+    scale = state[name].abs().max() / 448
+    state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
+    expected = state[name].float() * scale
+    state["blocks.0.ffn.0.scale_weight"] = scale
+    save_safetensors(tmp_path / "fp8.safetensors", state)
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.safetensors"
+        assert main([str(tmp_path / "fp8.safetensors"), str(out), "--format", "comfyui", "--dtype", dtype]) == 0
+        assert torch.equal(load_state_dict(out)[name], expected.to(getattr(torch, dtype)))
+
+
+def test_several_loras_are_merged_with_their_scales(release, tmp_path):
+    write_lora(tmp_path / "lora.safetensors")
+    path, out = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    assert main([str(release.small), str(out), "--format", "safetensors", "--lora", f"[{path}:0.5, {path}]"]) == 0
+    expected = load_state_dict(release.small)
+    merge_lora(expected, load_lora(path), 1.5)
+    written = load_state_dict(out)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(written[name], tensor)
 
 
 def refusals(release, folder):

@@ -24,10 +24,10 @@ def load_into(
     """Give `module` (on the meta device or not) the tensors of `state`: strictly, and without a second copy.
 
     Args:
-        state: is emptied, so that what a tensor was converted from is free as soon as it is converted.
-        source: what the tensors came from, for the error message.
-        dtype: converts floating-point tensors one by one; None keeps the dtype they are stored in.
-        device: where to put them; None leaves them where they are.
+        state: the tensors. It is emptied, so that the memory of each one is free as soon as it is converted.
+        source: the file they came from, for the error message.
+        dtype: converts floating-point tensors one by one. None keeps their dtype; packed ones become bfloat16.
+        device: the device to put them on; None leaves them on theirs.
 
     Raises:
         UserError: names the first three tensors that are missing, unexpected or of another shape, with both shapes;
@@ -43,8 +43,10 @@ def load_into(
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hint: str = "") -> None:
-    """Raise UserError, naming three tensors with both shapes, where names and shapes are not those of `module`; or
-    the first tensor that holds whole numbers in place of floating-point ones, as quantised weights do."""
+    """Raise UserError if names and shapes are not those of `module`; the message names three tensors with both shapes.
+
+    A tensor of whole numbers in the place of a floating-point one is refused too.
+    """
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     given = {key: tuple(tensor.shape) for key, tensor in state.items()}
     wrong = [
@@ -63,7 +65,7 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hi
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise UserError where there is NaN or infinity; takes no memory, and does not look into 8-bit types."""
+    """Raise UserError if a tensor holds NaN or infinity. It takes no memory. 8-bit types are not looked at."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.dtype.itemsize == 1:
         return
     low, high = tensor.detach().aminmax()

@@ -42,9 +42,10 @@ class Entry:
 
 
 def map_tensors(path: Path, entries: Mapping[str, Entry]) -> StateDict:
-    """Copy-on-write maps of a file, in its order and in windows: the memory of a window is freed with its tensors.
+    """Map the tensors of a file copy-on-write, in windows of many tensors.
 
-    One map for the whole file would keep every page that was read; one for each tensor needs as many file descriptors.
+    The memory of a window is freed with its last tensor. One map of the whole file would keep every page that was read.
+    One map for each tensor would need as many file descriptors.
     """
     state: StateDict = {}
     window, start, end = None, 0, 0

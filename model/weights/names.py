@@ -8,7 +8,7 @@ from torch import Tensor
 from model.weights.mapping import StateDict
 from utils.errors import UserError
 
-# Rows of (name here, name there); each `*` stands for one dotted segment and must occur equally often on both sides.
+# Rows of (name here, name there). Each `*` is one part of a name between dots; both sides have equally many.
 KeyMap = tuple[tuple[str, str], ...]
 COMFYUI_PREFIX = "model.diffusion_model."
 # What wrappers add anywhere in a name, and what they add before it.
@@ -85,7 +85,7 @@ FOREIGN_NAMES: dict[str, KeyMap] = {
 
 
 def rename_keys(state: Mapping[str, Tensor], key_map: KeyMap, *, source: str = "state dict") -> StateDict:
-    """Rename every tensor by the one row that fits; UserError naming the first tensor that no row knows."""
+    """Rename every tensor by the row that fits. Raises UserError with the first tensor that no row knows."""
     rows = [(re.compile(re.escape(old).replace(r"\*", r"([^.]+)")), new.replace("*", "{}")) for old, new in key_map]
     renamed: StateDict = {}
     for key, tensor in state.items():
@@ -134,7 +134,7 @@ def _common_prefix(state: Mapping[str, Tensor], source: str) -> str:
 
 
 def plain_name(key: str) -> str:
-    """A tensor's name without the parts that FSDP, DDP, torch.compile, checkpointing and wrappers add, anywhere."""
+    """A tensor's name without what FSDP, DDP, torch.compile, checkpointing and wrapper classes add anywhere in it."""
     return ".".join(part for part in key.split(".") if part not in WRAPPER_SEGMENTS)
 
 

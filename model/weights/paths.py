@@ -19,7 +19,7 @@ PARTS = {
 
 
 def find_part(path: str | Path, part: str) -> Path:
-    """Where a release folder keeps `part` (a key of PARTS); `path` itself where it is no such folder."""
+    """The place of `part` (a key of PARTS) in a release folder; `path` itself if it is no such folder."""
     path = Path(path)
     return next((path / name for name in PARTS[part] if (path / name).exists()), path)
 

@@ -32,18 +32,18 @@ class ShardIndex:
 
 
 def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDict:
-    """Read weights in any known format, under our names, memory-mapped on the CPU and in the dtype they are stored in.
+    """Read weights in any known format, under our names.
+
+    The tensors are memory-mapped, on the CPU, in the dtype they are stored in. Weights with scales or in GGUF are
+    `PackedTensor`s, which are unpacked when they are used.
 
     Args:
-        path: a folder (config.json beside model.safetensors or diffusion_pytorch_model.safetensors, single or sharded
-            with an index; or a diffusers pipeline, for its transformer), a .safetensors file (bare, with any wrapper's
-            prefix, or ComfyUI's), or a PyTorch file holding a bare state dict, {"state_dict": ...}, {"model": ...} or a
-            training checkpoint {"generator", "critic", "generator_ema"}.
-        use_ema: which generator a training checkpoint gives: the averaged one, the raw one, or (None) the averaged one
-            where there is one; formats with a single set of weights ignore it.
+        path: a file or a folder. docs/weights.md lists the formats. A diffusers pipeline gives its transformer.
+        use_ema: which generator of a training checkpoint to take: the averaged one, the raw one, or (None) the averaged
+            one if there is one. Formats with a single set of weights ignore it.
 
     Raises:
-        UserError: one line naming the file, for anything missing, damaged, unsafe or without weights.
+        UserError: one line that names the file, if it is missing, damaged, unsafe or holds no weights.
     """
     path = Path(path)
     if not path.exists():
@@ -82,14 +82,16 @@ def _read_shards(index: Path) -> StateDict:
     weight_map = read_json(index, ShardIndex, max_bytes=MAX_INDEX_BYTES).weight_map
     state: StateDict = {}
     for name in sorted(set(weight_map.values())):
-        # Lexical on purpose: the shards of a hub snapshot are links that lead out of the folder.
+        # The name is checked, not the target: shards of a hub snapshot are links that lead out of the folder.
         if Path(name).name != name or "\\" in name:
             raise UserError(f"{index}: names the shard {name!r} outside its own folder; refused")
         if not (index.parent / name).is_file():
             raise UserError(f"{index}: names the shard {name!r}, which is missing; download it into {index.parent}")
         state |= read_file(index.parent / name)
     if absent := weight_map.keys() - state.keys():
-        raise UserError(f"{index}: promises {min(absent)!r}, which no shard holds ({len(absent)} such tensors)")
+        raise UserError(
+            f"{index}: lists {min(absent)!r}, which no shard holds ({len(absent)} such tensors); download it again"
+        )
     return state
 
 
@@ -97,8 +99,8 @@ def read_file(path: Path, *, use_ema: bool | None = None, key: str | None = None
     """The tensors of one file, under the names they are stored by.
 
     Args:
-        use_ema: which generator of a training checkpoint: averaged, raw, or (None) averaged where there is one.
-        key: the entry of a PyTorch file that is meant, where it has one; None finds it.
+        use_ema: as for :func:`load_state_dict`.
+        key: the entry of a PyTorch file to take, if the file has it. None finds the right one.
     """
     try:
         if path.stat().st_size == 0:

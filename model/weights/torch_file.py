@@ -33,9 +33,10 @@ def read_torch(path: Path, *, use_ema: bool | None, key: str | None) -> StateDic
 
 
 def _remap(content: object, state: StateDict, path: Path) -> StateDict:
-    """`state`, which torch has mapped as one piece with all of `content`, in windows of its own (see `map_tensors`).
+    """The tensors of `state`, mapped again in windows (see `map_tensors`).
 
-    Storages lie in memory as their records lie in the file; where the two do not match one to one, torch's map is kept.
+    torch has mapped the whole file as one piece. Tensors lie in that piece as their records lie in the file, so their
+    places in the file are known. If tensors and records do not match one to one, torch's own map is kept.
     """
     if not zipfile.is_zipfile(path):  # files from before torch 1.6
         return state
@@ -59,7 +60,7 @@ def _tensors(content: object) -> Iterator[Tensor]:
 
 
 def _record_offsets(path: Path) -> Iterator[int]:
-    """Where the bytes of each stored tensor begin in a PyTorch zip file."""
+    """The places in a PyTorch zip file at which the bytes of stored tensors begin."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for record in archive.infolist():
             if record.file_size and re.search(r"/data/\d+$", record.filename):
@@ -78,12 +79,12 @@ def _select_weights(content: object, path: Path, *, use_ema: bool | None, key: s
         else:
             content = next((content[key] for key in ("state_dict", "model") if key in content), content)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__} where a state dict was expected")
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict; give a file of weights")
     for name, value in content.items():
         if not isinstance(name, str):
-            raise UserError(f"{path}: its entry {name!r} is called by no text; not a state dict")
+            raise UserError(f"{path}: its entry {name!r} has a name that is not text; give a state dict")
         if not isinstance(value, Tensor):
-            raise UserError(f"{path}: its entry {name!r} is a {type(value).__name__}, not a tensor; not a state dict")
+            raise UserError(f"{path}: its entry {name!r} is a {type(value).__name__}, not a tensor; give a state dict")
         if value.is_meta or value.layout is not torch.strided or value.dtype not in SAFETENSORS_DTYPES.values():
             kind = "tensor without values" if value.is_meta else f"{value.dtype} tensor ({value.layout})"
             raise UserError(f"{path}: its entry {name!r} is a {kind}; use plain weights of real numbers")
@@ -113,10 +114,11 @@ def _say_which(path: Path, wanted: str) -> None:
 
 
 def _check_not_swapped(content: Mapping, path: Path) -> None:
-    """Refuse a checkpoint whose "generator" is the critic: only small tensors are looked at.
+    """Refuse a checkpoint whose "generator" is the critic.
 
-    A critic may have a discriminator's heads, a generator never; and an average lies near what it averages: 4 times
-    nearer to the critic than to the generator it cannot be unless the two are swapped.
+    Two signs show it. Only a critic has the heads of a discriminator. And an average lies near the weights that it
+    averages: if generator_ema is 4 times nearer to the critic than to the generator, the two are swapped. Only small
+    tensors are compared.
     """
     generator, critic, ema = (content.get(name) for name in ("generator", "critic", "generator_ema"))
     if not isinstance(generator, Mapping) or not isinstance(critic, Mapping):

@@ -27,9 +27,16 @@ def save_folder(
     shard_bytes: int = SHARD_BYTES,
     config_file: str = CONFIG_FILE,
 ) -> None:
-    """Write a model folder: its weights, in shards with an index where they exceed `shard_bytes`, and its config.json.
+    """Write a model folder: its weights and its config.json.
 
-    `dtype` converts floating-point tensors; None keeps them. Tied tensors are written as often as they are named.
+    Args:
+        folder: made if need be. Files of an earlier save are replaced.
+        weights: a module or its state dict. Tied tensors are written once for each name.
+        config: the content of config.json.
+        dtype: converts floating-point tensors; None keeps them.
+        name: the file of the weights.
+        shard_bytes: larger weights are written in shards, with an index.
+        config_file: another name for config.json.
     """
     folder = Path(folder)
     config_text = json.dumps(config, indent=2) + "\n"
@@ -52,7 +59,7 @@ def save_folder(
         atomic_write_text(index, json.dumps(listing, indent=2) + "\n")
         stale -= {index, *(folder / file for file in files)}
     atomic_write_text(folder / config_file, config_text)
-    for file in stale:  # of an earlier save with another number of shards
+    for file in stale:  # an earlier save had another number of shards
         file.unlink(missing_ok=True)
 
 
@@ -87,7 +94,7 @@ def save_torch(path: str | Path, content: Mapping[str, object]) -> None:
 
 
 def convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` on the CPU and, if it is of floating point, in `dtype`."""
+    """`tensor` on the CPU; a floating-point one in `dtype`, if that is not None."""
     return tensor.detach().to("cpu", _stored_dtype(tensor, dtype))
 
 
@@ -100,7 +107,7 @@ def _num_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 
 def _split(state: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int) -> list[list[str]]:
-    """Names in their order, cut into shards of at most `shard_bytes` (or of one tensor that is larger)."""
+    """Names in their order, cut into shards of at most `shard_bytes`. A larger tensor is a shard of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for key, tensor in state.items():

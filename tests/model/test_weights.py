@@ -308,11 +308,11 @@ def hostile_files(folder, state):
     (folder / "cut.safetensors").write_bytes((folder / "whole/model.safetensors").read_bytes()[:-5])
     yield folder / "cut.safetensors", "truncated"
     torch.save(torch.zeros(3), folder / "tensor.pt")
-    yield folder / "tensor.pt", "holds a Tensor where a state dict was expected"
+    yield folder / "tensor.pt", "holds a Tensor, not a state dict"
     torch.save({"step": 3}, folder / "number.pt")
     yield folder / "number.pt", "'step' is a int, not a tensor"
     torch.save({3: torch.zeros(1)}, folder / "unnamed.pt")
-    yield folder / "unnamed.pt", "3 is called by no text"
+    yield folder / "unnamed.pt", "3 has a name that is not text"
     for name, tensor, message in (
         ("sparse", torch.eye(3).to_sparse(), "a torch.float32 tensor .torch.sparse_coo"),
         ("meta", torch.zeros(3, device="meta"), "a tensor without values"),
