@@ -155,6 +155,8 @@ class Decomposed:
     def fits(self) -> bool:
         """Whether the stored lengths are as many as the rows or the columns of the weight."""
         rows, columns = self.shape[0], self.shape[1]
+        if self.magnitude.numel() == 0 or self.magnitude.ndim not in (1, 2, len(self.shape), 5):
+            return False
         if self.magnitude.ndim == 1 or self.magnitude.shape[0] == rows != 1:
             return self.magnitude.numel() == rows
         return self.magnitude.numel() == self.magnitude.shape[1] and columns % self.magnitude.numel() == 0

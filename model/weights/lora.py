@@ -161,7 +161,7 @@ def _fitting(weights: Mapping[str, Tensor], lora: LoRA) -> Iterator[tuple[str, L
         named = ", ".join(list(left_out)[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
         purposes = " and ".join(sorted(set(left_out.values())))
         log.warning(
-            "%s: %d layers for %s models are left out, because this model does not have them (%s); %d are merged",
+            "%s: left out %d layers for %s models, which this model does not have (%s); the other %d are merged",
             lora.source,
             len(left_out),
             purposes,
@@ -172,10 +172,13 @@ def _fitting(weights: Mapping[str, Tensor], lora: LoRA) -> Iterator[tuple[str, L
 
 
 def _same_values(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether a difference fits a weight; a kernel may be flattened into the inputs."""
-    return shape == weight or (
-        len(shape) == 2 and len(weight) > 2 and shape == (weight[0], torch.Size(weight[1:]).numel())
-    )
+    """Whether a difference fits a weight: a kernel may be flattened into the inputs, and leading ones do not matter."""
+    flat = (weight[0], torch.Size(weight[1:]).numel()) if len(weight) > 2 else weight
+    return shape in (weight, flat) or _without_leading_ones(shape) == _without_leading_ones(weight)
+
+
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if not shape or shape[0] != 1 else _without_leading_ones(shape[1:])
 
 
 def _tensors(value: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -46,6 +46,7 @@ PARTS = {
     "lora_linear_layer.down": "down",
     "lora_linear_layer.up": "up",
     "alpha": "alpha",
+    "lora_alpha": "alpha",
     "lora_magnitude_vector": "row lengths",
     "dora_scale": "lengths",
     "diff": "diff",
@@ -143,6 +144,6 @@ def _layer_patterns() -> tuple[tuple[re.Pattern, str], ...]:
     owners = {ours.removesuffix(".modulation"): ours.removesuffix(".modulation") for ours in layers}
     pairs = [*layers.items(), *owners.items(), *((ours, ours) for ours in layers)]
     return tuple(
-        (re.compile(re.escape(theirs.replace(".", "_")).replace(r"\*", r"(\d+)")), ours.replace("*", "{}"))
+        (re.compile(re.escape(theirs.replace(".", "_")).replace(r"\*", r"(\d{1,4})")), ours.replace("*", "{}"))
         for ours, theirs in pairs
     )

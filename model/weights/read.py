@@ -21,6 +21,7 @@ from utils.unpickle import ZIP_MAGIC
 
 TOKENIZER_TENSOR = "spiece_model"  # repackaged text encoders hold their tokenizer's file as a tensor of bytes
 MAX_INDEX_BYTES = 64 * 2**20
+MAX_NAME = 512
 
 
 @dataclass
@@ -110,6 +111,9 @@ def read_file(path: Path, *, use_ema: bool | None = None, key: str | None = None
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); download it again") from None
     if not state:
         raise UserError(f"{path}: holds no tensors")
+    longest = max(state, key=len)
+    if len(longest) > MAX_NAME or not all(name.isprintable() for name in state):
+        raise UserError(f"{path}: the name of a tensor has {len(longest)} characters or unprintable ones; refused")
     return state
 
 

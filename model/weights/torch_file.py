@@ -77,7 +77,7 @@ def _select_weights(content: object, path: Path, *, use_ema: bool | None, key: s
             _check_not_swapped(content, path)
             content = _select_generator(content, path, use_ema=use_ema)
         else:
-            content = next((content[key] for key in ("state_dict", "model") if key in content), content)
+            content = next((content[key] for key in ("state_dict", "model") if key in content), _only_entry(content))
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict; give a file of weights")
     for name, value in content.items():
@@ -89,6 +89,12 @@ def _select_weights(content: object, path: Path, *, use_ema: bool | None, key: s
             kind = "tensor without values" if value.is_meta else f"{value.dtype} tensor ({value.layout})"
             raise UserError(f"{path}: its entry {name!r} is a {kind}; use plain weights of real numbers")
     return dict(content)
+
+
+def _only_entry(content: Mapping) -> object:
+    """The value of a mapping with one entry if that is a mapping too, such as {"lora": {...}}; else the mapping."""
+    value = next(iter(content.values()), None)
+    return value if len(content) == 1 and isinstance(value, Mapping) else content
 
 
 def _select_generator(content: Mapping, path: Path, *, use_ema: bool | None) -> object:

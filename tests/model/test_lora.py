@@ -253,6 +253,13 @@ def broken_files(folder, lora):
         ),
         "dora": ({f"{name}.lora_magnitude_vector": down[0].clone()}, "part 'row lengths' is alone"),
         "lengths": (matrices | {f"{name}.dora_scale": torch.ones(7)}, r"lengths \(7,\) of DoRA do not fit a weight"),
+        "number": (matrices | {f"{name}.dora_scale": torch.ones(())}, r"lengths \(\) of DoRA do not fit a weight"),
+        "long": ({f"blocks.{'9' * 5000}.self_attn.q.lora_A.weight": down}, "the name of a tensor has"),
+        "deep": (
+            {"blocks.99999.ffn.0.lora_A.weight": down, "blocks.99999.ffn.0.lora_B.weight": up},
+            "no place in a text",
+        ),
+        "lines": ({"blocks.0.x\ny.lora_A.weight": down}, "unprintable"),
         "oft": ({f"{name}.oft_blocks": down}, "adapter of the kind OFT"),
         "boft": ({f"{name}.boft_R": down}, "adapter of the kind BOFT"),
         "alphas": (matrices | {f"{name}.alpha": torch.ones(2)}, "2 values"),

@@ -70,6 +70,7 @@ DIALECTS = {
     "diffusers": ("transformer.", diffusers_name, "lora_A.weight", "lora_B.weight", None),
     "older diffusers": ("transformer.", diffusers_name, "lora.down.weight", "lora.up.weight", "alpha"),
     "oldest diffusers": ("", diffusers_name, "lora_linear_layer.down.weight", "lora_linear_layer.up.weight", "alpha"),
+    "named alphas": ("", same, "lora_down", "lora_up", "lora_alpha"),
     "no .weight": ("transformer.", same, "lora_A", "lora_B", "alpha"),
     "FSDP": ("module._fsdp_wrapped_module.", same, "lora_A.default.weight", "lora_B.default.weight", None),
 }
@@ -180,7 +181,7 @@ def test_bias_norm_and_modulation_differences_are_merged(tmp_path, weights, lora
         f"diffusion_model.{layer}.lora_up.weight": lora.layers[layer].up,
         f"diffusion_model.{layer}.diff_b": torch.full((SMALL.dim,), 0.5),
         "diffusion_model.blocks.0.diff_m": torch.full((1, 6, SMALL.dim), 2.0),
-        "diffusion_model.head.diff_m": torch.full((1, 2, SMALL.dim), 3.0),
+        "diffusion_model.head.diff_m": torch.full((2, SMALL.dim), 3.0),
         "diffusion_model.blocks.1.modulation.diff": torch.full((1, 6, SMALL.dim), 4.0),
         "diffusion_model.blocks.1.self_attn.norm_q.diff": torch.full((SMALL.dim,), 5.0),
         "diffusion_model.patch_embedding.diff": torch.full_like(weights["patch_embedding.weight"], 6.0),
@@ -228,9 +229,9 @@ def test_image_layers_are_left_out_with_one_warning_that_names_and_counts_them(t
     merge_loras(expected, [(lora, 1.0)])
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     (message,) = caplog.messages
-    assert "5 layers for image-to-video and text encoder models are left out" in message
+    assert "left out 5 layers for image-to-video and text encoder models" in message
     assert "diffusion_model.blocks.0.cross_attn.k_img" in message
-    assert f"{len(LAYERS)} are merged" in message
+    assert f"the other {len(LAYERS)} are merged" in message
 
 
 def test_a_lora_of_image_layers_alone_is_refused(tmp_path, weights):
