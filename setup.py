@@ -25,7 +25,7 @@ setup(
     package_data={"pipeline.serving": ["page/*"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
-        "flash": ["flash-attn>=2.7"],  # after torch, with --no-build-isolation
+        "flash": ["flash-attn-4"],  # FlashAttention-4: Hopper and later, no compiler needed
         "gguf": ["gguf>=0.17"],  # reads .gguf weights
         "wandb": ["wandb>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import AttentionBackend, BlockMask, FlexMask, attention
+from model.fused import can_fuse
 from model.kv_cache import CachedText
 from model.layer_cache import ChunkSlots, LayerCache
 from model.rope import apply_rotary
@@ -64,6 +65,10 @@ class LayerNorm(nn.LayerNorm):
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """``norm(x) (1 + scale) + shift``: x [B F T C], shift and scale [B f 1 C]; without weights of its own."""
+        if can_fuse(x):
+            from model.triton_kernels import layer_norm_modulate
+
+            return layer_norm_modulate(x, shift, scale, eps=self.eps)
         if shift.numel() == x.shape[-1]:  # the same for every token, so it can be the weights: one operation
             weight, bias = (1 + scale).float().flatten(), shift.float().flatten()
             return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
@@ -133,6 +138,11 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Joint product qkv [B F T 3C], norm weights [2 C] of q and k -> q, k, v [B F T N D]; q and k normed, rotated."""
     parts = qkv.unflatten(-1, (3, -1))
+    if can_fuse(qkv) and qkv.is_contiguous():
+        from model.triton_kernels import norm_rotary
+
+        q, k = norm_rotary(parts, norm, rotary, num_heads=num_heads, eps=eps)
+        return q, k, parts[..., 2, :].unflatten(-1, (num_heads, -1))
     qk = parts[..., :2, :].float()
     mean_square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square() / qk.shape[-1]
     qk = (qk * (mean_square + eps).rsqrt()).to(qkv.dtype) * norm

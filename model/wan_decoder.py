@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.fused import can_fuse
+
 Memory = dict[str, Tensor]
 """Name of a causal convolution -> the last frames [2 H W C] it was given; empty before a stream begins."""
 
@@ -115,6 +117,11 @@ def name_memories(module: nn.Module) -> None:
 def activate(norm: RMSNorm, conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
     """Normalise `x` [T H W C] and apply SiLU, straight into a buffer for `conv`."""
     buffer = conv.buffer(x, memory)
+    if can_fuse(x) and x.is_contiguous():
+        from model.triton_kernels import rms_silu
+
+        rms_silu(x, norm.gamma.flatten(), buffer[conv.kept :], floor=NORM_FLOOR)
+        return buffer
     F.silu(norm(x, out=buffer[conv.kept :]), inplace=True)
     return buffer
 

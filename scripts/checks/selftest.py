@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import attention, block_causal_mask, flex_mask
+from model.fused import can_fuse
 from model.kernels import AttentionBackend, missing, resolve_backend, run_kernel
+from model.layers import LayerNorm
+from model.wan_decoder import CausalConv, RMSNorm, activate
 from pipeline.optimize import CompileMode
 from pipeline.request import StreamRequest
 from pipeline.session import StreamSession
@@ -97,6 +100,7 @@ def all_checks(device: torch.device) -> Iterator[Check]:
     kernels = [backend for backend in AttentionBackend if backend is not AttentionBackend.auto]
     for backend in kernels:
         yield Check(f"attention kernel {backend.value}", partial(check_kernel, device, backend))
+    yield Check("Triton kernels", partial(check_triton, device))
     yield Check("attention under a mask", partial(check_mask, device))
     yield Check("attention kernels in two threads", partial(check_threads, device))
     for name, dtype in DTYPES.items():
@@ -130,6 +134,24 @@ def check_kernel(device: torch.device, backend: AttentionBackend) -> str:
     expected = torch.einsum("bnls,bsnd->blnd", weights, v)
     made = run_kernel(backend, *(x.to(device, dtype) for x in (q, k, v))).float().cpu()
     return within(difference(made, expected), SAGE_BOUND if backend is AttentionBackend.sage else KERNEL_BOUND)
+
+
+def check_triton(device: torch.device) -> str:
+    """Norms of the denoiser and of the Wan VAE by Triton kernels, against the CPU."""
+    norm, conv = LayerNorm(1536, 1e-6, elementwise_affine=False), CausalConv(96, 96)
+    x, signals, frames = random(1, 3, 40, 1536), random(1, 3, 2, 1536, seed=1), random(2, 6, 8, 96, seed=2)
+    shift, scale = signals[:, :, :, None].unbind(2)
+    rms = RMSNorm(96, ndim=3)
+    with torch.no_grad():
+        if not can_fuse(x.to(device)):
+            raise Skipped("needs a CUDA device and the package triton")
+        expected = norm.modulated(x, shift, scale), activate(rms, conv, frames, {})
+        made = (
+            norm.modulated(*(tensor.to(device) for tensor in (x, shift, scale))),
+            activate(rms.to(device), conv.to(device), frames.to(device), {}),
+        )
+    worst = max(difference(mine.cpu(), other) for mine, other in zip(made, expected, strict=True))
+    return within(worst, BOUNDS[torch.float32])
 
 
 def check_mask(device: torch.device) -> str:
