@@ -31,8 +31,6 @@ LONG_FUNCTIONS = {
     "pipeline/rollout.py:rollout_passes",
     "pipeline/serving/api.py:_add_http_routes",
     "pipeline/text_to_video.py:from_config",
-    "trainer/objectives/gan.py:gan_discriminator_loss",
-    "trainer/objectives/sid.py:sid_loss",
 }
 LONG_FILES = {
     "inference.py",

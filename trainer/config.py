@@ -165,7 +165,7 @@ class SiDConfig:
     """Score identity distillation in place of DMD; guidance and critic are those of the dmd section."""
 
     alpha: float = 1.0
-    """Weight of the squared score difference that is taken off."""
+    """Weight of the squared difference of the scores that is subtracted."""
 
 
 @dataclass

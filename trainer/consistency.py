@@ -1,4 +1,4 @@
-"""Causal consistency distillation: a few-step causal student of a many-step causal teacher (Causal Forcing++)."""
+"""Causal consistency distillation (Causal Forcing++): a few-step student learns from a many-step causal teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.trainer import Loss, RunContext, Trainer, Update
 
 
 class ConsistencyTrainer(Trainer):
-    """One regression a step to the student's own average, one teacher step further on."""
+    """One regression a step to the average of the student itself, one step of the teacher further."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
@@ -40,7 +40,7 @@ class ConsistencyTrainer(Trainer):
         yield Update(self.updater, self.loss, self.micro_batches())
 
     def loss(self, batch: MicroBatch) -> Loss:
-        """Regression to what the average says one step further on."""
+        """Return the distance to what the average predicts one step further."""
         config = self.config
         samples = self.data.read(batch.indices)
         clean = samples.encode(self.codec, self.device)

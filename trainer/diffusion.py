@@ -48,7 +48,7 @@ class DiffusionTrainer(Trainer):
         yield Update(self.updater, self.loss, self.micro_batches())
 
     def loss(self, batch: MicroBatch) -> Loss:
-        """Flow matching on the clips of a batch."""
+        """Return the flow matching loss of the clips of a micro-batch."""
         config = self.config
         samples = self.data.read(batch.indices)
         x0 = samples.encode(self.codec, self.device)

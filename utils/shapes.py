@@ -38,8 +38,10 @@ FREE_FRAMES = 10  # frames before the first bounce, so that the prompted directi
 class ShapesConfig:
     """Geometry of the world."""
 
-    resolution: int = 48  # side of the square frame in pixels
-    speed: float = 1.5  # length of the object's displacement per frame in pixels
+    resolution: int = 48
+    """Side of the square frame in pixels, at least 16."""
+    speed: float = 1.5
+    """How far the object moves from frame to frame, in pixels."""
 
     def __post_init__(self) -> None:
         if self.resolution < 16:

@@ -1,7 +1,7 @@
 """CausVid (arXiv 2412.07772, Section 4.2): the generator denoises real videos, each chunk noised on its own.
 
-One block-causal pass stands where self-forcing has a rollout; its x0 goes to the same losses (``dmd_loss``,
-``critic_loss`` and their like). The generator sees noised real context, never its own output.
+One block-causal pass takes the place of the rollout of Self Forcing. Its x0 goes to the same losses (``dmd_loss``,
+``critic_loss``). The generator sees noised real context, never its own output.
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width, L E text.
 """
@@ -21,7 +21,7 @@ from model.flow_matching import add_noise
 def sample_step_timesteps(
     batch: int, chunks: Sequence[tuple[int, int]], steps: Sequence[float], generator: torch.Generator
 ) -> Tensor:
-    """For every chunk of every clip one of the few-step denoiser's timesteps, repeated over its frames: [B F]."""
+    """Draw one of the few-step denoiser's timesteps for every chunk of every clip, repeated over its frames: [B F]."""
     drawn = torch.randint(len(steps), (batch, len(chunks)), generator=generator)
     sizes = torch.tensor([end - start for start, end in chunks])
     return torch.tensor(list(steps))[drawn].repeat_interleave(sizes, dim=1)
@@ -36,12 +36,12 @@ def denoise_chunks(
     noise: Tensor,
     block_mask: BlockMask,
 ) -> Tensor:
-    """x0 [B F C H W] predicted in one step from real latents noised chunk by chunk.
+    """Predict x0 [B F C H W] in one step from real latents that are noised chunk by chunk.
 
     Args:
         clean: real latents [B F C H W].
         prompt_embeds: [B L E].
-        timesteps: [B F], of :func:`sample_step_timesteps`.
+        timesteps: [B F], from :func:`sample_step_timesteps`. A frame at timestep 0 is returned as it is.
         noise: [B F C H W].
         block_mask: block-causal over F frames.
     """

@@ -19,7 +19,7 @@ from model.tiny_vae_config import TinyVAEConfig
 
 @dataclass
 class LinearCode:
-    """Principal components of pixel blocks, as the encoder of a TinyVAE can hold them."""
+    """Principal components of blocks of pixels, in a form that the encoder of a TinyVAE can compute."""
 
     config: TinyVAEConfig
     mean: Tensor
@@ -36,12 +36,12 @@ class LinearCode:
 
     @torch.no_grad()
     def write_to(self, codec: TinyVAE) -> None:
-        """Make `codec` compute this code: its encoder exactly, its decoder as the inverse, for training to improve."""
+        """Let the encoder of `codec` compute this code, and its decoder the inverse, which training then improves."""
         self._write_encoder(codec.encoder)
         self._write_decoder(codec.decoder)
 
     def _write_encoder(self, encoder: nn.Sequential) -> None:
-        """The one ReLU leaves pixels in [0, 1] as they are, so the whole encoder is linear on them."""
+        """Write the encoder. Its only ReLU does not change pixels in [0, 1], so the whole encoder is linear on them."""
         first, _, pool, middle, last = encoder
         to_code = self.basis / self.scale[:, None]
         channels, pixels = len(self.basis), len(self.mean) // pool.stride
@@ -55,7 +55,7 @@ class LinearCode:
         last.bias.copy_(-to_code @ self.mean)
 
     def _write_decoder(self, decoder: nn.Sequential) -> None:
-        """ReLUs pass z as its positive and negative part and a constant 1; MemBlocks start as the identity."""
+        """Write the decoder. ReLUs pass z as its positive and negative part and a constant 1; MemBlocks pass all."""
         _, first, _, *blocks, _, grow, middle, _, last = decoder
         channels, pixels = len(self.basis), len(self.mean) // grow.stride
         first.weight[: 2 * channels + 1] = 0
@@ -81,8 +81,8 @@ class LinearCode:
 def fit_linear_code(frames: Tensor, config: TinyVAEConfig) -> LinearCode:
     """Fit the code to sample clips [B F 3 H W] in [-1, 1].
 
-    Each channel is divided by its own standard deviation, but none by less than the third largest: weak channels
-    stay weak, so that a denoiser spends its effort where the picture is.
+    Each channel is divided by its standard deviation, but by no less than the third largest one. So weak channels
+    stay weak, and a denoiser learns what matters for the picture.
 
     Raises:
         ValueError: a TinyVAE of this config cannot hold a linear code.
@@ -98,7 +98,7 @@ def fit_linear_code(frames: Tensor, config: TinyVAEConfig) -> LinearCode:
 
 
 def _check_can_hold_code(config: TinyVAEConfig) -> None:
-    """One linear encoder stage without spatial stride, wide enough for the pixels; see `LinearCode.write_to`."""
+    """Raise ValueError unless the encoder is one linear stage that is wide enough; see `LinearCode.write_to`."""
     pixels, channels = 3 * config.patch_size**2, config.latent_channels
     needs = {
         "encoder_blocks = 0": config.encoder_blocks == 0,
@@ -116,7 +116,7 @@ def _check_can_hold_code(config: TinyVAEConfig) -> None:
 
 
 def _blocks(frames: Tensor, config: TinyVAEConfig) -> Tensor:
-    """Frames [B F 3 H W] in [-1, 1] -> blocks [B f h w N] of pixels in [0, 1]; the first frame is repeated before."""
+    """Cut frames [B F 3 H W] in [-1, 1] into blocks [B f h w N] of pixels in [0, 1]; the first frame is repeated."""
     stride = config.temporal_strides[0]
     frames = torch.cat([frames[:, :1].expand(-1, stride - 1, -1, -1, -1), frames], dim=1)
     pixels = F.pixel_unshuffle((frames + 1) / 2, config.patch_size)
@@ -124,9 +124,9 @@ def _blocks(frames: Tensor, config: TinyVAEConfig) -> Tensor:
 
 
 def disturb(latents: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Add noise of a deviation uniform in [0, strength] to each clip's latents [B f C h w].
+    """Add noise to the latents [B f C h w] of each clip, of a standard deviation that is uniform in [0, strength].
 
-    A decoder trained so forgives the small errors of generated latents, at hardly any loss on exact ones.
+    A decoder that is trained on them tolerates the small errors of generated latents, and loses little on exact ones.
     """
     deviation = strength * torch.rand(len(latents), 1, 1, 1, 1, generator=generator, device=generator.device)
     noise = torch.randn(latents.shape, generator=generator, device=generator.device)
@@ -134,17 +134,17 @@ def disturb(latents: Tensor, strength: float, generator: torch.Generator) -> Ten
 
 
 def random_window(frames: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """`length` successive frames of each clip [B F 3 H W], from a random start: short clips that do contain bounces."""
+    """Return `length` successive frames of each clip [B F 3 H W] from a random start, so that some contain bounces."""
     starts = torch.randint(frames.shape[1] - length + 1, (len(frames),), generator=generator, device=generator.device)
     return torch.stack([clip[start : start + length] for clip, start in zip(frames, starts.tolist(), strict=True)])
 
 
 def decoder_loss(decoded: Tensor, frames: Tensor, *, motion_weight: float) -> Tensor:
-    """MSE of the pixels plus `motion_weight` times the MSE of the change between frames; all [B F 3 H W], unclamped."""
+    """Return the MSE of the pixels plus `motion_weight` times the MSE of the change between frames; all [B F 3 H W]."""
     error = decoded - frames
     return error.square().mean() + motion_weight * error.diff(dim=1).square().mean()
 
 
 def psnr(decoded: Tensor, frames: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, over all pixels of [B F 3 H W] in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB over all pixels of [B F 3 H W] in [-1, 1]; higher is better."""
     return -10 * ((decoded - frames) / 2).square().mean().log10()

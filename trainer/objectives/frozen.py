@@ -1,4 +1,4 @@
-"""Gradient through networks that must not be trained by it."""
+"""Gradient through networks to their input, without training the networks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from trainer.objectives.dmd import GeneratorLoss
 
 
 def through_frozen(loss: Callable[[Tensor], Tensor], x0: Tensor) -> GeneratorLoss:
-    """``loss(x0)``, a scalar, whose gradient reaches ``x0`` but no parameter used on the way.
+    """Return the scalar ``loss(x0)``. Its gradient reaches ``x0``, but no parameter of the networks that it uses.
 
-    The gradient with respect to x0 is taken at once: the networks inside free their activations before the caller's
-    backward runs, and they neither need ``requires_grad_(False)`` nor have their own gradients touched.
+    The gradient with respect to x0 is computed at once. So the networks free their activations before the caller's
+    backward pass runs. They do not need ``requires_grad_(False)``, and their own gradients stay untouched.
 
     Returns:
-        the loss, and ``sum |d loss / d x0|``, which for a DMD loss is the gradient norm that DMD reports: the two
-        tell how strongly different objectives pull. A gradient that is not finite makes the loss so too.
+        the loss, and ``sum |d loss / d x0|``. For a DMD loss this is the gradient norm that DMD reports, so the two can
+        be compared. If the gradient is not finite, the loss is not finite either.
     """
     leaf = x0.detach().requires_grad_()
     with torch.enable_grad():

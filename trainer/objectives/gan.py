@@ -7,7 +7,7 @@ Shapes: B batch, F latent frames, C channels, H W latent height and width, K dis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -125,9 +125,6 @@ def gan_discriminator_loss(
 ) -> DiscriminatorLoss:
     """Tell real videos from generated ones, with penalties on the slope of the discriminator at both.
 
-    Everything that the discriminator must see goes through it in one batch: generated videos, real ones, and the
-    perturbed copies that a penalty needs.
-
     Args:
         x0: generated videos [B F C H W]; they get no gradient.
         real_x0: real videos of the same prompts [B F C H W].
@@ -140,18 +137,22 @@ def gan_discriminator_loss(
     """
     timesteps = timesteps.expand(-1, x0.shape[1])
     fake, real = (add_noise(x.detach(), noise, timesteps) for x in (x0, real_x0))
-    penalised = [(index, weight) for index, weight in ((1, r1_weight), (0, r2_weight)) if weight > 0]
-    inputs = [fake, real]
-    inputs += [inputs[index] + perturbation_sigma * perturbation for index, _ in penalised]
-    count = len(inputs)
-    logits = discriminator(torch.cat(inputs), timesteps.repeat(count, 1), prompt_embeds.repeat(count, 1, 1)).chunk(
-        count
-    )
-    penalties = [
-        weight * gradient_penalty(logits[index], perturbed, perturbation_sigma)
-        for (index, weight), perturbed in zip(penalised, logits[2:], strict=True)
-    ]
-    fake_logits, real_logits = logits[:2]
-    penalty = sum(penalties, start=fake_logits.new_zeros(()))
+    penalised = [(x, weight) for x, weight in ((real, r1_weight), (fake, r2_weight)) if weight > 0]
+    inputs = [fake, real, *(x + perturbation_sigma * perturbation for x, _ in penalised)]
+    fake_logits, real_logits, *perturbed = _logits(discriminator, inputs, timesteps, prompt_embeds)
+    penalty = fake_logits.new_zeros(())
+    for (x, weight), moved in zip(penalised, perturbed, strict=True):
+        penalty = penalty + weight * gradient_penalty(
+            real_logits if x is real else fake_logits, moved, perturbation_sigma
+        )
     loss = logit_weight * discriminator_logit_loss(fake_logits, real_logits, kind) + penalty
     return DiscriminatorLoss(loss, real_logits.detach().mean(), fake_logits.detach().mean(), penalty.detach())
+
+
+def _logits(
+    discriminator: DiscriminatorFunction, inputs: list[Tensor], timesteps: Tensor, prompt_embeds: Tensor
+) -> Sequence[Tensor]:
+    """Return the logits [B K] of each input [B F C H W], all from one batch."""
+    count = len(inputs)
+    batch = torch.cat(inputs), timesteps.repeat(count, 1), prompt_embeds.repeat(count, 1, 1)
+    return discriminator(*batch).chunk(count)

@@ -1,4 +1,4 @@
-"""ODE regression (CausVid, arXiv 2412.07772, Section 4.3): learn a teacher's clean endpoint from points on its path.
+"""ODE regression (CausVid, arXiv 2412.07772, Section 4.3): learn a teacher's endpoint from states on its trajectory.
 
 Shapes: B batch, S stored states, F latent frames, C channels, H W latent height and width, L E text.
 """
@@ -18,11 +18,11 @@ from trainer.objectives.diffusion import frame_mean
 def pick_states(
     trajectory: Tensor, timesteps: Sequence[float], chunks: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """For every chunk of every clip, one stored state chosen at random.
+    """Choose one stored state at random for every chunk of every clip.
 
     Args:
         trajectory: [B S F C H W], from noise to clean.
-        timesteps: of the S states; the last is 0.
+        timesteps: the timesteps of the S states.
         chunks: frame ranges.
 
     Returns:
@@ -43,6 +43,13 @@ def ode_regression_loss(
     prompt_embeds: Tensor,
     block_mask: BlockMask,
 ) -> Tensor:
-    """MSE between the x0 prediction and the endpoint, over frames whose timestep is not 0; latents [B F C H W]."""
+    """Return the MSE between the x0 prediction and the endpoint, over the frames whose timestep is not 0.
+
+    Args:
+        noisy, target: [B F C H W].
+        timesteps: [B F].
+        prompt_embeds: [B L E].
+        block_mask: block-causal over F frames.
+    """
     x0 = denoiser(noisy, timesteps, prompt_embeds, block_mask=block_mask).x0
     return frame_mean((x0.float() - target.float()).square(), timesteps != 0)

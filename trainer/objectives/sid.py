@@ -28,32 +28,27 @@ def sid_loss(
     alpha: float = 1.0,
     counted: Tensor | None = None,
 ) -> GeneratorLoss:
-    """Return ``mean((real - fake) ((real - x) - alpha (real - fake)) / mean|x - real|)``.
+    """Return ``mean((real - fake) ((real - x) - alpha (real - fake)) / mean|x - real|)``; the divisor is a constant.
 
-    ``mean|x - real|`` counts as a constant. Unlike DMD, SiD follows the gradient of the scores: it goes through the
-    inputs of both networks to ``x0``, and never to their parameters. With alpha = 1 the numerator is
-    ``(real - fake) (fake - x)``.
+    Unlike DMD, SiD follows the gradient of the scores: it goes through the
+    inputs of both networks to ``x0``, and never to their parameters.
 
     Args:
         x0: generated video [B F C H W], with gradient.
         prompt_embeds, negative_embeds: [B L E].
         timesteps: [B 1], one noise level a video.
         noise: [B F C H W].
-        real_guidance_scale: g of ``c + g (c - u)`` for the real score: 0 is no guidance, 3 is CFG 4 in the usual
-            convention.
-        fake_guidance_scale: the same g for the fake score.
+        real_guidance_scale, fake_guidance_scale, counted: see :func:`dmd_loss`.
         alpha: weight of the squared score difference that is subtracted.
-        counted: frames [F] bool that the loss is taken over, for example all but a given first one. None takes all.
 
-    Returns:
-        loss and gradient norm. Both are not finite if a score is not finite, so that the caller can skip the update.
+    Returns the loss and the gradient norm; both are not finite if a score is not finite.
     """
-    timesteps = timesteps.expand(-1, x0.shape[1])
+    told = timesteps.expand(-1, x0.shape[1]), prompt_embeds, negative_embeds
 
     def loss(x: Tensor) -> Tensor:
-        noisy = add_noise(x, noise, timesteps)
-        fake = guided_x0(fake_score, noisy, timesteps, prompt_embeds, negative_embeds, fake_guidance_scale).float()
-        real = guided_x0(real_score, noisy, timesteps, prompt_embeds, negative_embeds, real_guidance_scale).float()
+        noisy = add_noise(x, noise, told[0])
+        fake = guided_x0(fake_score, noisy, *told, fake_guidance_scale).float()
+        real = guided_x0(real_score, noisy, *told, real_guidance_scale).float()
         scale = (x.float() - real).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         difference = real - fake
         return frame_mean(difference * ((real - x.float()) - alpha * difference) / scale, counted)
