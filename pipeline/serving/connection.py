@@ -54,8 +54,12 @@ class Connection:
         finally:
             self._server.sessions.leave(self._session)
             self._outbox.close()
-            if self._viewer is not None:
-                self._viewer.stop()
+            viewer, self._viewer = (
+                self._viewer,
+                None,
+            )  # asyncio may keep a cancelled task, and this with it, for a while
+            if viewer is not None:
+                viewer.stop()
 
     async def _greet(self) -> BrowserSession:
         text = await asyncio.wait_for(self._socket.receive_text(), HELLO_SECONDS)
@@ -129,11 +133,15 @@ class Connection:
             message = await self._outbox.get()
             if isinstance(message, dict):
                 await asyncio.wait_for(self._socket.send_json(message), SEND_SECONDS)
-                continue
-            viewer = self._viewer
-            if viewer is not None and HEADER.unpack_from(message)[1] == viewer.number:  # not one that was replaced
-                await asyncio.wait_for(self._socket.send_bytes(message), SEND_SECONDS)
-                viewer.frame_sent()
+            else:
+                await self._send_frame(message)
+
+    async def _send_frame(self, frame: bytes) -> None:
+        """Send a frame, unless it belongs to a stream that was replaced."""
+        # No viewer in a variable: asyncio keeps the frames of a cancelled task until the next garbage collection.
+        if self._viewer is not None and HEADER.unpack_from(frame)[1] == self._viewer.number:
+            await asyncio.wait_for(self._socket.send_bytes(frame), SEND_SECONDS)
+            self._viewer.frame_sent()
 
     async def _report(self) -> None:
         """Say what changed in the status and in line, now and then the memory in use, and once what is on offer."""

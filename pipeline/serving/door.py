@@ -11,14 +11,13 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from pipeline.serving.images import MOST_BYTES
 from pipeline.serving.limits import Count, Limits, Rate, connection_limit, greediest, visitor_of
 
 SWEEP_SECONDS = 1.0
 CLOSING_SECONDS = 5.0  # until a connection that is closed, and whose client takes nothing, is cut off
 REFUSED_SECONDS = 1.0  # the same for a connection that was refused
 MOST_REFUSED = 64  # connections that are being refused; more are cut off without a word
-LARGEST_REQUEST = MOST_BYTES + 2**20  # bytes, head included
+LARGEST_REQUEST = 64 * 2**20  # bytes; more than is taken, so that who sends too much is told so
 WEBSOCKET_BURST = 128 * 1024  # bytes
 BUSY = b"too many connections: try again later\n"
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 5\r\n" + (

@@ -184,41 +184,56 @@ class Hub:
 
     def _generate(self) -> None:
         while turn := self._next_turn():
-            started = time.monotonic()
-            try:
-                self._take_turn(turn, started)
-            except Exception as error:  # one viewer's failure is not the others'
-                for viewer in turn:
-                    self._fail(viewer, error)
-                    if viewer in self._seats.taken:
-                        self._end(viewer)
-            spent = (time.monotonic() - started) / len(turn)
-            with self._wake:
-                for viewer in turn:
-                    self._turns.used(viewer.visitor, spent)
-            del turn
+            self._try_turn(turn)
+            del turn  # nothing of a viewer is kept while waiting
         self._to_decode.put(None)
+
+    def _try_turn(self, turn: dict[Viewer, float]) -> None:
+        """Make a chunk of each viewer; one viewer's failure is not the others'."""
+        started = time.monotonic()
+        try:
+            self._take_turn(turn, started)
+        except Exception as error:
+            for viewer in turn:
+                self._fail(viewer, error)
+                if viewer in self._seats.taken:
+                    self._end(viewer)
+        with self._wake:
+            for viewer in turn:
+                self._turns.used(viewer.visitor, (time.monotonic() - started) / len(turn))
 
     def _next_turn(self) -> dict[Viewer, float]:
         """The viewers whose next chunks are made now, with the times since when they are wanted.
 
-        That is the viewer whose visitor has used the least time, among those that want a chunk, and those whose chunks
-        can be made as one batch with its. Waits for one; empty once all is closed.
+        Waits for one; empty once all is closed.
         """
         with self._wake:
             while not (self._closing and not self._seats.taken):
-                now = time.monotonic()
-                self._make_room(now)
-                due = {viewer: self._due(viewer) for viewer in self._seats.taken}
-                used = self._turns.order(viewer.visitor for viewer in due)
-                wanting = [viewer for viewer in due if due[viewer] <= now]
-                if wanting:
-                    first = min(wanting, key=lambda v: (not v.stopped, used[v.visitor], self._last_turn.get(v, 0.0)))
-                    chosen = self._together(first, due, now)
-                    self._last_turn = {v: now if v in chosen else self._last_turn.get(v, 0.0) for v in due}
-                    return {viewer: viewer.turn_begins(due[viewer], now) for viewer in chosen}
-                self._wake.wait(min(min(due.values(), default=math.inf) - now, 1.0))
+                turn, seconds = self._choose(time.monotonic())
+                if turn:
+                    return turn
+                self._wake.wait(min(seconds, 1.0))
         return {}
+
+    def _choose(self, now: float) -> tuple[dict[Viewer, float], float]:
+        """The viewers of the next turn; without any, the seconds until somebody wants a chunk.
+
+        The first is the one whose visitor has used the least time, among those that want a chunk. The others are those
+        whose chunks can be made as one batch with its.
+        """
+        self._make_room(now)
+        due = {viewer: self._due(viewer) for viewer in self._seats.taken}
+        used = self._turns.order(viewer.visitor for viewer in due)
+        wanting = [viewer for viewer in due if due[viewer] <= now]
+        if not wanting:
+            return {}, min(due.values(), default=math.inf) - now
+        first = min(wanting, key=lambda viewer: (not viewer.stopped, used[viewer.visitor], self._served_at(viewer)))
+        chosen = self._together(first, due, now)
+        self._last_turn = {viewer: now if viewer in chosen else self._served_at(viewer) for viewer in due}
+        return {viewer: viewer.turn_begins(due[viewer], now) for viewer in chosen}, 0.0
+
+    def _served_at(self, viewer: Viewer) -> float:
+        return self._last_turn.get(viewer, 0.0)
 
     def _due(self, viewer: Viewer) -> float:
         return viewer.due() if self._open_session is not None or viewer.stopped else math.inf

@@ -60,6 +60,7 @@ class Client:
 
     def __init__(self, socket) -> None:
         self.socket = socket
+        self.seen: list[dict] = []  # all messages but frames
         self.send("hello")
         self.session = self.wait_for("hello")["session"]
 
@@ -77,15 +78,16 @@ class Client:
         return header
 
     def _next(self, wanted: Callable[[dict | bytes], bool]) -> dict | bytes:
-        seen, deadline = [], time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while True:
             left = deadline - time.monotonic()
-            assert left > 0, seen[-5:]
+            assert left > 0, self.seen[-5:]
             message = self.socket.recv(timeout=left)
-            message = json.loads(message) if isinstance(message, str) else message
+            if isinstance(message, str):
+                message = json.loads(message)
+                self.seen.append(message)
             if wanted(message):
                 return message
-            seen.append(message)
 
     def frames_a_second(self, seconds: float) -> float:
         count, deadline = 0, time.monotonic() + seconds
