@@ -67,7 +67,7 @@ def _packed(stored: Tensor, kind: Any, shape: tuple[int, ...], name: str) -> Pac
         return torch.from_numpy(np.array(dequantize(stored.numpy(), kind), dtype=np.float32)).view(shape)
 
     try:
-        dequantize(stored.flatten(0, -2)[:1].numpy(), kind)
+        dequantize(stored.view(-1, stored.shape[-1])[:1].numpy(), kind)
     except NotImplementedError:
         raise UserError(f"{name} is in the format {kind.name}, which cannot be unpacked; use another file") from None
     return PackedTensor(shape, (stored,), read)
@@ -76,7 +76,8 @@ def _packed(stored: Tensor, kind: Any, shape: tuple[int, ...], name: str) -> Pac
 def _in_shape(tensor: Tensor, shape: Any, path: Path) -> Tensor:
     if shape is None:
         return tensor
-    if not isinstance(shape, list) or math.prod(shape) != tensor.numel():
+    sizes = shape if isinstance(shape, list) else [None]
+    if not all(type(size) is int and size > 0 for size in sizes) or math.prod(sizes) != tensor.numel():
         raise UserError(f"{path}: states a shape {str(shape)[:60]} for {tuple(tensor.shape)}; the file is damaged")
     if isinstance(tensor, PackedTensor):
         return PackedTensor(tuple(shape), tensor.stored, partial(_read_as, tensor, tuple(shape)))
@@ -140,6 +141,6 @@ class _Header:
             raise struct.error
         shape = self.take(f"{axes}Q")[::-1]  # the innermost axis comes first
         kind, offset = self.take("IQ")
-        if math.prod(shape) > 2**48:
+        if not 0 < math.prod(shape) <= 2**48:
             raise struct.error
         return name, (tuple(shape), kind, offset)

@@ -3,7 +3,6 @@
 `X.weight` is float8 or int8; its scale is one number, or one number a row, or one a block of a row and column.
 """
 
-import json
 from functools import partial
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from model.weights.mapping import StateDict
 from model.weights.packed import PackedTensor
 from utils.errors import UserError
+from utils.side_files import parse_json
 
 # Beside `X.weight`: the names of its scale; the scales of a layer's input, which are not needed for the weight.
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
@@ -19,6 +19,7 @@ INPUT_SCALES = ("scale_input", "input_scale")
 MARKERS = ("scaled_fp8",)
 FORMAT = "comfy_quant"  # ComfyUI: a JSON text in uint8 that names the format
 KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8", "int8_tensorwise")
+MAX_FORMAT_BYTES = 4096
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
@@ -49,13 +50,11 @@ def apply_scales(state: StateDict, *, source: str) -> StateDict:
 def _is_marker(key: str, tensor: Tensor, source: str) -> bool:
     last = key.rpartition(".")[2]
     if last == FORMAT:
-        try:
-            name = json.loads(bytes(tensor.to(torch.uint8).tolist()[:4096])).get("format")
-        except (ValueError, AttributeError):
-            name = None
+        text = bytes(tensor.flatten()[:MAX_FORMAT_BYTES].to(torch.uint8).tolist())
+        name = parse_json(text, dict, f"{source}: {key!r}").get("format")
         if name not in KNOWN_FORMATS:
             raise UserError(
-                f"{source}: {key!r} is in the format {name}, which cannot be read; use bfloat16 or fp8 weights"
+                f"{source}: {key!r} is in the format {str(name)[:60]}, which cannot be read; use bfloat16 or fp8"
             )
     return last in (*INPUT_SCALES, *MARKERS, FORMAT)
 

@@ -115,6 +115,7 @@ BAD_SCALES = {
     "shape": ({f"{Q}.scale_weight": torch.ones(7)}, r"\(7,\) does not fit a weight \(128, 128\)"),
     "not finite": ({f"{Q}.scale_weight": torch.tensor(float("inf"))}, "not made of finite numbers"),
     "packed": ({f"{Q}.weight": torch.zeros(128, 64, dtype=torch.uint8)}, "packed in fewer than 8 bits"),
+    "deep": ({f"{Q}.comfy_quant": torch.tensor(list(b"[" * 5000), dtype=torch.uint8)}, "is not JSON"),
     "format": (
         {f"{Q}.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)},
         "is in the format nvfp4, which cannot be read",
@@ -234,6 +235,21 @@ def test_a_gguf_text_encoder_has_the_names_of_transformers(tmp_path):
     loaded = load_state_dict(tmp_path / "t5.gguf")
     assert loaded.keys() == encoder.keys()
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in encoder.items())
+
+
+def test_a_quantised_vector_and_a_shape_that_is_no_shape(tmp_path):
+    write_gguf(tmp_path / "v.gguf", {"a": torch.ones(64)}, "wan", lambda *_: gguf.GGMLQuantizationType.Q8_0)
+    torch.testing.assert_close(load_state_dict(tmp_path / "v.gguf")["a"].float(), torch.ones(64), rtol=1e-3, atol=0)
+    for shape in ([-8, -8], [64, 1.0], [63], ["64"], [2**62, 4]):
+        writer = gguf.GGUFWriter(tmp_path / "s.gguf", "wan")
+        writer.add_array("comfy.gguf.orig_shape.a", shape)
+        writer.add_tensor("a", torch.ones(8, 8).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(UserError, match=r"s.gguf: states a shape .*; the file is damaged"):
+            load_state_dict(tmp_path / "s.gguf")
 
 
 def damaged_gguf(whole: bytes):
