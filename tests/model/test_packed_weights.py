@@ -240,7 +240,7 @@ def test_a_gguf_text_encoder_has_the_names_of_transformers(tmp_path):
 def test_a_quantised_vector_and_a_shape_that_is_no_shape(tmp_path):
     write_gguf(tmp_path / "v.gguf", {"a": torch.ones(64)}, "wan", lambda *_: gguf.GGMLQuantizationType.Q8_0)
     torch.testing.assert_close(load_state_dict(tmp_path / "v.gguf")["a"].float(), torch.ones(64), rtol=1e-3, atol=0)
-    for shape in ([-8, -8], [64, 1.0], [63], ["64"], [2**62, 4]):
+    for shape in ([-8, -8], [64.0, 1.0], [63], ["64"], [0]):
         writer = gguf.GGUFWriter(tmp_path / "s.gguf", "wan")
         writer.add_array("comfy.gguf.orig_shape.a", shape)
         writer.add_tensor("a", torch.ones(8, 8).numpy())
