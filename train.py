@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print("loading PyTorch ...", file=sys.stderr)
     return exit_code(lambda: run(args))
 
 
@@ -38,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from trainer.about import describe
     from trainer.build import build_trainer
     from trainer.config import Config
-    from trainer.trainer import RunContext, find_checkpoint
+    from trainer.resume import find_checkpoint
+    from trainer.trainer import RunContext
     from utils.config import load_config, to_dict, to_yaml
     from utils.distributed import init_distributed, only_one, resolve_device
     from utils.files import ensure_writable_folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from trainer.config import Config
 from trainer.data import Contents, training_data
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.codec import decoder_loss, disturb, fit_linear_code, psnr, random_window
-from trainer.trainer import Loss, RunContext, Trainer, Update
+from trainer.trainer import RunContext, Trainer
+from trainer.update import Loss, Updated
 from utils.errors import UserError
 from utils.shapes import Scene, render_clips
 
@@ -40,8 +41,8 @@ class AutoencoderTrainer(Trainer):
         self.track(codec=self.codec)
         self.updater = self.optimize("codec", self.codec, config.optimizer, config.trainer.steps)
 
-    def updates(self) -> Iterator[Update]:
-        yield Update(self.updater, self.loss, self.micro_batches())
+    def updates(self) -> list[Updated]:
+        return [self.update(self.updater, self.loss, self.micro_batches())]
 
     def loss(self, batch: MicroBatch) -> Loss:
         """Return the error of decoded latents against the pixels that they encode."""

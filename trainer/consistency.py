@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from trainer.config import Config
 from trainer.data import Contents, text_source, training_data
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.consistency import consistency_target, in_context_loss, sample_step_pairs
-from trainer.trainer import Loss, RunContext, Trainer, Update
+from trainer.trainer import RunContext, Trainer
+from trainer.update import Loss, Updated
 
 
 class ConsistencyTrainer(Trainer):
@@ -36,8 +37,8 @@ class ConsistencyTrainer(Trainer):
         self.track(generator=self.denoiser.transformer)
         self.updater = self.optimize("generator", self.denoiser, config.optimizer, config.trainer.steps)
 
-    def updates(self) -> Iterator[Update]:
-        yield Update(self.updater, self.loss, self.micro_batches())
+    def updates(self) -> list[Updated]:
+        return [self.update(self.updater, self.loss, self.micro_batches())]
 
     def loss(self, batch: MicroBatch) -> Loss:
         """Return the distance to what the average predicts one step further."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from trainer.data import Contents, text_source, training_data
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.diffusion import forcing_loss, sample_timesteps
 from trainer.stored_data import StoredEmbeddings
-from trainer.trainer import Loss, RunContext, Trainer, Update
+from trainer.trainer import RunContext, Trainer
+from trainer.update import Loss, Updated
 from utils.errors import UserError
 from utils.shapes import all_scenes
 
@@ -44,8 +45,8 @@ class DiffusionTrainer(Trainer):
         self.track(**modules)
         self.updater = self.optimize("generator", nn.ModuleDict(modules), config.optimizer, config.trainer.steps)
 
-    def updates(self) -> Iterator[Update]:
-        yield Update(self.updater, self.loss, self.micro_batches())
+    def updates(self) -> list[Updated]:
+        return [self.update(self.updater, self.loss, self.micro_batches())]
 
     def loss(self, batch: MicroBatch) -> Loss:
         """Return the flow matching loss of the clips of a micro-batch."""

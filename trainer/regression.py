@@ -7,7 +7,7 @@ it, at one timestep for all (Causal Forcing).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from trainer.micro_batch import MicroBatch
 from trainer.objectives.consistency import in_context_loss
 from trainer.objectives.ode import ode_regression_loss, pick_states
 from trainer.stored_data import ODEData, StoredEmbeddings
-from trainer.trainer import Loss, RunContext, Trainer, Update
+from trainer.trainer import RunContext, Trainer
+from trainer.update import Loss, Updated
 from utils.errors import UserError
 
 
@@ -80,8 +81,8 @@ class RegressionTrainer(Trainer):
         self.track(generator=self.denoiser.transformer)
         self.updater = self.optimize("generator", self.denoiser, config.optimizer, config.trainer.steps)
 
-    def updates(self) -> Iterator[Update]:
-        yield Update(self.updater, self.loss, self.micro_batches())
+    def updates(self) -> list[Updated]:
+        return [self.update(self.updater, self.loss, self.micro_batches())]
 
     def loss(self, batch: MicroBatch) -> Loss:
         """Return the regression loss of a micro-batch."""

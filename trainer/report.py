@@ -28,7 +28,7 @@ from utils.cli import exit_code
 from utils.errors import UserError
 from utils.files import atomic_path, atomic_write_text
 from utils.side_files import read_limited
-from utils.tracking import METRICS_FILE, progress, read_metrics
+from utils.tracking import METRICS_FILE, duration, progress, read_metrics
 from utils.video import evenly_spaced, read_video
 
 log = logging.getLogger(__name__)
@@ -150,12 +150,12 @@ def _tiles(run: Run) -> str:
     tiles = [("step", f"{run.step}" + (f" of {total}" if total else ""))]
     if seconds:
         middle = statistics.median(seconds[-100:])
-        tiles += [("steps per second", short_number(1 / middle)), ("computed", _duration(sum(seconds)))]
+        tiles += [("steps per second", short_number(1 / middle)), ("computed", duration(sum(seconds)))]
         batch = loop.get("total_batch_size") or loop.get("batch_size")
         rate = _last(run.curves.get("samples_per_second")) or (batch / middle if batch else None)
         tiles += [("samples per second", short_number(rate))] if rate else []
         if total and run.step < total:
-            tiles.append(("left", _duration((total - run.step) * middle)))
+            tiles.append(("left", duration((total - run.step) * middle)))
     memory = [value for _, value in run.curves.get("memory_gb", []) if value]
     tiles += [("peak memory", f"{max(memory):.3g} GB")] if memory else []
     lost = sum(value is None for points in run.curves.values() for _, value in points)
@@ -258,13 +258,6 @@ def _config(run: Run) -> str:
 
 def _last(points: Sequence[Point] | None) -> float | None:
     return points[-1][1] if points else None
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as hours, minutes or seconds."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ the critic learns from them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,8 @@ from trainer.matching import (
 )
 from trainer.micro_batch import MicroBatch
 from trainer.parallelize import local_part, own_shape, shard_rows
-from trainer.trainer import SAMPLE_VIDEOS, Loss, RunContext, Trainer, Update
+from trainer.trainer import SAMPLE_VIDEOS, RunContext, Trainer
+from trainer.update import Loss, Updated
 from utils.checkpoint import Stateful
 
 MakeTerm = Callable[[Networks], LossTerm]
@@ -181,39 +182,54 @@ class SelfForcingTrainer(Trainer):
         real = samples.encode(self.codec, self.device) if reads_videos else None
         return Batch(self.text_encoder.encode(prompts), real)
 
-    def updates(self) -> Iterator[Update]:
+    def updates(self) -> list[Updated]:
         leads = self.step < self.config.dmd.critic_head_start
-        if not leads:
-            prompts, made = self.next_prompts(), []
-            passes = self.micro_batches(prompts.indices)
-            yield Update(self.updater, partial(self.generator_update, prompts, made), passes)
-            self.generation.accept()
-            self.replay.append(Rollouts(prompts, [video.latents for video in made], made[0].facts))
+        done = [] if leads else [self.update_generator()]
         for number in range(self.config.dmd.critic_updates):
-            if self.config.dmd.replay_rollouts == 0 or (leads and number == 0):
-                self.replay.append(self.roll_out())
-            rollouts = self.replay[-1 if number == 0 else self.replayed(number)]
-            passes = self.micro_batches(rollouts.prompts.indices)
-            yield Update(self.critic_updater, partial(self.critic_update, rollouts), passes, prefix="critic_")
+            if done and not done[-1].is_applied:
+                break
+            done.append(self.update_critic(number, needs_rollout=leads and number == 0))
+        return done
+
+    def update_generator(self) -> Updated:
+        """Update the generator on new videos, and keep them for the critic if the update was applied."""
+        prompts = self.next_prompts()
+        passes = self.micro_batches(prompts.indices)
+        done = self.update(self.updater, partial(self.generator_loss, prompts), passes)
+        if done.is_applied:
             self.generation.accept()
+            videos: list[Video] = done.outputs
+            self.replay.append(Rollouts(prompts, [video.latents for video in videos], videos[0].facts))
+        return done
+
+    def update_critic(self, number: int, *, needs_rollout: bool = False) -> Updated:
+        """Make critic update ``number`` of this step, on new or on replayed videos."""
+        if self.config.dmd.replay_rollouts == 0 or needs_rollout:
+            self.replay.append(self.roll_out())
+        rollouts = self.replay[-1 if number == 0 else self.replayed(number)]
+        passes = self.micro_batches(rollouts.prompts.indices)
+        done = self.update(self.critic_updater, partial(self.critic_loss, rollouts), passes, prefix="critic_")
+        if done.is_applied:
+            self.generation.accept()
+        return done
 
     def next_prompts(self) -> Prompts:
         """What the next rollout is about."""
         return self.generation.next_prompts(self.data, self.plan.total, self.stream)
 
-    def generator_update(self, prompts: Prompts, made: list[Video], micro_batch: MicroBatch) -> Loss:
-        """Generate videos with gradient and score them as a whole; append them, without their graph, to ``made``."""
+    def generator_loss(self, prompts: Prompts, micro_batch: MicroBatch) -> Loss:
+        """Generate videos with gradient and score them as a whole; the output is the videos without gradient."""
         with self.clock.phase("data"):
             batch = self.batch(micro_batch, second_prompts=prompts.second)
         with self.clock.phase("rollout"):
             video = self.generation.video(micro_batch, batch, with_grad=True)
-        made.append(video._replace(latents=video.latents.detach()))
         with self.clock.phase("scores"):
             total, metrics = added([term(micro_batch, video, batch) for term in self.matching])
-        variance = made[-1].latents.float().var(dim=(1, 2, 3, 4)).mean()
-        return Loss(total, {"generator_loss": total.detach(), **metrics, "sample_variance": variance})
+        made = video._replace(latents=video.latents.detach())
+        variance = made.latents.float().var(dim=(1, 2, 3, 4)).mean()
+        return Loss(total, {"generator_loss": total.detach(), **metrics, "sample_variance": variance}, made)
 
-    def critic_update(self, rollouts: Rollouts, micro_batch: MicroBatch) -> Loss:
+    def critic_loss(self, rollouts: Rollouts, micro_batch: MicroBatch) -> Loss:
         """The critic's loss on generated videos."""
         with self.clock.phase("data"):
             batch = self.batch(micro_batch, second_prompts=rollouts.prompts.second)

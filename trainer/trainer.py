@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,39 +24,30 @@ from model.weights.lora import save_lora
 from pipeline.config import DenoiserConfig
 from pipeline.loading import load_denoiser
 from pipeline.rollout import rollout
-from trainer.config import Config, Objective
+from trainer.config import Config
 from trainer.data import Stream
 from trainer.ema import EMA
 from trainer.health import Health
 from trainer.lora import LoRAConfig, add_lora, merge
 from trainer.micro_batch import MicroBatch, plan_batches
 from trainer.optimizer import Optimizer, OptimizerConfig
-from trainer.parallelize import Parallelism, average_replicated, full_state, synchronise_gradients
+from trainer.parallelize import Parallelism, full_state
+from trainer.resume import CHECKPOINTS
 from trainer.samples import make_together
 from trainer.stored_data import StoredEmbeddings
-from utils.checkpoint import Checkpoints, KeepPolicy, Stateful, load_checkpoint, read_about
-from utils.checkpoint_search import find_good_checkpoint, put_away
+from trainer.update import Loss, Updated, make_update, mean_metrics
+from utils.checkpoint import Checkpoints, KeepPolicy, Stateful, load_checkpoint
 from utils.config import save_config, to_dict
-from utils.distributed import (
-    Ranks,
-    all_reduce_mean,
-    any_process,
-    broadcast_value,
-    derive_seed,
-    stop_signals,
-)
+from utils.distributed import Ranks, any_process, derive_seed, stop_signals
 from utils.errors import UserError
 from utils.prompts import read_prompts
-from utils.tracking import Stopwatch, Tracker, peak_memory, progress
+from utils.tracking import Stopwatch, Tracker, duration, peak_memory, progress
 from utils.transfer import send
 from utils.video import VideoWriter, save_contact_sheet
 
 log = logging.getLogger(__name__)
 
 SAMPLE_VIDEOS = 8
-CHECKPOINTS = "checkpoints"
-MADE_BY_RUNS = ("model", "model.pt", "samples")
-"""What a run that starts anew keeps under another name, besides checkpoints and metrics."""
 
 
 @dataclass
@@ -73,75 +62,12 @@ class RunContext:
     """To resume from."""
 
 
-def find_checkpoint(logdir: Path, objective: Objective, ranks: Ranks, *, anew: bool) -> tuple[Path | None, int]:
-    """The verified checkpoint that a run in ``logdir`` goes on from, and its step. All processes call it.
-
-    A run that starts anew, because ``anew`` asks for it or there is no checkpoint, renames what an earlier run left.
-
-    Raises:
-        UserError: no checkpoint is good, or they are of another objective.
-    """
-    folder = logdir / CHECKPOINTS
-    path = None if anew else find_good_checkpoint(folder, ranks)
-    if path is None:
-        if ranks.is_main:
-            for name in (CHECKPOINTS, *MADE_BY_RUNS) if anew else MADE_BY_RUNS:
-                put_away(logdir / name)
-        broadcast_value(None)  # nobody makes anything there before
-        return None, 0
-    about = read_about(path)
-    if (other := about.get("config", {}).get("objective")) != objective.value:
-        raise UserError(
-            f"{path}: does not fit this run: objective (checkpoint: {other}, run: {objective.value}); use the "
-            "configuration it was made with, another --logdir, or --no_resume, which keeps the earlier run under "
-            "other names"
-        )
-    return path, about["step"]
-
-
-class Loss(NamedTuple):
-    """What one micro-batch gives an update."""
-
-    total: Tensor
-    """Scalar, a mean over the samples, with gradient."""
-    metrics: dict[str, Tensor]
-    """Detached scalars to log, averaged as the loss is."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """One step of one optimizer: the mean loss of its micro-batches, over all processes."""
-
-    optimizer: Optimizer
-    loss: Callable[[MicroBatch], Loss]
-    micro_batches: list[MicroBatch]
-    """Of this process."""
-    prefix: str = ""
-    """Before the names of the gradient norm and the learning rate."""
-
-
-@dataclass
-class Averages:
-    """Means of what was logged under each name, in the order of first appearance."""
-
-    values: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, metrics: dict[str, float]) -> None:
-        """Log values."""
-        for name, value in metrics.items():
-            self.values.setdefault(name, []).append(value)
-
-    def means(self) -> dict[str, float]:
-        """Name -> mean."""
-        return {name: sum(values) / len(values) for name, values in self.values.items()}
-
-
 class Trainer(ABC):
     """Trains modules, keeps the average of some, and leaves them to inference.
 
     A subclass builds its parts and :attr:`data` in ``__init__``, names them with :meth:`track`, :meth:`keep` and
-    :meth:`optimize`, and implements :meth:`updates`, :meth:`sample_frames` and :meth:`export`. It gives losses: how
-    they are accumulated, divided over processes, clipped, skipped, applied and saved is said here alone.
+    :meth:`optimize`, and implements :meth:`updates`, :meth:`sample_frames` and :meth:`export`. It computes losses; this
+    class and :mod:`trainer.update` accumulate, clip, skip, apply, log and save.
     """
 
     data: Stream
@@ -162,6 +88,11 @@ class Trainer(ABC):
         self.optimizers: dict[str, Optimizer] = {}
         self._numbers = count()
         self.sample_prompts = read_prompts(config.data.sample_prompts)[:SAMPLE_VIDEOS]
+        log.info(
+            "%s: %d steps of %d clips on %s, %d process%s, into %s; loading the models",
+            config.objective.value, config.trainer.steps, self.plan.total, context.device,
+            context.ranks.world_size, "es" * (context.ranks.world_size > 1), context.logdir,
+        )  # fmt: skip
         if self.is_main:
             save_config(config, context.logdir / "config.yaml")
 
@@ -230,9 +161,21 @@ class Trainer(ABC):
             raise UserError(f"rollout: {error}") from None
 
     @abstractmethod
-    def updates(self) -> Iterator[Update]:
-        """The updates of one step, in order. After a skipped one the generator is closed: the rest of the step falls
-        out, so what follows a ``yield`` happens only if that update was applied."""
+    def updates(self) -> list[Updated]:
+        """Make the updates of one step with :meth:`update`, in order, and stop after one that was not applied."""
+
+    def update(
+        self,
+        optimizer: Optimizer,
+        loss: Callable[[MicroBatch], Loss],
+        micro_batches: list[MicroBatch],
+        *,
+        prefix: str = "",
+    ) -> Updated:
+        """Step one optimizer once: see :func:`trainer.update.make_update`."""
+        every_pass = self.config.parallel.reduce_every_pass
+        options = {"clock": self.clock, "prefix": prefix, "reduce_every_pass": every_pass}
+        return make_update(optimizer, loss, micro_batches, **options)
 
     @abstractmethod
     def sample_frames(self, indices: Sequence[int]) -> Tensor:
@@ -255,10 +198,11 @@ class Trainer(ABC):
         with stop_signals() as stop, self._bar() as bar:
             self.resume()
             bar.update(self.step)
+            first = self.step + 1
             while self.step < loop.steps:
                 started = time.perf_counter()
                 metrics = self.train_step()
-                self.report(metrics, time.perf_counter() - started)
+                self.report(metrics, time.perf_counter() - started, said=self.step == first)
                 bar.update(1)
                 if any_process(stop.received is not None) and self.step < loop.steps:
                     self.save(checkpoints)
@@ -306,60 +250,30 @@ class Trainer(ABC):
         log.info("resuming after step %d from %s", self.step, self.context.checkpoint)
 
     def train_step(self) -> dict[str, float]:
-        """All updates of a step, then the average; returns what to log. A failed update ends the step early."""
+        """Make all updates of a step, move the average, and return what to log."""
         self._numbers = count()
-        averages = Averages()
-        failed: Update | None = None
-        for update in self.updates():
-            metrics = self.accumulate(update)
-            averages.add(metrics)
-            if not self.apply(update, averages, finite=all(map(math.isfinite, metrics.values()))):
-                failed = update
-                break
+        updates = self.updates()
         self.step += 1
         with self.clock.phase("optimizer"):
             self.ema.update(self.step)
-        self._examine(failed, averages.means())
-        return averages.means() | {"skipped": self.health.skipped}
+        metrics = mean_metrics(updates)
+        self._examine(updates[-1], metrics)
+        return metrics | {"skipped": self.health.skipped}
 
-    def _examine(self, failed: Update | None, metrics: dict[str, float]) -> None:
-        if failed is None:
+    def _examine(self, last: Updated, metrics: dict[str, float]) -> None:
+        if last.is_applied:
             self.health.step_done(self.step, metrics)
             return
-        batch = failed.micro_batches[0]
+        batch = last.micro_batches[0]
         prompts = self.data.read(batch.batch).prompts if self.is_main else []
         self.health.step_skipped(self.step, batch, prompts, metrics)
-
-    def accumulate(self, update: Update) -> dict[str, float]:
-        """Gradients of the mean loss over all micro-batches of all processes; returns the means of what they log."""
-        sums: dict[str, Tensor] = {}
-        share = 1 / len(update.micro_batches)
-        for micro_batch in update.micro_batches:
-            last = micro_batch is update.micro_batches[-1]
-            synchronise_gradients(update.optimizer.module, last or self.config.parallel.reduce_every_pass)
-            loss = update.loss(micro_batch)
-            with self.clock.phase("backward"):
-                (share * loss.total).backward()
-            for name, value in loss.metrics.items():
-                sums[name] = sums.get(name, 0) + share * value.float()
-        average_replicated(update.optimizer.named.values())
-        means = all_reduce_mean(torch.stack(list(sums.values())))
-        return dict(zip(sums, means.tolist(), strict=True))
-
-    def apply(self, update: Update, averages: Averages, *, finite: bool) -> bool:
-        """Clip and step once, unless something is not finite; whether the update was applied."""
-        with self.clock.phase("optimizer"):
-            lr = update.optimizer.lr
-            norm = update.optimizer.step(skip=not finite)
-        averages.add({f"{update.prefix}gradient_norm": norm, f"{update.prefix}lr": lr})
-        return finite and math.isfinite(norm)
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is due."""
         return self.step == self.config.trainer.steps or (every > 0 and self.step % every == 0)
 
-    def report(self, metrics: dict[str, float], seconds: float) -> None:
-        """Write metrics of this step, and now and then a log line."""
+    def report(self, metrics: dict[str, float], seconds: float, *, said: bool = False) -> None:
+        """Write the metrics of this step, and a log line every ``trainer.log_every`` steps, or now if ``said``."""
         loop = self.config.trainer
         cost = {
             "seconds": seconds,
@@ -368,10 +282,10 @@ class Trainer(ABC):
             "samples_per_second": self.plan.total / seconds,
         }
         self.context.tracker.log(self.step, metrics | cost)
-        if self.due(loop.log_every):
+        if said or self.due(loop.log_every):
             values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            left = (loop.steps - self.step) * seconds / 60
-            log.info("step %d/%d  %s  %.2f s/step  %.0f min left", self.step, loop.steps, values, seconds, left)
+            left = duration((loop.steps - self.step) * seconds)
+            log.info("step %d/%d  %s  %.2f s/step  %s left", self.step, loop.steps, values, seconds, left)
 
     def sample(self) -> None:
         """Write one video a fixed prompt and a contact sheet of all. All processes share the work."""

@@ -192,6 +192,13 @@ def read_metrics(path: str | Path, *, repair: bool) -> list[dict[str, float | No
     return read_json_lines(path, MetricLine, repair=repair)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes or seconds."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def peak_memory(device: torch.device) -> float:
     """Most memory this process has held, in GiB: of the GPU since the last call; on a CPU, resident since its start."""
     if device.type == "cuda":

@@ -129,21 +129,21 @@ import train
 from trainer.self_forcing import SelfForcingTrainer
 from trainer.trainer import Trainer
 
-report, critic_update = Trainer.report, SelfForcingTrainer.critic_update
+report, critic_loss = Trainer.report, SelfForcingTrainer.critic_loss
 
 def poisoned(self, *arguments):
-    loss = critic_update(self, *arguments)
+    loss = critic_loss(self, *arguments)
     bad = float("nan") if self.step == 1 else 1
     return loss._replace(total=loss.total * bad, metrics={{name: bad * value for name, value in loss.metrics.items()}})
 
-def dying(self, *arguments):
-    report(self, *arguments)
+def dying(self, *arguments, **options):
+    report(self, *arguments, **options)
     if self.step == 3:
         print(f"died at {{time.time()}}", flush=True)
         raise RuntimeError("rank 1 is out of luck")
 
 if os.environ["RANK"] == "1":
-    SelfForcingTrainer.critic_update, Trainer.report = poisoned, dying
+    SelfForcingTrainer.critic_loss, Trainer.report = poisoned, dying
 sys.exit(train.main(sys.argv[1:]))
 """
 

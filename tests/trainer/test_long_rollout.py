@@ -1,6 +1,7 @@
 """Rollouts that are longer than what is scored, go on from step to step, or start from an image."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -83,25 +84,28 @@ def test_a_continued_rollout_goes_on_from_its_last_visible_frames_and_changes_it
             assert torch.equal(after.latest[:, :3], before.latest[:, -3:])
 
 
-def test_every_critic_update_makes_the_next_window_without_replay(build):
+def test_every_critic_update_makes_the_next_window_without_replay(build, monkeypatch):
     trainer, windows = build(*CONTINUED, "dmd.replay_rollouts=0", "dmd.critic_updates=2"), []
+    update = trainer.update
+
+    def recorded(*arguments, **options):
+        windows.append(trainer.generation.progress.window)
+        return update(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "update", recorded)
     for _ in range(3):
-        for update in trainer.updates():
-            windows.append(trainer.generation.progress.window)
-            trainer.accumulate(update)
-        trainer.step += 1
+        trainer.train_step()
     assert windows == [0, 1, 2] * 3
 
 
-def test_a_skipped_update_ends_its_rollout(build):
+def test_a_skipped_update_ends_its_rollout(build, monkeypatch):
     trainer = build(*CONTINUED)
     trainer.train_step()
     progress = trainer.generation.progress
     assert progress.window == 1
-    updates = trainer.updates()
-    next(updates)
-    updates.close()  # what the loop does after a skipped update
-    trainer.step += 1
+    with monkeypatch.context() as failing:
+        failing.setattr(trainer.updater, "step", lambda *, skip=False: math.nan)
+        assert trainer.train_step()["skipped"] == 1
     first = progress.prompts[0]
     trainer.train_step()
     assert progress.window == 1 and progress.prompts[0] != first

@@ -11,7 +11,7 @@ from trainer.build import build_trainer
 from trainer.matching import Term
 from trainer.objectives.dmd import critic_loss
 from trainer.self_forcing import SelfForcingTrainer
-from trainer.trainer import Averages, RunContext, Trainer, Update
+from trainer.trainer import RunContext, Trainer
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.tracking import Tracker
@@ -43,10 +43,6 @@ def self_forcing(build) -> Iterator[SelfForcingTrainer]:
     return build("dmd.replay_rollouts=1", "trainer.steps=30")
 
 
-def first_update(trainer: Trainer) -> Update:
-    return next(trainer.updates())
-
-
 def test_streams_differ_by_purpose_and_repeat(build):
     def draw(trainer: Trainer, purpose: str) -> list[float]:
         return torch.rand(4, generator=trainer.stream(purpose)).tolist()
@@ -65,21 +61,19 @@ def test_a_step_moves_generator_and_critic_and_never_the_teacher(self_forcing):
 
 def test_a_generator_update_leaves_the_critic_and_a_critic_update_the_generator(self_forcing):
     generator, critic = self_forcing.denoiser, self_forcing.fake_score
-    for index, update in enumerate(self_forcing.updates()):
-        moving, resting = (generator, critic) if index == 0 else (critic, generator)
+    for update, moving, resting in (
+        (self_forcing.update_generator, generator, critic),
+        (lambda: self_forcing.update_critic(0), critic, generator),
+    ):
         before, still = copy(moving), copy(resting)
-        self_forcing.accumulate(update)
+        assert update().is_applied
         assert all(parameter.grad is None for parameter in resting.parameters())
-        self_forcing.apply(update, Averages(), finite=True)
         assert changed(moving, before) and not changed(resting, still)
 
 
 def test_the_critics_loss_falls_on_videos_that_stay(build):
     trainer = build("dmd.replay_rollouts=1", "dmd.critic_updates=40", "dmd.critic_head_start=1")
-    losses = []
-    for update in trainer.updates():
-        losses.append(trainer.accumulate(update)["critic_loss"])
-        trainer.apply(update, Averages(), finite=True)
+    losses = [update.metrics["critic_loss"] for update in trainer.updates()]
     assert len(losses) == 40 and sum(losses[-15:]) < 0.8 * sum(losses[:15])
 
 
@@ -189,8 +183,7 @@ def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build)
 
     before = sample()
     assert torch.equal(sample(), before)
-    trainer.accumulate(update := first_update(trainer))
-    trainer.apply(update, Averages(), finite=True)
+    assert trainer.update_generator().is_applied
     assert torch.equal(sample(), before)
     with torch.no_grad():
         assert not torch.equal(trainer.sample_frames(indices), before)
