@@ -26,14 +26,12 @@ CIRCLES = {
     frozenset({"pipeline.stream", "pipeline.text_to_video"}),
 }
 LONG_FUNCTIONS = {
-    "inference.py:run",
     "model/transformer.py:forward",
     "pipeline/rollout.py:rollout_passes",
     "pipeline/serving/api.py:_add_http_routes",
     "pipeline/text_to_video.py:from_config",
 }
 LONG_FILES = {
-    "inference.py",
     "pipeline/serving/hub.py",
     "pipeline/stream.py",
     "trainer/report.py",

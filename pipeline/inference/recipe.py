@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from model.kernels import AttentionBackend
 from model.prompt_files import encoder_digest
 from model.weights import find_part, weights_hash
 from pipeline.config import PipelineConfig, Sampler, TextConfig
@@ -110,7 +111,7 @@ def _text_hash(config: TextConfig, dtype: torch.dtype) -> str:
 
 
 def deciding_settings(config: PipelineConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the settings that decide frames. Kernels, devices and memory settings change them by rounding at most."""
+    """Return the settings that decide frames. Devices, memory and exact kernels change them by rounding at most."""
     values = to_dict(config)
     settings = {
         "sampler": values["sampler"],
@@ -118,6 +119,7 @@ def deciding_settings(config: PipelineConfig, dtype: torch.dtype) -> dict[str, A
         "rollout": values["rollout"],
         "video": values["video"],
         "quantize": values["optimize"]["quantize"],
+        "attention": "8 bits" if config.generator.attention is AttentionBackend.sage else "full precision",
         "dtype": str(dtype).removeprefix("torch."),
     }
     if config.sampler is not Sampler.rollout:

@@ -103,7 +103,7 @@ def save_run(config: PipelineConfig, placements: Sequence[Placement], folder: Pa
     shown = placements[:SHEET_VIDEOS]
     clips = [sample_frames(placement.path, SHEET_FRAMES) for placement in shown]
     save_contact_sheet(folder / SHEET, clips, [_label(placement) for placement in shown])
-    log.info("%d videos in %s, contact sheet %s", len(placements), folder, folder / SHEET)
+    log.info("%d video%s in %s, contact sheet %s", len(placements), "s"[: len(placements) != 1], folder, folder / SHEET)
 
 
 def _label(placement: Placement) -> str:

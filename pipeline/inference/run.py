@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from pipeline import memory
 from pipeline.config import RANDOM_SEED, PipelineConfig
 from pipeline.inference.checks import check_weights, fit_length, warn_of_prompts
-from pipeline.inference.folder import OutputFolder, Placement
+from pipeline.inference.folder import OutputFolder, Placement, settle_partials
 from pipeline.inference.make import MadeVideo, make_video
 from pipeline.inference.options import InferenceOptions
 from pipeline.inference.plan import all_prompts, plan_jobs
@@ -123,8 +123,9 @@ def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torc
     placements = []
     for job in progress(jobs, "looking for existing videos", unit="video"):
         placement = output.place(replace(job, recipe=replace(job.recipe, weights=hashes)))
-        again = placement.exists and options.overwrite
-        placements.append(replace(placement, exists=False) if again else placement)
+        if placement.exists and not options.overwrite:
+            settle_partials(placement.path, placement.job.recipe, finished=True)  # of --overwrite, stopped
+        placements.append(replace(placement, exists=placement.exists and not options.overwrite))
     memory.check_disk(config, sum(not placement.exists for placement in placements))
     return PLACEMENTS.dump_python(placements, mode="json")
 
@@ -140,7 +141,7 @@ def _announce(config: PipelineConfig, placements: Sequence[Placement]) -> None:
         existing = len(placements) - len(missing)
         log.info("%d of %d videos exist already; --overwrite makes them again", existing, len(placements))
     folder, latents = config.inference.output_folder, config.video.num_frames
-    log.info("making %d videos of %d latent frames in %s", len(missing), latents, folder)
+    log.info("making %d video%s of %d latent frames in %s", len(missing), "s"[: len(missing) != 1], latents, folder)
 
 
 def _make_videos(config: PipelineConfig, placements: Sequence[Placement], parts: dict[str, Any], ranks: Ranks) -> None:
