@@ -88,7 +88,7 @@ class DiffusersFile:
         return {"dim": dim, **{key: value for key, value in named.items() if value is not None}}
 
 
-def transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset: str) -> WanConfig:
+def read_transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset: str) -> WanConfig:
     """The sizes of the weights `state`.
 
     Tensors do not show the heads, the text length, eps and what the model predicts. These come from a config.json in or

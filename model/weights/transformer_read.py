@@ -8,7 +8,7 @@ from model.transformer import WanTransformer
 from model.weights.fit import check_fit, load_into
 from model.weights.mapping import StateDict
 from model.weights.read import load_state_dict
-from model.weights.transformer_config import describe_sizes, fitting_preset, transformer_config
+from model.weights.transformer_config import describe_sizes, fitting_preset, read_transformer_config
 from utils.errors import UserError
 
 
@@ -44,7 +44,7 @@ def open_transformer(path: str | Path, *, preset: str, use_ema: bool | None = No
     Arguments and errors are those of :func:`read_transformer`.
     """
     state = load_state_dict(path, use_ema=use_ema)
-    config = transformer_config(path, state, preset=preset)
+    config = read_transformer_config(path, state, preset=preset)
     if config.num_layers > len(state):  # building such a model would take very long
         raise UserError(f"{path}: num_layers={config.num_layers}; the weights have {describe_sizes(state)}")
     try:

@@ -11,7 +11,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from model.text_encoder_files import _build_umt5, _infer_config
 from model.transformer import PRESETS, WanTransformer
 from model.weights import WAN_T5_TO_TRANSFORMERS, check_fit, rename_keys, wan_to_diffusers
-from model.weights.transformer_config import fitting_preset, infer_transformer_sizes, transformer_config
+from model.weights.transformer_config import fitting_preset, infer_transformer_sizes, read_transformer_config
 from tests.fake_release import original_vae_name
 
 # (layers, width, feed-forward width, heads, billions of parameters) as Wan-AI publishes them
@@ -46,7 +46,7 @@ def test_sizes_and_heads_of_the_published_models_follow_from_their_shapes(preset
     state = on_meta(lambda: WanTransformer(PRESETS[preset])).state_dict()
     assert infer_transformer_sizes(state).items() <= asdict(PRESETS[preset]).items()
     assert fitting_preset(state) == preset
-    assert transformer_config(tmp_path / "weights.pt", state, preset="shapes") == PRESETS[preset]
+    assert read_transformer_config(tmp_path / "weights.pt", state, preset="shapes") == PRESETS[preset]
 
 
 def umt5_xxl_names():

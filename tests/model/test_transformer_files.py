@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from model.transformer import PRESETS, WanTransformer
 from model.weights import load_state_dict, save_folder
-from model.weights.transformer_config import read_declared_config, transformer_config
+from model.weights.transformer_config import read_declared_config, read_transformer_config
 from model.weights.transformer_read import read_transformer
 from model.weights.transformer_write import FORMATS, write_transformer
 from tests.fake_release import (
@@ -128,7 +128,7 @@ def test_without_config_json_a_preset_of_the_same_sizes_says_the_rest(tmp_path):
     torch.save({"generator": shapes.state_dict()}, tmp_path / "checkpoint.pt")
     assert read(tmp_path / "checkpoint.pt").config == PRESETS["shapes"]
     narrow = transformer_state(SMALL, 1)
-    assert transformer_config(tmp_path / "w.pt", narrow, preset="shapes") == SMALL
+    assert read_transformer_config(tmp_path / "w.pt", narrow, preset="shapes") == SMALL
 
 
 def test_a_config_json_of_another_kind_beside_a_file_is_ignored(tmp_path, state):
