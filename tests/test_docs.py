@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tests.commands import REPOSITORY, Command, copy_repository, read_commands
 from tests.fake_release import copy_fake_release
@@ -46,12 +45,14 @@ def few_frames(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def copy(tmp_path_factory) -> Path:
-    """What a reader has: a clone, the downloads of the README, and a few files of their own."""
+    """What a reader has: a clone and the downloads of the README; only the first two prompts of each file."""
 
     def write(folder: Path) -> None:
         copy_repository(folder)
         copy_fake_release(tmp_path_factory, folder)
-        Image.new("RGB", (60, 40), "teal").save(folder / "first.png")
+        for prompts in (folder / "prompts").iterdir():
+            if prompts.is_file():
+                prompts.write_text("".join(prompts.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
 
     return made_once(tmp_path_factory, "docs", write)
 
