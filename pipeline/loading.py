@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.attention import AttentionBackend, resolve_backend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
@@ -33,7 +32,7 @@ def load_transformer(
     *,
     use_ema: bool | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     generator: torch.Generator | None = None,
     streamed: bool = False,
 ) -> WanTransformer:
@@ -41,15 +40,14 @@ def load_transformer(
 
     Args:
         use_ema: see :meth:`DenoiserConfig.average`.
+        dtype: of the weights; None keeps the stored one.
         streamed: the weights of the blocks wait in RAM (see :func:`stream_weights`). For inference only.
 
     Raises:
-        UserError: weights that are missing, damaged or of other sizes, or an attention kernel that cannot run.
+        UserError: weights that are missing, damaged or of other sizes.
     """
     use_ema = config.average(use_ema)
-    if config.attention is not AttentionBackend.auto:  # first: a mistake shows before the large files are read
-        resolve_backend(config.attention, torch.device(device), dtype)
-    loras = load_loras(config.lora, config.lora_scale)
+    loras = load_loras(config.lora, config.lora_scale)  # first: a mistake shows before the large files are read
     if config.weights is None:
         model = _random_transformer(config.preset, generator).to(device, dtype)
     else:

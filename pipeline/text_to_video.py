@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from model.attention import resolve_backend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.prompt_cache import PromptCache
@@ -68,6 +69,7 @@ def load_pipeline(
             encoder is loaded now and stays.
     """
     options = {"device": device, "dtype": dtype}
+    resolve_backend(config.generator.attention, device, dtype)  # first: a mistake shows before large files are read
     text_encoder = _prepare_text(config, profile, prompts, **options)
     denoiser = load_denoiser(config.generator, use_ema=use_ema, streamed=profile.stream_generator, **options)
     denoiser.eval().requires_grad_(False)

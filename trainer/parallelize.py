@@ -77,23 +77,32 @@ class Parallelism:
         """Where weights are read to: sharding moves them on, block by block."""
         return torch.device("cpu") if self.active else self.device
 
+    def loading_dtype(self, dtype: torch.dtype, *, merges: bool) -> torch.dtype | None:
+        """The dtype to read weights in that will have ``dtype``; None is the stored one.
+
+        Weights as stored stay in their file, which all processes of a machine read from the same memory. Sharding then
+        converts them block by block, so that a process never holds a whole model. ``merges``: a LoRA is merged into
+        them, which needs the full precision.
+        """
+        return None if self.active and not merges else dtype
+
     def trained(self, denoiser: Denoiser) -> Denoiser:
         """Prepare a denoiser to be trained: float32 weights in shards, gradients summed in float32."""
-        return self._apply(denoiser, offload=self.config.offload_trained)
+        return self._apply(denoiser, torch.float32, offload=self.config.offload_trained)
 
     def frozen(self, denoiser: Denoiser) -> Denoiser:
-        """Prepare a denoiser that is not trained, loaded in :attr:`dtype`."""
-        return self._apply(denoiser.requires_grad_(False), offload=self.config.offload_teacher)
+        """Prepare a denoiser that is not trained: weights in :attr:`dtype`."""
+        return self._apply(denoiser.requires_grad_(False), self.dtype, offload=self.config.offload_teacher)
 
-    def _apply(self, denoiser: Denoiser, *, offload: bool) -> Denoiser:
+    def _apply(self, denoiser: Denoiser, dtype: torch.dtype, *, offload: bool) -> Denoiser:
         transformer = denoiser.transformer
         if self.config.compile:
             compile_blocks(transformer, CompileMode.default)
         if self.active:
-            self._shard(transformer, offload=offload)
+            self._shard(transformer, dtype, offload=offload)
         return denoiser
 
-    def _shard(self, transformer: WanTransformer, *, offload: bool) -> None:
+    def _shard(self, transformer: WanTransformer, dtype: torch.dtype, *, offload: bool) -> None:
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
             MixedPrecisionPolicy,
@@ -115,9 +124,13 @@ class Parallelism:
         # It warns of changing keys and values in place; they are only read.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for block in transformer.blocks:
+            block.to(dtype)
             text = block.cross_attn  # its keys and values of a prompt are made outside the block, once for all chunks
             fully_shard([text.k, text.norm_k, text.v], mp_policy=inner, **options)
             fully_shard(block, mp_policy=inner, **options)
+        for name, part in transformer.named_children():
+            if name != "blocks":
+                part.to(dtype)
         fully_shard(transformer, mp_policy=MixedPrecisionPolicy(**precision, output_dtype=torch.float32), **options)
         register_fsdp_forward_method(transformer, "features")
         transformer.patch_embedding.register_forward_pre_hook(_to_weight_dtype)

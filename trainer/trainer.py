@@ -107,15 +107,16 @@ class Trainer(ABC):
     def load_trained(self, config: DenoiserConfig, lora: LoRAConfig | None = None) -> Denoiser:
         """A denoiser to be trained, in float32, spread over the processes; ``lora`` stands in for the run's own."""
         device, lora = self.parallelism.loading_device, lora or self.config.lora
-        denoiser = load_denoiser(config, device=device, generator=self.stream("weights"))
+        dtype = self.parallelism.loading_dtype(torch.float32, merges=config.lora is not None)
+        denoiser = load_denoiser(config, device=device, dtype=dtype, generator=self.stream("weights"))
         if lora.rank:
             add_lora(denoiser.transformer, lora, self.stream("lora"))
         return self.parallelism.trained(denoiser)
 
     def load_frozen(self, config: DenoiserConfig) -> Denoiser:
         """A denoiser that is not trained, in the precision it computes in, spread over the processes."""
-        options = {"device": self.parallelism.loading_device, "dtype": self.parallelism.dtype}
-        return self.parallelism.frozen(load_denoiser(config, **options))
+        dtype = self.parallelism.loading_dtype(self.parallelism.dtype, merges=config.lora is not None)
+        return self.parallelism.frozen(load_denoiser(config, device=self.parallelism.loading_device, dtype=dtype))
 
     def track(self, **modules: nn.Module) -> None:
         """Name the modules that the run is about: they are saved, and their average is kept."""

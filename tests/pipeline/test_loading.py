@@ -10,6 +10,7 @@ from model.weights import load_state_dict, weights_hash
 from model.weights.lora import LoRA, LowRank, save_lora
 from pipeline.config import DenoiserConfig, PipelineConfig, Sampler, TextConfig
 from pipeline.loading import generator_hash, load_prompt_cache, load_text_encoder, load_transformer, needs_text_encoder
+from pipeline.text_to_video import load_pipeline
 from utils.errors import UserError
 
 pytest_plugins = ["tests.shapes_parts"]
@@ -95,33 +96,8 @@ def test_no_cache_folder_keeps_nothing(release, tmp_path, monkeypatch):
 
 
 def test_an_attention_kernel_that_cannot_run_is_refused_before_weights_are_read(monkeypatch):
-    monkeypatch.setattr("pipeline.loading.read_transformer", lambda *_, **__: pytest.fail("weights were read"))
-    config = DenoiserConfig(weights="somewhere", attention=AttentionBackend.flash)
+    monkeypatch.setattr("pipeline.text_to_video.load_prompt_cache", lambda *_, **__: pytest.fail("weights were read"))
+    config = PipelineConfig(generator=DenoiserConfig(weights="somewhere", attention=AttentionBackend.flash))
     with pytest.raises(UserError, match="attention kernel 'flash' needs a CUDA device") as error:
-        load_transformer(config, device="cpu", dtype=torch.float32)
+        load_pipeline(config, device=torch.device("cpu"), dtype=torch.float32)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "asked", "expected"),
-    [
-        (None, False, "generator"),
-        (False, False, "generator"),
-        (True, False, "generator_ema"),
-        (False, True, "generator_ema"),
-    ],
-)
-def test_the_configuration_says_which_weights_of_a_checkpoint_are_taken_and_a_line_says_so(
-    release, tmp_path, caplog, chosen, asked, expected
-):
-    state = load_state_dict(release.folder / "generator")
-    path = tmp_path / "both.pt"
-    torch.save({"generator": state, "generator_ema": {name: value + 1 for name, value in state.items()}}, path)
-    config = release.config(f"generator.weights={path}", f"generator.use_ema={'null' if chosen is None else chosen}")
-    with caplog.at_level("INFO"):
-        model = load_transformer(config.generator, use_ema=config.generator.average(asked))
-    moved = expected == "generator_ema"
-    assert torch.equal(model.head.head.bias, state["head.head.bias"] + moved)
-    assert caplog.text.count(f"({expected}), not") == 1
-    trained_on = load_transformer(config.generator)  # training: averaged unless the configuration says otherwise
-    assert torch.equal(trained_on.head.head.bias, state["head.head.bias"] + (chosen is not False))

@@ -1,4 +1,4 @@
-"""Compiled blocks train as plain ones do, in one graph a kind of pass, also when their weights are sharded."""
+"""Compiled blocks train as plain ones do, in one graph a kind of pass; sharding holds one block at a time."""
 
 from dataclasses import replace
 from functools import partial
@@ -57,3 +57,24 @@ def test_sharded_blocks_are_compiled_in_one_graph_a_kind_of_pass(monkeypatch, ch
     assert graphs <= KINDS_OF_PASS and not counters["graph_break"]
     gradients(compiled)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_sharding_converts_weights_block_by_block(monkeypatch):
+    """A process that shares its machine with others never holds a whole model in float32."""
+    import torch.distributed.fsdp as fsdp
+
+    shard, converted = fsdp.fully_shard, []
+    denoiser = tiny_denoiser(replace(TINY, num_layers=4)).bfloat16()
+    blocks = list(denoiser.transformer.blocks)
+
+    def watched(module, **options):
+        converted.append(sum(block.ffn[0].weight.dtype is torch.float32 for block in blocks))
+        return shard(module, **options)
+
+    monkeypatch.setattr(fsdp, "fully_shard", watched)
+    parallelism = Parallelism(ParallelConfig(precision="bfloat16"), torch.device("cpu"), Ranks())
+    assert parallelism.loading_dtype(torch.float32, merges=False) is None
+    assert parallelism.loading_dtype(torch.float32, merges=True) is torch.float32
+    parallelism.trained(denoiser)
+    assert converted == [1, 1, 2, 2, 3, 3, 4, 4, 4]  # two units a block, then the whole
+    assert all(parameter.dtype is torch.float32 for parameter in denoiser.parameters())
