@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PARTS = {
     "kills": "50 SIGKILLs of trainings with one and two processes; the end must be equal to the last bit",
     "damage": "every bit of a checkpoint flipped, every file damaged; a run must go on from the newest good one",
+    "serving": "500 visits, hostile uploads, idle connections, a crowd: the demo must stay small, quick and fair",
 }
 """Name of a module in scripts/endurance -> what it does. The module has ``run(folder: Path) -> list[Figure]``."""
 
