@@ -32,7 +32,7 @@ def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
 
 
-class RMSNorm(nn.Module):
+class ChannelNorm(nn.Module):
     """Brings the channels of each position to unit root mean square, then scales them by `gamma` [C 1 1 (1)]."""
 
     def __init__(self, dim: int, *, ndim: int) -> None:
@@ -114,7 +114,7 @@ def name_memories(module: nn.Module) -> None:
             child.name = name
 
 
-def activate(norm: RMSNorm, conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
+def activate(norm: ChannelNorm, conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
     """Normalise `x` [T H W C] and apply SiLU, straight into a buffer for `conv`."""
     buffer = conv.buffer(x, memory)
     if can_fuse(x) and x.is_contiguous():
@@ -138,9 +138,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(n_in, ndim=3)
+        self.norm1 = ChannelNorm(n_in, ndim=3)
         self.conv1 = CausalConv(n_in, n_out)
-        self.norm2 = RMSNorm(n_out, ndim=3)
+        self.norm2 = ChannelNorm(n_out, ndim=3)
         self.conv2 = CausalConv(n_out, n_out)
         self.conv_shortcut = nn.Conv3d(n_in, n_out, 1) if n_in != n_out else None
 
@@ -151,12 +151,12 @@ class ResidualBlock(nn.Module):
         return self.conv2(inner, memory).add_(x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x))
 
 
-class Attention(nn.Module):
+class PlaneAttention(nn.Module):
     """Each frame's positions attend to one another, in one head."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(dim, ndim=2)
+        self.norm = ChannelNorm(dim, ndim=2)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
@@ -171,7 +171,7 @@ class MiddleBlock(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(dim)])
+        self.attentions = nn.ModuleList([PlaneAttention(dim)])
         self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
@@ -273,7 +273,7 @@ class WanDecoder(nn.Module):
             UpBlock(n_in, n_out, blocks=residual_blocks + 1, upsample=upsample)
             for n_in, n_out, upsample in zip(inputs, widths, upsamples, strict=True)
         )
-        self.norm_out = RMSNorm(widths[-1], ndim=3)
+        self.norm_out = ChannelNorm(widths[-1], ndim=3)
         self.conv_out = CausalConv(widths[-1], 3)
         name_memories(self)
 

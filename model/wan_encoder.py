@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from model.wan_decoder import (
     CausalConv,
+    ChannelNorm,
     Memory,
     MiddleBlock,
     ResidualBlock,
-    RMSNorm,
     activate,
     convolve,
     name_memories,
@@ -69,7 +69,7 @@ class WanEncoder(nn.Module):
                 blocks.append(Downsample(n_out, in_time=downsample_time[level]))
         self.down_blocks = nn.ModuleList(blocks)
         self.mid_block = MiddleBlock(widths[-1])
-        self.norm_out = RMSNorm(widths[-1], ndim=3)
+        self.norm_out = ChannelNorm(widths[-1], ndim=3)
         self.conv_out = CausalConv(widths[-1], 2 * latent_channels)
         name_memories(self)
 

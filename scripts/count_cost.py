@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, given: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipSize:
     """Sizes of a video in latents."""
 
     frames: int
@@ -118,7 +118,7 @@ class Work:
     """Forward and backward."""
 
     @classmethod
-    def count(cls, student: WanConfig, teacher: WanConfig, clip: Clip, config: RolloutConfig) -> Work:
+    def count(cls, student: WanConfig, teacher: WanConfig, clip: ClipSize, config: RolloutConfig) -> Work:
         """Work of DMD; a rollout's text is counted with its exit passes, as gradient needs it there."""
         chunks = config.chunks(clip.frames)
         tokens = clip.tokens(student)
@@ -175,7 +175,7 @@ class Memory:
     """Inputs of every block, and one block's activations."""
 
     @classmethod
-    def count(cls, student: WanConfig, teacher: WanConfig, clip: Clip, gpus: int) -> Memory:
+    def count(cls, student: WanConfig, teacher: WanConfig, clip: ClipSize, gpus: int) -> Memory:
         """Closed formulas; the fragmentation of an allocator and the gathered weights of two blocks come on top."""
         tokens = clip.frames * clip.tokens(student)
         of_student, of_teacher = parameters(student), parameters(teacher)
@@ -197,7 +197,7 @@ def block_bytes(config: WanConfig, tokens: int) -> float:
 def report(args: argparse.Namespace, command: str) -> str:
     """The page."""
     rollout = RolloutConfig()
-    clip = Clip(args.frames, args.height // SPATIAL_SCALE, args.width // SPATIAL_SCALE)
+    clip = ClipSize(args.frames, args.height // SPATIAL_SCALE, args.width // SPATIAL_SCALE)
     student = PRESETS[args.student]
     works = {name: Work.count(student, PRESETS[name], clip, rollout) for name in args.teachers}
     parts = [
@@ -263,7 +263,7 @@ def _hours(args: argparse.Namespace, works: dict[str, Work]) -> list[list[str]]:
     return rows
 
 
-def _memory_rows(args: argparse.Namespace, student: WanConfig, clip: Clip) -> list[list[str]]:
+def _memory_rows(args: argparse.Namespace, student: WanConfig, clip: ClipSize) -> list[list[str]]:
     rows = []
     for teacher in args.teachers:
         for gpus in args.gpus:
@@ -274,7 +274,9 @@ def _memory_rows(args: argparse.Namespace, student: WanConfig, clip: Clip) -> li
     return rows
 
 
-def _traffic_rows(args: argparse.Namespace, student: WanConfig, rollout: RolloutConfig, clip: Clip) -> list[list[str]]:
+def _traffic_rows(
+    args: argparse.Namespace, student: WanConfig, rollout: RolloutConfig, clip: ClipSize
+) -> list[list[str]]:
     chunks, steps = len(rollout.chunks(clip.frames)), most_steps(rollout.denoising_steps)
     passes = {"rollout": chunks * (steps + 1) / 2 + chunks - 1, "generator backward": chunks, "critic": 2}
     rows = []

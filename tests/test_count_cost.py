@@ -11,12 +11,12 @@ from model.kv_cache import KVCache
 from model.transformer import PRESETS, WanConfig, WanTransformer
 from pipeline.rollout import RolloutConfig, rollout
 from scripts import count_cost
-from scripts.count_cost import Clip, Work
+from scripts.count_cost import ClipSize, Work
 from trainer.objectives.dmd import critic_loss, guided_x0
 
 STUDENT = WanConfig(dim=192, ffn_dim=1120, num_heads=3, num_layers=2, text_dim=128, text_len=16)
 TEACHER = WanConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=1, text_dim=128, text_len=16)
-CLIP = Clip(6, 16, 24)
+CLIP = ClipSize(6, 16, 24)
 
 
 def denoiser(config: WanConfig) -> Denoiser:
@@ -71,7 +71,7 @@ def test_the_page_is_written_by_the_command_it_names(tmp_path, capsys):
     text = output.read_text()
     assert f"python scripts/count_cost.py --output {output} --gpus 8 --utilisation 0.4" in text
     assert text.strip() == capsys.readouterr().out.strip()
-    clip = Clip(21, 60, 104)
+    clip = ClipSize(21, 60, 104)
     work = Work.count(PRESETS["wan2.1-t2v-1.3b"], PRESETS["wan2.1-t2v-14b"], clip, RolloutConfig())
     assert f"| {work.generator_update / 1e12:,.0f} |" in text
     hours = 600 * 64 * work.step(5, fresh=True) / 5 / (8 * 0.4 * 989e12) / 3600

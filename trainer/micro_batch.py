@@ -25,11 +25,11 @@ class MicroBatch:
     """
 
     seed: int
-    """Of the update."""
+    """Seed of the update."""
     batch: range
-    """Of the whole global batch: indices in the training data."""
+    """Indices of the whole global batch in the training data."""
     number: int
-    """Of this pass among those of the process."""
+    """Number of this pass among those of the process."""
     start: int
     """Place of the first sample in the global batch."""
     size: int
@@ -42,7 +42,7 @@ class MicroBatch:
 
     @property
     def indices(self) -> range:
-        """Of these samples in the training data."""
+        """Indices of these samples in the training data."""
         return self.of(self.batch)
 
     def of(self, whole: Rows) -> Rows:

@@ -149,11 +149,11 @@ class Count:
 
     @property
     def total(self) -> int:
-        """Of all keys."""
+        """The count of all keys together."""
         return self._sum
 
     def of(self, key: Hashable) -> int:
-        """Of one key."""
+        """The count of one key."""
         return self._counts[key]
 
     def enter(self, key: Hashable) -> bool:

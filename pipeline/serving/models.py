@@ -46,7 +46,7 @@ class ModelSource:
     read_config: Callable[[], PipelineConfig]
     """Reads the configuration; called on the loading thread, as it imports torch."""
     arguments: list[str]
-    """Of inference.py, for the same model: --config_path and so on."""
+    """Arguments by which inference.py loads the same model: --config_path and so on."""
     use_ema: bool = False
     """Averaged weights, where a checkpoint holds both."""
     tiny_decoder: Path | None = None
@@ -279,7 +279,7 @@ def offered_precisions(device: torch.device) -> list[str]:
 
 
 def switch_arguments(cues: Sequence[Cue], storyboard: Path) -> list[str]:
-    """Of inference.py, for prompts switched to: spelled out where all have one style, else those of the storyboard."""
+    """The inference.py arguments of the same switches: one each if all have one style, else a storyboard."""
     styles = {cue.style for cue in cues}
     if len(styles) > 1:
         return [f"--storyboard={storyboard}"]

@@ -91,7 +91,7 @@ class Seats:
 
 
 def least_missed(viewers: Iterable[Viewer]) -> Viewer:
-    """Of several viewers in the order of their coming: a paused one if there is one, else the one that came last."""
+    """Return the paused viewer, or the one that came last if none is paused. `viewers` are in the order they came."""
     viewers = list(viewers)
     return next((viewer for viewer in viewers if viewer.paused), viewers[-1])
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import psutil
-
-if TYPE_CHECKING:
-    from pipeline.serving.server import Server
 
 MEMORY_SECONDS = 1.0  # for which a figure of the memory is used again
 
@@ -45,7 +42,17 @@ class Remembered:
         return self._value
 
 
-def metrics_text(server: Server) -> str:
+class Observed(Protocol):
+    """What :func:`metrics_text` reads: the server."""
+
+    hub: Any
+    connections: int
+    sessions: Any
+    state: str
+    memory: Callable[[], dict[str, float | None]]
+
+
+def metrics_text(server: Observed) -> str:
     """All figures in Prometheus' text format, one a line with its type."""
     hub, counters = server.hub, server.hub.counters
     memory = server.memory()

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from model.wan_decoder import CausalConv, DoublingConv, RMSNorm, WanDecoder, convolve
+from model.wan_decoder import CausalConv, ChannelNorm, DoublingConv, WanDecoder, convolve
 
 TOLERANCE = 1e-5  # of the largest value; float32
 
@@ -51,7 +51,7 @@ def test_doubling_with_fewer_products_equals_repeating_pixels() -> None:
 
 @torch.no_grad()
 def test_norm_gives_unit_root_mean_square_and_keeps_nothing_at_nothing() -> None:
-    norm = RMSNorm(6, ndim=3)
+    norm = ChannelNorm(6, ndim=3)
     norm.gamma.mul_(3)
     x = frames(2, 6)
     x[0, 0, 0] = 0
