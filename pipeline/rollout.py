@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.attention import BlockMask, block_causal_mask, chunk_ranges, visible_frames
+from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
@@ -85,6 +86,10 @@ class RolloutConfig:
             sink=self.sink,
             independent_first_frame=self.independent_first_frame,
         )
+
+    def context_images(self, codec: VideoCodec) -> ContextImages | None:
+        """Return what ``recompute`` needs to encode the context of one rollout; None without that mode."""
+        return ContextImages(codec, self.window) if self.recompute else None
 
     def timesteps(self, denoiser: Denoiser) -> Steps:
         """The steps as the denoiser's schedule warps them: one list, or a list for each chunk."""

@@ -20,7 +20,6 @@ from model.denoiser import Denoiser, Prediction
 from model.flow_matching import add_noise
 from model.kv_cache import KVCache
 from pipeline.config import Sampler
-from pipeline.recompute import ContextImages
 from pipeline.request import PromptSwitch, StreamRequest
 from pipeline.rollout import ChunkInput, FinishedChunk, Pass, SwitchStyle, full_timesteps, randn, rollout_passes
 from pipeline.sampling import many_step_chunks
@@ -183,7 +182,7 @@ class Stream:
             context_latents=context,
             generator=[each.generator("steps") for each in self.requests],
             num_frames=request.num_frames,
-            images=ContextImages(pipeline.codec, self.config.window) if self.config.recompute else None,
+            images=self.config.context_images(pipeline.codec),
         )
 
     def _many_steps(self, context: Tensor | None) -> Iterator[FinishedChunk]:

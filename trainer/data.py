@@ -24,7 +24,7 @@ from trainer.stored_data import StoredEmbeddings, VideoData
 from utils.distributed import derive_seed, resolve_dtype
 from utils.errors import UserError
 from utils.images import load_image
-from utils.prompts import read_image_prompts, read_prompts
+from utils.prompts import pair_prompts, read_image_prompts, read_prompt_lines, read_prompts
 from utils.shapes import Scene, ShapesConfig, render_clips, training_scenes
 
 CACHED_PROMPTS = 4096
@@ -116,18 +116,9 @@ class Stream:
 
 
 class PromptData:
-    """Prompts, and the prompts that they change to, if any.
-
-    Raises:
-        UserError: there are not as many of the second as of the first.
-    """
+    """Prompts, and the prompts that they change to, if any."""
 
     def __init__(self, prompts: Sequence[str], second_prompts: Sequence[str] | None = None) -> None:
-        if second_prompts is not None and len(second_prompts) != len(prompts):
-            raise UserError(
-                f"data.switch_path has {len(second_prompts)} prompts and data.path has {len(prompts)}; "
-                "line n of one changes to line n of the other, so give both the same number of lines"
-            )
         self.prompts = prompts
         self.second_prompts = second_prompts
 
@@ -192,8 +183,7 @@ def training_data(
     if config.switch_path is not None and config.kind is not DataKind.prompts:
         raise UserError(f"data.switch_path={config.switch_path} needs data.kind=prompts, not {config.kind.value}")
     if contents is Contents.prompts:
-        second = None if config.switch_path is None else read_prompts(config.switch_path)
-        return Stream(PromptData(all_prompts(config, video), second), seed)
+        return Stream(PromptData(all_prompts(config, video), _second_prompts(config)), seed)
     frames = video.num_frames if contents is Contents.clips else 1
     match config.kind:
         case DataKind.shapes:
@@ -220,6 +210,13 @@ def all_prompts(config: DataConfig, video: VideoConfig) -> list[str]:
             return ImageData(_path(config), video).prompts
         case DataKind.videos:
             return VideoData(_path(config), video, 1).prompts
+
+
+def _second_prompts(config: DataConfig) -> list[str] | None:
+    """The prompts of ``data.switch_path``, in the order of those of ``data.path``."""
+    if config.switch_path is None:
+        return None
+    return pair_prompts(read_prompt_lines(_path(config)), _path(config), config.switch_path)
 
 
 def _path(config: DataConfig) -> str:

@@ -350,6 +350,7 @@ class Trainer(ABC):
             self.config.rollout,
             context_latents=context,
             generator=[self.stream("sample noise", index) for index in indices],
+            images=self.config.rollout.context_images(codec),
         )
         return codec.decode(torch.cat([*shown, *(block.latents for block in blocks)], dim=1))
 

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
+from model.flow_matching import FlowMatching
 from trainer.build import build_trainer
+from trainer.objectives.dmd import sample_score_timesteps
 from trainer.trainer import RunContext, Trainer
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -82,6 +84,43 @@ def test_a_continued_rollout_goes_on_from_its_last_visible_frames_and_changes_it
         assert facts.uncounted == facts.uncounted_by_critic == (3 if window else 0)
         if window:  # the first chunk is the last one of the window before
             assert torch.equal(after.latest[:, :3], before.latest[:, -3:])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("false", {(0.0, 1000.0)}), ("true", {(500.0, 1000.0), (0.0, 500.0)})]
+)
+def test_score_timesteps_lie_between_the_exit_step_and_the_next_one_if_asked(build, monkeypatch, schedule, expected):
+    """ts_schedule: the bounds are the steps as they are written, whether the list is warped or not."""
+    both = (f"dmd.ts_schedule={schedule}", f"dmd.ts_schedule_max={schedule}", "rollout.denoising_steps=[1000,500]")
+    seen = set()
+
+    def noted(*args, lowest, highest):
+        seen.add((lowest, highest))
+        return sample_score_timesteps(*args, lowest=lowest, highest=highest)
+
+    monkeypatch.setattr("trainer.matching.sample_score_timesteps", noted)
+    trainer = build(*both, "dmd.critic_updates=4")
+    for _ in range(2):
+        trainer.train_step()
+    assert seen == expected
+    warped = FlowMatching(5.0).warp([1000, 500])
+    unwarped = build("rollout.warp_denoising_step=false", f"rollout.denoising_steps={warped}").generation
+    facts = unwarped.video(micro := trainer.micro_batches()[0], trainer.batch(micro), with_grad=False).facts
+    assert facts.exit_level == pytest.approx(1000.0) or facts.exit_level == pytest.approx(500.0, abs=1e-3)
+
+
+def test_second_prompts_are_those_on_the_same_line(build, tmp_path):
+    (tmp_path / "first.txt").write_text("a\nb\nc\n")
+    (tmp_path / "second.txt").write_text("A\nB\nC\n")
+    paired = (
+        *(*CONTINUED, "data.kind=prompts", f"data.path={tmp_path}/first.txt"),
+        f"data.switch_path={tmp_path}/second.txt",
+    )
+    samples = build(*paired).data.read(range(5))
+    assert samples.second_prompts == [prompt.upper() for prompt in samples.prompts]
+    (tmp_path / "second.txt").write_text("A\n\nC\n")
+    with pytest.raises(UserError, match=r"second.txt, line 2: holds no prompt, but .*first.txt, line 2, is 'b'"):
+        build(*paired)
 
 
 def test_every_critic_update_makes_the_next_window_without_replay(build, monkeypatch):

@@ -142,3 +142,33 @@ def test_bidirectional_training_sees_the_future(denoiser, batch, predictions):
         forcing_loss(denoiser, **variant, block_mask=None)
     plain, other_future = (prediction.x0 for prediction in predictions)
     assert (plain - other_future)[:, :CHUNK].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_noise_augmentation_noises_the_clean_context_and_tells_the_network_so(denoiser, batch):
+    """The loss of a chunk is that of a pass whose context is noised by hand; at timestep 0 nothing changes."""
+    mask, context = teacher_forcing_mask(4, CHUNK), torch.tensor([[80.0, 80.0, 40.0, 40.0], [10.0, 10.0, 60.0, 60.0]])
+    options = {"block_mask": mask, "teacher_forcing": True}
+    noised = add_noise(batch["x0"], batch["noise"], context)
+    noisy = add_noise(batch["x0"], batch["noise"], batch["timesteps"])
+    prediction = denoiser(
+        torch.cat([noised, noisy], 1),
+        torch.cat([context, batch["timesteps"]], 1),
+        batch["prompt_embeds"],
+        block_mask=mask,
+    )
+    by_hand = Prediction(*(part[:, 4:] for part in prediction))
+    expected = flow_matching_loss(by_hand, batch["x0"], batch["timesteps"])
+    augmented = forcing_loss(denoiser, **batch, **options, context_timesteps=context)
+    assert torch.allclose(augmented, expected, rtol=1e-5)
+    clean = forcing_loss(denoiser, **batch, **options)
+    assert torch.allclose(clean, forcing_loss(denoiser, **batch, **options, context_timesteps=torch.zeros(2, 4)))
+    assert not torch.allclose(clean, augmented, rtol=1e-4)
+
+
+@pytest.mark.parametrize("highest", [100.0, 500.0, 1000.0])
+def test_timesteps_stay_below_a_maximum_that_counts_after_the_shift(highest):
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample_timesteps(4000, [(0, 2), (2, 4)], FlowMatching(5.0), generator, highest=highest)
+    assert drawn.min() > 0 and 0.99 * highest < drawn.max() <= highest
+    assert torch.equal(drawn[:, 0], drawn[:, 1]) and not torch.equal(drawn[:, 1], drawn[:, 2])

@@ -9,6 +9,7 @@ from model.denoiser import Denoiser, Prediction
 from model.flow_matching import FlowMatching, add_noise
 from tests.shapes_parts import tiny_transformer
 from trainer.objectives.dmd import critic_loss, dmd_loss, guided_x0, sample_score_timesteps
+from trainer.objectives.sid import sid_loss
 
 SHAPE = (2, 3, 16, 4, 4)
 
@@ -40,6 +41,51 @@ def test_score_timesteps_are_shifted_whole_levels_within_bounds():
     grid = schedule.timestep(torch.arange(1000) / 1000).clamp(20, 980)
     assert torch.isin(timesteps, grid).all()
     assert (timesteps > schedule.timestep(torch.tensor(0.5))).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(250.0, 1000.0), (0.0, 500.0), (500.0, 750.0)])
+def test_score_timesteps_may_be_bounded_before_the_shift(lowest, highest):
+    """ts_schedule and ts_schedule_max: whole levels in [lowest, highest), each with the same probability."""
+    schedule = FlowMatching(5.0)
+    drawn = sample_score_timesteps(4000, schedule, torch.Generator().manual_seed(0), lowest=lowest, highest=highest)
+    allowed = schedule.timestep(torch.arange(lowest, highest) / 1000).clamp(20, 980)
+    assert torch.isin(drawn, allowed).all() and len(drawn.unique()) > 0.9 * len(allowed.unique())
+    middle = schedule.timestep(torch.tensor((lowest + highest) / 2000))
+    assert (drawn > middle).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(500.0, 500.0), (-1.0, 10.0), (0.0, 1001.0)])
+def test_bounds_that_hold_no_timestep_are_refused(lowest, highest):
+    with pytest.raises(ValueError, match="must satisfy 0 <= lowest < highest <= 1000"):
+        sample_score_timesteps(1, FlowMatching(5.0), torch.Generator(), lowest=lowest, highest=highest)
+
+
+@pytest.mark.parametrize("loss", [dmd_loss, sid_loss])
+def test_the_fake_score_may_be_guided_too(scores, batch, loss):
+    """A guided fake score is a score whose x0 is ``c + g (c - u)``; without guidance nothing changes."""
+
+    class Guided(torch.nn.Module):
+        def forward(self, latents, timesteps, prompt_embeds):
+            arguments = latents, timesteps, batch["prompt_embeds"], batch["negative_embeds"], 1.5
+            return Prediction(latents, guided_x0(scores[1], *arguments))
+
+    x0 = randn(*SHAPE, seed=9)
+    embeds = batch["prompt_embeds"], batch["negative_embeds"]
+    drawn = {"timesteps": batch["timesteps"], "noise": batch["noise"], "real_guidance_scale": 2.0}
+    plain = loss(x0, scores[0], scores[1], *embeds, **drawn).loss
+    guided = loss(x0, scores[0], scores[1], *embeds, **drawn, fake_guidance_scale=1.5).loss
+    assert torch.allclose(guided, loss(x0, scores[0], Guided(), *embeds, **drawn).loss, rtol=1e-4)
+    assert torch.equal(plain, loss(x0, scores[0], scores[1], *embeds, **drawn, fake_guidance_scale=0.0).loss)
+    assert not torch.allclose(plain, guided, rtol=1e-3)
+
+
+def test_the_critic_may_leave_frames_out(scores, batch):
+    x0, drawn = randn(*SHAPE, seed=9), {"timesteps": batch["timesteps"], "noise": batch["noise"]}
+    first, later = (torch.tensor(counted) for counted in ([True, False, False], [False, True, True]))
+    whole, one, two = (
+        critic_loss(x0, scores[1], batch["prompt_embeds"], **drawn, counted=counted) for counted in (None, first, later)
+    )
+    assert torch.allclose(whole, (one + 2 * two) / 3, rtol=1e-4) and not torch.allclose(one, two, rtol=1e-3)
 
 
 def test_guidance_is_c_plus_g_times_c_minus_u(scores, batch):

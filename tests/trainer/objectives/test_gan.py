@@ -182,3 +182,13 @@ def test_generated_videos_learn_to_pass_for_real_while_the_discriminator_stays_a
         assert norm > 0
     assert losses[-1] < 0.9 * losses[0]
     assert gradients(discriminator) == {}
+
+
+def test_the_weight_of_the_logits_leaves_the_penalties_alone():
+    critic = Critic()
+    drawn = {"timesteps": TIMESTEPS, "noise": NOISE, "perturbation": random(*FAKE.shape, seed=7), "kind": RELATIVISTIC}
+    weights = {"perturbation_sigma": 0.05, "r1_weight": 0.3, "r2_weight": 0.7}
+    whole = gan_discriminator_loss(FAKE, REAL, critic, EMBEDS, **drawn, **weights)
+    tenth = gan_discriminator_loss(FAKE, REAL, critic, EMBEDS, **drawn, **weights, logit_weight=0.1)
+    assert torch.equal(whole.penalty, tenth.penalty) and whole.penalty > 0
+    assert torch.allclose(tenth.loss - tenth.penalty, 0.1 * (whole.loss - whole.penalty), rtol=1e-4)
