@@ -43,24 +43,30 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     shards = _split(state, dtype, shard_bytes)
-    stem = name.removesuffix(".safetensors")
-    single, index = folder / name, folder / f"{name}.index.json"
-    stale = {single, index, *folder.glob(f"{stem}-*-of-*.safetensors")}
+    before = {folder / name, *folder.glob(f"{Path(name).stem}-*-of-*.safetensors"), folder / f"{name}.index.json"}
     if len(shards) == 1:
-        save_safetensors(single, state, dtype=dtype)
-        stale -= {single}
+        save_safetensors(folder / name, state, dtype=dtype)
+        written = {folder / name}
     else:
-        files = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-        for file, keys in zip(files, shards, strict=True):
-            save_safetensors(folder / file, {key: state[key] for key in keys}, dtype=dtype)
-        weight_map = {key: file for file, keys in zip(files, shards, strict=True) for key in keys}
-        total = sum(_num_bytes(tensor, dtype) for tensor in state.values())
-        listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        atomic_write_text(index, json.dumps(listing, indent=2) + "\n")
-        stale -= {index, *(folder / file for file in files)}
+        written = _save_shards(folder, name, state, shards, dtype)
     atomic_write_text(folder / config_file, config_text)
-    for file in stale:  # an earlier save had another number of shards
+    for file in before - written:  # an earlier save had another number of shards
         file.unlink(missing_ok=True)
+
+
+def _save_shards(
+    folder: Path, name: str, state: Mapping[str, Tensor], shards: list[list[str]], dtype: torch.dtype | None
+) -> set[Path]:
+    """Write one file for each shard, then the index that lists them. Return their paths."""
+    stem, index = Path(name).stem, folder / f"{name}.index.json"
+    files = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, keys in zip(files, shards, strict=True):
+        save_safetensors(folder / file, {key: state[key] for key in keys}, dtype=dtype)
+    weight_map = {key: file for file, keys in zip(files, shards, strict=True) for key in keys}
+    total = sum(_num_bytes(tensor, dtype) for tensor in state.values())
+    listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    atomic_write_text(index, json.dumps(listing, indent=2) + "\n")
+    return {index, *(folder / file for file in files)}
 
 
 def save_safetensors(path: str | Path, state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
