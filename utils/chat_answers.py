@@ -1,4 +1,4 @@
-"""What a chat model answers → the text it was asked for, without its thoughts and remarks."""
+"""Take the text that was asked for out of the answer of a chat model, without its thoughts and remarks."""
 
 import re
 

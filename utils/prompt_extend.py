@@ -1,10 +1,11 @@
-"""Short prompts → the long, detailed ones Wan was trained on, by any text model behind an OpenAI-compatible server.
+"""Turn short prompts into the long, detailed ones that Wan was trained on, with any text model.
 
-The server is named by environment variables, read when prompts are extended:
+The model is behind a server that speaks OpenAI's protocol. Environment variables name it; they are read when prompts
+are extended:
 
 - `PROMPT_EXTEND_URL`: its base address, such as http://localhost:11434/v1 (Ollama, vLLM, llama.cpp, a hosted one);
 - `PROMPT_EXTEND_MODEL`: the model to ask;
-- `PROMPT_EXTEND_KEY`: the key, where the server wants one.
+- `PROMPT_EXTEND_KEY`: the key, if the server wants one.
 """
 
 import http.client
@@ -54,7 +55,7 @@ class Server:
 
     @classmethod
     def from_environment(cls) -> "Server":
-        """Raises UserError for a variable that is missing or no web address."""
+        """Read the environment. Raises UserError if a variable is missing or is no web address."""
         values = {name: os.environ.get(f"PROMPT_EXTEND_{name}", "").strip() for name in ("URL", "MODEL", "KEY")}
         for name, example in (("URL", "http://localhost:11434/v1"), ("MODEL", "the model's name on that server")):
             if not values[name]:
@@ -69,7 +70,10 @@ class Server:
         return cls(url, values["MODEL"], values["KEY"] or None)
 
     def ask(self, prompt: str) -> str:
-        """One request; the answer's text. Raises what `urllib` raises, or ValueError for an answer of another form."""
+        """Send one request and return the text of the answer.
+
+        Raises what `urllib` raises, or ValueError if the answer has another form.
+        """
         question = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -100,12 +104,12 @@ class Server:
         return "" if self.proxy is None else f" through the proxy {re.sub(r'//[^/@]*@', '//', self.proxy)}"
 
     def excerpt(self, body: bytes) -> str:
-        """The beginning of an answer in one line, without the key that some servers quote."""
+        """Return the beginning of an answer as one line, without the key, which some servers quote."""
         return _line(body.decode(errors="replace").replace(self.key or "\0", "***"))[:200] or "no text"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Another address would get the key, and a GET in place of the question."""
+    """Follow no redirect: the other address would get the key, and a GET instead of the question."""
 
     def redirect_request(self, *_: object) -> None:
         return None
@@ -171,7 +175,7 @@ def _refused(server: Server, error: urllib.error.HTTPError) -> str:
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds the server asks for; 0 where it names none, or a date."""
+    """Return the seconds that the server asks for; 0 if it names none, or a date."""
     value = error.headers.get("Retry-After", "")
     return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
 

@@ -31,6 +31,7 @@ from utils.video import VideoWriter, load_image, stream_video
 
 log = logging.getLogger("inference")
 
+TELL_SECONDS = 30.0  # between lines about a long video if there is no progress bar
 REPEAT = 2.0  # seconds in which torchrun passes on the Ctrl-C that every process has received already
 
 
@@ -106,7 +107,7 @@ def _write_video(session: StreamSession, placement: Placement, video: VideoConfi
         first = next(chunks, None)
         if first is None:
             return 0
-        frames = 0
+        frames, told = 0, time.perf_counter()
         writer = VideoWriter(
             placement.path,
             video.fps,
@@ -118,6 +119,9 @@ def _write_video(session: StreamSession, placement: Placement, video: VideoConfi
             for part in _write_behind(writer, _all_frames(placement.job, first, chunks, video)):
                 frames += len(part)
                 bar.update(len(part))
+                if bar.disable and time.perf_counter() - told > TELL_SECONDS:
+                    told = time.perf_counter()
+                    log.info("%s: %d frames so far", placement.path.name, frames)
             if session.state is not SessionState.finished:
                 writer.stop()
     return frames

@@ -82,7 +82,7 @@ def complete_records(folder: Path) -> None:
     before = read_json_lines(path)
     latest = {record["file"]: record for record in before if isinstance(record.get("file"), str)}
     for file in sorted(folder.glob(f"*{SUFFIX}")):
-        if file.name in latest or not is_own_file(file) or not is_complete(file):
+        if file.name in latest or file.name.startswith(".") or not (is_own_file(file) and is_complete(file)):
             continue
         if (recipe := read_recipe(file)) is not None and not PARTIAL.search(file.stem):
             with suppress(UserError):  # it does not play to its end

@@ -189,6 +189,7 @@ def test_lost_records_are_found_in_the_files_and_torn_lines_are_set_aside(tmp_pa
     write(tmp_path / "a cat-0.mp4")
     write(tmp_path / "a dog-0.mp4", replace(RECIPE, name="a dog-0", prompt="a dog"))
     write(tmp_path / "unfinished.mp4", stop=True)
+    write(tmp_path / ".temporary.mp4")
     leave_truncated(tmp_path / "cut.mp4")
     leave_other_video(tmp_path / "other.mp4")
     known = {"file": "a dog-0.mp4", "prompt": "a dog", "seconds": 3.5}
