@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -45,7 +46,7 @@ class WanConfig:
     patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Latent frames, rows and columns of a token."""
     eps: float = 1e-6
-    """Of every norm."""
+    """The epsilon of every norm."""
     prediction_type: str = "flow"
     """What the network's output means: "flow" (Wan) or "x0"."""
 
@@ -127,50 +128,33 @@ class WanTransformer(nn.Module):
         output_frames: int | None = None,
         block_mask: BlockMask | None = None,
     ) -> Tensor:
-        """Run the network.
+        """Predict the flow, or x0 as ``config.prediction_type`` says: [B output_frames C H W].
 
         Args:
             latents: noisy latents [B F C H W]; H and W are multiples of the patch.
             timesteps: [B F] in [0, 1000], or [B 1] for all frames.
             prompt_embeds: [B L E], L at most ``text_len``.
             cache: keys and values of earlier frames; this pass adds its own.
-            start_frame: absolute index of the first frame, for rotary positions and the cache; or one for each sample,
-                which only a cache made of several takes.
-            chunk_frames: sizes of several chunks in one pass over a cache, each seeing itself and those before it;
-                None is one chunk.
-            output_frames: how many of the last frames' outputs are wanted, whole chunks; None is all. The last layer
-                spares the others everything but their keys and values; 0 only fills the cache.
-            block_mask: which frames see which; its positions replace ``start_frame``.
-
-        Returns:
-            flow (or x0, as ``config.prediction_type`` says) [B output_frames C H W].
-
-        Raises:
-            ValueError: a cache and a mask together, or sizes that do not fit.
+            start_frame: absolute index of the first frame; or one for each sample, if the cache joins several.
+            chunk_frames: sizes of several chunks in one pass over a cache; each sees itself and those before it.
+            output_frames: how many of the last frames to predict, whole chunks; None is all, 0 only fills the cache.
+            block_mask: which frames see which; its positions replace ``start_frame``. ValueError with a cache.
         """
         self._check(latents, timesteps, prompt_embeds, cache, block_mask)
-        x = self.patch_embedding(latents)
-        embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim).to(x))
-        texts = self._text(prompt_embeds, cache)
-        rotary = self._rotary(latents, start_frame, block_mask)
+        x, embedding = self._embed(latents, timesteps)
         chunks = self._open(cache, x, start_frame, chunk_frames)
         (x,) = self.blocks(
             x,
             self.time_projection(embedding).unflatten(-1, (6, -1)),
-            texts,
-            rotary,
+            self._text(prompt_embeds, cache),
+            self._rotary(latents, start_frame, block_mask),
             mask=self._mask(block_mask, x),
             caches=[None] * len(self.blocks) if cache is None else cache.layers,
             chunks=chunks,
             output_frames=latents.shape[1] if output_frames is None else output_frames,
-            backend=self.resolved_backend(x.device, x.dtype),
-            kept=[len(self.blocks) - 1],
-            checkpointing=self.gradient_checkpointing and torch.is_grad_enabled(),
+            **self._options(x, [len(self.blocks) - 1]),
         )
-        if x.shape[1] == 0:
-            return latents[:, :0]
-        x = self.head(x, embedding if embedding.shape[1] == 1 else embedding[:, -x.shape[1] :])
-        return self._unpatchify(x, latents)
+        return self._predict(x, embedding, latents)
 
     def features(
         self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, layers: Sequence[int]
@@ -180,8 +164,7 @@ class WanTransformer(nn.Module):
         T are the tokens of a frame, C is the model dim; the other arguments are those of :meth:`forward`.
         """
         self._check(latents, timesteps, prompt_embeds, None, None)
-        x = self.patch_embedding(latents)
-        embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim).to(x))
+        x, embedding = self._embed(latents, timesteps)
         return self.blocks(
             x,
             self.time_projection(embedding).unflatten(-1, (6, -1)),
@@ -191,10 +174,30 @@ class WanTransformer(nn.Module):
             caches=[None] * len(self.blocks),
             chunks=(),
             output_frames=latents.shape[1],
-            backend=self.resolved_backend(x.device, x.dtype),
-            kept=layers,
-            checkpointing=self.gradient_checkpointing and torch.is_grad_enabled(),
+            **self._options(x, layers),
         )
+
+    def _embed(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of the latents [B F T C] and embedded timesteps [B f C]."""
+        x = self.patch_embedding(latents)
+        return x, self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim).to(x))
+
+    def _options(self, x: Tensor, kept: Sequence[int]) -> dict[str, Any]:
+        """How the blocks compute hidden states x, and after which of them these are kept."""
+        return {
+            "backend": self.resolved_backend(x.device, x.dtype),
+            "kept": kept,
+            "checkpointing": self.gradient_checkpointing and torch.is_grad_enabled(),
+        }
+
+    def _predict(self, x: Tensor, embedding: Tensor, latents: Tensor) -> Tensor:
+        """Hidden states [B f T C] of the last f frames -> predictions [B f C H W] in the size of ``latents``."""
+        if x.shape[1] == 0:
+            return latents[:, :0]
+        patches = self.head(x, embedding if embedding.shape[1] == 1 else embedding[:, -x.shape[1] :])
+        _, rows, columns = self.config.patch_size
+        height, width = latents.shape[3] // rows, latents.shape[4] // columns
+        return rearrange(patches, "b f (h w) (p q c) -> b f c (h p) (w q)", h=height, w=width, p=rows, q=columns)
 
     def resolved_backend(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         """The attention kernel that passes of this dtype use; raises UserError if the chosen one cannot run."""
@@ -205,11 +208,6 @@ class WanTransformer(nn.Module):
         if block_mask is None or not x.is_cuda:
             return block_mask
         return flex_mask(block_mask, x.shape[2], x.device)
-
-    def _unpatchify(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Patches [B f T patch_dim] -> [B f C H W], in the size of ``latents``."""
-        _, rows, columns = self.config.patch_size
-        return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=latents.shape[3] // rows, p=rows, q=columns)
 
     def _rotary(self, latents: Tensor, start_frame: int | Sequence[int], block_mask: BlockMask | None) -> Tensor:
         """Cosines and sines of every token (see :func:`model.rope.rotary_table`), or of those of each sample."""

@@ -23,7 +23,6 @@ LONGEST_FILE = 400
 SHARED_NAMES = {"Server", "Stream"}
 CIRCLES: set[frozenset[str]] = set()
 LONG_FUNCTIONS = {
-    "model/transformer.py:forward",
     "model/weights/write.py:save_folder",
     "pipeline/rollout.py:rollout_passes",
 }

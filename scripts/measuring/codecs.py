@@ -35,7 +35,7 @@ def measure_codec(bench: Bench) -> Figures:
         "decode s": decoding,
         "decoded frames/s": pixel_frames / decoding,
         "encode s": encoding,
-        "peak memory GB": peak_memory(bench.device),
+        "peak memory GiB": peak_memory(bench.device),
         "warm-up s": warm_up,
     }
 

@@ -46,7 +46,7 @@ def measure_inference(bench: Bench) -> Figures:
     return figures | {
         "frames/s": pixel_frames / best["total"],
         "frames/s without decode": pixel_frames / best["denoise and context"],
-        "peak memory GB": peak_memory(bench.device),
+        "peak memory GiB": peak_memory(bench.device),
         "warm-up s": warm_up,
     }
 
