@@ -82,10 +82,10 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     """weight [O I] times a scale: of one number, [O], [O 1] or of blocks [o i]."""
     values, scale = weight.float(), scale.float()
     if scale.numel() == 1:
-        return values * scale.reshape(())
+        return values.mul_(scale.reshape(()))
     if scale.ndim == 1:
-        return values * scale[:, None]
+        return values.mul_(scale[:, None])
     for axis in (0, 1):
         block = -(-values.shape[axis] // scale.shape[axis])
         scale = scale.repeat_interleave(block, dim=axis).narrow(axis, 0, values.shape[axis])
-    return values * scale
+    return values.mul_(scale)

@@ -11,14 +11,14 @@ import torch
 from model.transformer import WanConfig, WanTransformer
 from model.weights import save_safetensors
 
-SIZES = WanConfig(dim=1024, ffn_dim=2048, num_heads=8, num_layers=8)  # 100 million parameters
+SIZES = WanConfig(dim=1024, ffn_dim=2048, num_heads=8, num_layers=6)  # 80 million parameters
 MEASURE = """
 import json, sys, torch
 from model.weights import mapping
 from model.transformer import PRESETS, WanTransformer
 from model.weights.transformer_read import read_transformer
 
-mapping.WINDOW_BYTES = 2**22  # of 400 MB: in larger files pieces are a smaller part of the whole
+mapping.WINDOW_BYTES = 2**22  # the file has 330 MB; in larger files a piece is a smaller part of it
 mapping.MAX_WINDOWS = 100
 
 def memory(name):
