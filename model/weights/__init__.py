@@ -1,6 +1,6 @@
-"""Weights on disk: read, checked, renamed, merged and written. Every format, one set of names (original Wan).
+"""Weights on disk: read, check, rename, merge and write them. Every format is read under the names of the original Wan.
 
-A new format or dialect is a new row of a table:
+A new format or dialect is a new row of a table (see docs/weights.md):
 
 | table | says |
 |---|---|
@@ -8,6 +8,8 @@ A new format or dialect is a new row of a table:
 | `published.REPOSITORIES` | where published files come from |
 | `names.WRAPPER_SEGMENTS`, `names.FOREIGN_NAMES` | prefixes of wrappers, parameter names of other libraries |
 | `lora_dialects` | how LoRA files name layers and matrices |
+| `lora_read.KINDS`, `adapters` | kinds of adapters and their formulas |
+| `scaled.SCALES` | names of the scales of 8-bit weights |
 | `transformer_write.FORMATS` | formats to write |
 """
 

@@ -69,9 +69,12 @@ def load_lora(path: str | Path, *, adapter: str | None = None) -> LoRA:
             raise UserError(f"{path}: the layer {name!r} has no place in a text-to-video Wan transformer")
     for name, tensor in file.values.items():
         layer, _, end = name.rpartition(".")
-        if (ours := our_layer(layer)) is None:
+        if (ours := our_layer(layer)) is not None:
+            lora.full[f"{ours}.{end}"] = Replacement(tensor)
+        elif purpose := foreign_layer(layer):
+            lora.left_out[layer] = purpose
+        else:
             raise UserError(f"{path}: the tensor {name!r} has no place in a text-to-video Wan transformer")
-        lora.full[f"{ours}.{end}"] = Replacement(tensor)
     if not (lora.layers or lora.full or lora.left_out):
         raise UserError(f"{path}: holds no differences of any layer; use another LoRA")
     return lora
@@ -89,7 +92,7 @@ def _find_file(folder: Path, adapter: str | None) -> Path:
         named = ", ".join(file.name for file in files[:5])
         raise UserError(f"{folder}: holds {len(files)} files of weights ({named}); name the one to read")
     named = sorted(child.name for child in folder.iterdir() if (child / PEFT_CONFIG).is_file())
-    if adapter in named or len(named) == 1:
+    if adapter in named or (adapter is None and len(named) == 1):
         return _find_file(folder / (adapter or named[0]), None)
     if named:
         raise UserError(f"{folder}: holds the adapters {', '.join(named)}; name one: {folder}#{named[0]}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -153,6 +154,12 @@ def test_a_folder_with_several_files_or_adapters_asks_which(tmp_path, lora):
     with pytest.raises(UserError, match=r"holds the adapters person, style; name one: .*named#person"):
         load_lora(tmp_path / "named")
     assert load_lora(tmp_path / "named", adapter="style").source.endswith("style/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"holds the adapters person, style; name one"):
+        load_lora(tmp_path / "named", adapter="other")
+    shutil.rmtree(tmp_path / "named" / "person")
+    assert load_lora(tmp_path / "named").source.endswith("style/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"holds the adapters style; name one"):
+        load_lora(tmp_path / "named", adapter="other")
 
 
 def test_of_two_adapters_in_one_file_one_is_named(tmp_path, lora):
