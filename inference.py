@@ -175,9 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Make the videos that the arguments ask for."""
     given = {flag: getattr(args, flag) for flag in KEYS if getattr(args, flag) is not None}
+    keys = {text.partition("=")[0]: text.partition("=")[2] for text in args.overrides}
     names = InferenceOptions.__dataclass_fields__.keys() & vars(args).keys()
-    chosen = "num_output_frames" in given or any(text.startswith("video.num_frames=") for text in args.overrides)
-    options = InferenceOptions(length_chosen=chosen, **{name: getattr(args, name) for name in names})
+    values = {name: getattr(args, name) for name in names} | {
+        "data_path": args.data_path or keys.get(KEYS["data_path"])
+    }
+    chosen = args.num_output_frames is not None or KEYS["num_output_frames"] in keys
+    options = InferenceOptions(length_chosen=chosen, **values)
     with _starting():
         from trainer.config import Config
         from utils.config import load_config, to_yaml

@@ -199,7 +199,7 @@ def test_a_video_is_extended_and_followed(make):
     assert records(made["0.3"])[0]["follows"] == {"video": str(video), "strength": 0.3}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
     command = ("inference.py", "--config_path", release.config_path, "--output_folder", str(tmp_path))
     process = subprocess.Popen(
@@ -256,6 +256,7 @@ LONG_PATHS = (
 BAD_INPUT = {
     "prompt beside a file": (["--prompt", "a", "--data_path", "x"], "--prompt and --data_path both give prompts"),
     "more videos than a run can hold": (["--num_samples", "999999999"], "2999999997 videos are too many for one run"),
+    "prompt beside a key": (["--prompt", "a", "inference.data_path=x"], "--prompt and --data_path both give prompts"),
     "negative seed": (["--seed", "-5"], "seed=-5 must be at least 0, or -1 to draw one"),
     "a video that no disk holds": (["--num_output_frames", "999999999999"], "choose another --output_folder or fewer"),
     "a rate that is no number": (["--fps", "nan"], "video.fps='nan' is not of type"),

@@ -155,11 +155,10 @@ def test_a_second_run_into_a_folder_is_refused_in_one_line_while_the_first_runs(
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process through Linux's /proc")
-@pytest.mark.parametrize("library", ["libtorch", "pydantic_core"])
-def test_ctrl_c_while_the_program_starts_is_one_line(release, tmp_path, library):
+def test_ctrl_c_while_the_program_starts_is_one_line(release, tmp_path):
     process = start(release, tmp_path / "videos", "--prompt", "a cat")
     maps = Path(f"/proc/{process.pid}/maps")
-    wait_for(process, lambda: library in maps.read_text())
+    wait_for(process, lambda: "libtorch" in maps.read_text())
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
