@@ -19,7 +19,7 @@ from model.attention import attention, block_causal_mask, flex_mask
 from model.fused import can_fuse
 from model.kernels import AttentionBackend, missing, resolve_backend, run_kernel
 from model.layers import LayerNorm
-from model.wan_decoder import CausalConv, RMSNorm, activate
+from model.wan_decoder import CausalConv, ChannelNorm, activate
 from pipeline.optimize import CompileMode
 from pipeline.request import StreamRequest
 from pipeline.session import StreamSession
@@ -141,7 +141,7 @@ def check_triton(device: torch.device) -> str:
     norm, conv = LayerNorm(1536, 1e-6, elementwise_affine=False), CausalConv(96, 96)
     x, signals, frames = random(1, 3, 40, 1536), random(1, 3, 2, 1536, seed=1), random(2, 6, 8, 96, seed=2)
     shift, scale = signals[:, :, :, None].unbind(2)
-    rms = RMSNorm(96, ndim=3)
+    rms = ChannelNorm(96, ndim=3)
     with torch.no_grad():
         if not can_fuse(x.to(device)):
             raise Skipped("needs a CUDA device and the package triton")

@@ -23,13 +23,13 @@ def compare() -> dict[str, dict[str, float]]:
     from model.layers import FusedProjection, LayerNorm, SelfAttention
     from model.rope import rotary_table
     from model.triton_kernels import layer_norm_modulate, norm_rotary, rms_silu
-    from model.wan_decoder import NORM_FLOOR, RMSNorm
+    from model.wan_decoder import NORM_FLOOR, ChannelNorm
     from tests.parity import random, relative_error
 
     def rms_silu_case(dtype: torch.dtype) -> float:
         worst = 0.0
         for shape in ((2, 3, 5, 96), (1, 2, 2, 384), (3, 1, 1, 24)):
-            x, norm = random(*shape).to(dtype), RMSNorm(shape[-1], ndim=3)
+            x, norm = random(*shape).to(dtype), ChannelNorm(shape[-1], ndim=3)
             norm.gamma.data = random(shape[-1], 1, 1, 1, seed=1)
             norm.to(dtype)
             x[0, 0, 0] = 0  # a position without length
