@@ -201,7 +201,7 @@ class ConsistencyConfig:
     solver_steps: int = 48
     """Steps of the teacher's grid."""
     guidance_scale: float = 3.0
-    """Of the teacher, ``u + g (c - u)``; 1 is none."""
+    """Guidance g of the teacher, ``u + g (c - u)``; 1 is no guidance."""
     per_chunk: bool = False
     """One timestep a chunk instead of one a video."""
 
@@ -218,11 +218,11 @@ class LoopConfig:
     batch_size: int = 1
     """Clips a process takes through the network at once."""
     total_batch_size: int | None = None
-    """Clips an update, over all processes and passes; null is one pass of batch_size on each process."""
+    """Clips in an update, over all processes and passes; null is one pass of batch_size on each process."""
     seed: int = 0
-    """Of every random stream."""
+    """Seed of every random number."""
     ema_decay: float = 0.99
-    """Of the averaged weights; 0 keeps none but the last."""
+    """Share of the old average that each step keeps, in [0, 1); 0 averages nothing."""
     ema_start_step: int = 0
     """Until then the average copies the weights."""
     log_every: int = 10
@@ -240,7 +240,7 @@ class LoopConfig:
     export_every: int = 0
     """Steps between exports of model_<step>.pt, in the official layout; 0 exports at the end only, to model.pt."""
     export_dtype: str = "float32"
-    """Of the final model's files: float32, float16 or bfloat16."""
+    """Precision of the final model's files: float32, float16 or bfloat16."""
     wandb: bool = False
     """Report to Weights & Biases too."""
     tensorboard: bool = False

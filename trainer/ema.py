@@ -1,4 +1,4 @@
-"""Exponential moving average of a module's parameters, of sharded ones on their shards."""
+"""Exponential moving average of a module's parameters. Sharded parameters are averaged shard by shard."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class EMA:
             average.copy_(trained)
 
     def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Averages and parameters, of either what this process holds."""
+        """Averages and parameters; of sharded ones, the part that this process holds."""
         named = dict(self.module.named_parameters())
         averages = [local_part(average) for average in self.average.values()]
         return averages, [local_part(named[name].detach()) for name in self.average]

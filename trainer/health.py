@@ -22,7 +22,7 @@ class HealthConfig:
     """When to warn and when to stop."""
 
     max_skipped: int = 10
-    """Steps in a row skipped for a loss or gradient that is not finite; so many end the run."""
+    """This many skipped steps in a row end the run. A step is skipped if a loss or gradient is not finite."""
     window: int = 50
     """Steps whose medians the alarms compare; 0 gives no alarm."""
     critic_rise: float = 1.5
@@ -45,13 +45,13 @@ class Alarm:
 
     metric: str
     limit: float
-    """Share of the best median that may not be reached: more than 1 for what must not rise, else for a fall."""
+    """Factor on the best median. Above 1: a larger median warns; below 1: a smaller one does."""
     advice: str
     best: float | None = None
     recent: list[float] = field(default_factory=list)
 
     def watch(self, step: int, value: float, window: int) -> None:
-        """Take in the metric of a step."""
+        """Note the metric of a step."""
         self.recent.append(value)
         if len(self.recent) < window:
             return
@@ -69,7 +69,7 @@ class Health:
     """Counts skipped steps and watches the metrics of a run; its state is part of a checkpoint.
 
     Args:
-        folder: where batches of skipped steps are recorded.
+        folder: the batches of skipped steps are recorded here.
     """
 
     def __init__(self, config: HealthConfig, folder: Path, *, is_main: bool) -> None:
@@ -94,14 +94,14 @@ class Health:
         ]
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in a step that was not skipped; warns where its metrics tell of trouble."""
+        """Note a step that was not skipped, and warn if its metrics show trouble."""
         self.in_a_row = 0
         for alarm in self.alarms:
             if self.config.window and alarm.metric in metrics and "generator_loss" in metrics:  # the generator moves
                 alarm.watch(step, metrics[alarm.metric], self.config.window)
 
     def step_skipped(self, step: int, batch: MicroBatch, prompts: Sequence[str], metrics: Mapping[str, float]) -> None:
-        """Count a step that was skipped, and record what it was about; all processes call it.
+        """Count a step that was skipped, and record its batch. All processes call it.
 
         Args:
             batch: any part of the batch of the update that failed.

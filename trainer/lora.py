@@ -20,7 +20,7 @@ DOWN, UP, ALPHA = "lora_down", "lora_up", "lora_alpha"
 
 @dataclass
 class LoRAConfig:
-    """Which weights learn, and in how many dimensions."""
+    """Which layers learn a low-rank difference, and of which rank."""
 
     rank: int = 0
     """Rank of the learned differences; 0 trains the whole network."""

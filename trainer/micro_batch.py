@@ -18,7 +18,7 @@ Rows = TypeVar("Rows", Tensor, Sequence)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Consecutive samples of one update's global batch: what one forward and backward pass is about.
+    """Consecutive samples of an update's global batch, for one forward and backward pass.
 
     Its random streams depend on the update, the purpose and a sample's place in the global batch, never on the process
     that draws them: however a batch is divided, its samples see the same numbers.
@@ -33,11 +33,11 @@ class MicroBatch:
     start: int
     """Place of the first sample in the global batch."""
     size: int
-    """Samples."""
+    """Number of samples."""
 
     @property
     def total(self) -> int:
-        """Samples of the global batch."""
+        """Number of samples of the global batch."""
         return len(self.batch)
 
     @property
@@ -50,11 +50,11 @@ class MicroBatch:
         return whole[self.start : self.start + self.size]
 
     def generator(self, purpose: str) -> torch.Generator:
-        """For what is drawn once for the whole global batch; equal in all its micro-batches."""
+        """A generator for numbers that are drawn once for the global batch; the same in all its micro-batches."""
         return torch.Generator().manual_seed(derive_seed(self.seed, purpose))
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """One for each sample."""
+        """One generator for each sample."""
         places = range(self.start, self.start + self.size)
         return [torch.Generator().manual_seed(derive_seed(self.seed, purpose, place)) for place in places]
 
@@ -68,10 +68,13 @@ class MicroBatch:
         return torch.cat([draw(sample, generator) for sample, generator in pairs])
 
     def weight(self, counted: Tensor) -> float:
-        """The factor that makes the mean over the counted entries here part of the mean over those of the whole batch.
+        """Factor for the mean over the counted entries of this micro-batch.
 
-        Micro-batches are averaged plainly, but hold different numbers of entries that count; ``counted`` is bool
-        [total ...].
+        Micro-batches are averaged with equal weights, although they may hold different numbers of counted entries.
+        With this factor the average is the mean over all counted entries of the global batch.
+
+        Args:
+            counted: which entries count, bool [total ...], of the global batch.
         """
         everywhere = max(1, int(counted.sum()))
         return int(self.of(counted).sum()) / everywhere * self.total / self.size
@@ -79,12 +82,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who computes what of a global batch: each process consecutive samples, in passes of ``micro`` of them."""
+    """How a global batch is divided: each process takes consecutive samples, in passes of ``micro`` samples."""
 
     micro: int
-    """Samples a pass."""
+    """Samples in a pass."""
     passes: int
-    """Passes of each process, between which gradients accumulate."""
+    """Passes of each process in an update; their gradients are added up."""
     ranks: Ranks
 
     @property

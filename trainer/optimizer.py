@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Update every matrix (or kernel, as output x rest) with a gradient; equal shapes are done together.
 
-        Sharded matrices are gathered for it: their singular vectors are a matter of the whole.
+        Sharded matrices are gathered first, because the iteration needs the whole matrix.
         """
         for group in self.param_groups:
             by_shape = defaultdict(list)
@@ -140,7 +140,7 @@ class Optimizer:
     def step(self, *, skip: bool = False) -> float:
         """Clip, update, clear the gradients; returns the gradient norm.
 
-        Nothing is updated where a gradient is not finite, or to ``skip``; the schedule goes on.
+        Nothing is updated if a gradient is not finite, or if ``skip`` is set. The schedule goes on.
         """
         norm = clip_gradients(self.named.values(), self.config.clip_norm)
         if not skip and math.isfinite(norm):

@@ -29,7 +29,7 @@ class ParallelConfig:
     shard_size: int | None = None
     """Processes that hold one copy of the weights between them; null is all of them, fewer is hybrid sharding."""
     precision: str = "auto"
-    """Of the passes of trained and frozen transformers: auto (bfloat16 on CUDA, else float32), bfloat16 or float32.
+    """Precision of forward and backward passes: auto (bfloat16 on CUDA, else float32), bfloat16 or float32.
     Trained weights, their gradients' sums and the optimizers stay in float32."""
     compile: bool = False
     """Compile the blocks with torch.compile: one graph for all of them in each kind of pass."""
@@ -50,7 +50,7 @@ class ParallelConfig:
 class Parallelism:
     """Applies a :class:`ParallelConfig` to denoisers.
 
-    One process that computes in float32 needs nothing and gets nothing: its modules stay what they are.
+    One process that computes in float32 needs no preparation: its modules are not changed.
 
     Raises:
         UserError: the processes do not divide into groups of ``shard_size``.
@@ -169,7 +169,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; an ordinary tensor is its own part."""
+    """The part of a sharded tensor that this process holds; an ordinary tensor is returned as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -179,7 +179,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard_rows(rows: Tensor) -> Tensor:
-    """The rows [b ...] of this process as part of [B ...] of all, process after process; as they are if it is alone."""
+    """The rows [b ...] of this process as one part of the rows [B ...] of all; unchanged in a single process."""
     if not dist.is_initialized():
         return rows
     from torch.distributed.tensor import DTensor, Shard
@@ -204,7 +204,7 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def full_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """State dict of whole tensors, copied to the CPU one by one where ``keep``; elsewhere empty. All must call it."""
+    """State dict of whole tensors, copied to the CPU one by one if ``keep``, else empty. Every process must call it."""
     state = {}
     for name, tensor in module.state_dict().items():
         gathered = whole(tensor)

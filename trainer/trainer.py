@@ -52,7 +52,7 @@ SAMPLE_VIDEOS = 8
 
 @dataclass
 class RunContext:
-    """Where and on what a run happens."""
+    """The folder, device and processes of a run."""
 
     logdir: Path
     device: torch.device
@@ -105,7 +105,7 @@ class Trainer(ABC):
         return torch.Generator().manual_seed(self.seed(*parts))
 
     def load_trained(self, config: DenoiserConfig, lora: LoRAConfig | None = None) -> Denoiser:
-        """A denoiser to be trained, in float32, spread over the processes; ``lora`` stands in for the run's own."""
+        """A denoiser to be trained, in float32, spread over the processes; ``lora`` replaces the run's own."""
         device, lora = self.parallelism.loading_device, lora or self.config.lora
         dtype = self.parallelism.loading_dtype(torch.float32, merges=config.lora is not None)
         denoiser = load_denoiser(config, device=device, dtype=dtype, generator=self.stream("weights"))
@@ -119,7 +119,7 @@ class Trainer(ABC):
         return self.parallelism.frozen(load_denoiser(config, device=self.parallelism.loading_device, dtype=dtype))
 
     def track(self, **modules: nn.Module) -> None:
-        """Name the modules that the run is about: they are saved, and their average is kept."""
+        """Name the modules that the run trains for inference: they are saved, and so is their average."""
         self.keep(**modules)
         self.averaged_names = list(modules)
         loop = self.config.trainer
@@ -127,7 +127,7 @@ class Trainer(ABC):
         self.ema.warn_if_young(loop.steps)
 
     def keep(self, **modules: nn.Module) -> None:
-        """Name modules that train along: they are saved."""
+        """Name modules that are trained but not averaged: they are saved."""
         self.trained |= modules
 
     def optimize(self, name: str, module: nn.Module, config: OptimizerConfig, steps: int) -> Optimizer:
@@ -146,7 +146,7 @@ class Trainer(ABC):
         }
 
     def micro_batches(self, batch: range | None = None) -> list[MicroBatch]:
-        """What this process computes in the next update; its random streams are new ones, and so, by default, its data.
+        """The passes of this process in the next update, with new random numbers and, by default, new data.
 
         Args:
             batch: data indices of a global batch seen before.
@@ -155,7 +155,7 @@ class Trainer(ABC):
         return self.plan.divide(self.data.draw(self.plan.total) if batch is None else batch, seed)
 
     def chunks_of(self, frames: int) -> list[tuple[int, int]]:
-        """Frame ranges of a clip's chunks; UserError where the frames do not divide into them."""
+        """Frame ranges of a clip's chunks. Raises UserError if the frames do not divide into chunks."""
         try:
             return self.config.rollout.chunks(frames)
         except ValueError as error:
@@ -225,7 +225,7 @@ class Trainer(ABC):
         return progress(self.config.trainer.steps, self.config.objective.value, unit="step", is_main=self.is_main)
 
     def finish(self) -> None:
-        """Leave the trained models to others.
+        """Write the trained models for inference.
 
         Raises:
             UserError: they cannot be written.
@@ -270,7 +270,7 @@ class Trainer(ABC):
         self.health.step_skipped(self.step, batch, prompts, metrics)
 
     def due(self, every: int) -> bool:
-        """Whether something done every so many steps, and at the end, is due."""
+        """Whether this step is a multiple of ``every``, or the last one."""
         return self.step == self.config.trainer.steps or (every > 0 and self.step % every == 0)
 
     def report(self, metrics: dict[str, float], seconds: float, *, said: bool = False) -> None:

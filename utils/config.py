@@ -237,7 +237,7 @@ def _field_hints(schema: type) -> dict[str, Any]:
 
 
 def _hint_at(schema: Any, key: str) -> Any:
-    """Type of the dotted `key`, or None where there is no such key."""
+    """Type of the dotted `key`, or None if there is no such key."""
     for part in key.split("."):
         section = _without_none(schema)
         schema = _field_hints(section).get(part) if is_dataclass(section) else None

@@ -233,10 +233,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def share_cores(device: torch.device, ways: int = 2) -> None:
-    """Let each of `ways` threads that compute side by side use its share of the cores, where they compute on a CPU.
+    """Let each of `ways` threads that compute side by side use its share of the cores, if they compute on a CPU.
 
     Else each would use all of them and, small models above all, wait for the others far longer than compute.
-    OMP_NUM_THREADS, where set, decides.
+    If OMP_NUM_THREADS is set, it decides.
     """
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ways))

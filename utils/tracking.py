@@ -1,4 +1,4 @@
-"""What a run says while it works: log lines, a progress bar, metrics.jsonl, and wandb or TensorBoard on request."""
+"""What a run reports while it works: log lines, a progress bar, metrics.jsonl, and wandb or TensorBoard on request."""
 
 import errno
 import json
