@@ -36,7 +36,7 @@ class DiscriminatorConfig:
             raise ValueError(f"registers={self.registers} must be at least 1")
 
     def layers(self, num_layers: int) -> list[int]:
-        """Indices of the blocks read, of ``num_layers``; raises where two depths fall on the same block."""
+        """Indices of the blocks read, of ``num_layers``; ValueError if two depths fall on the same block."""
         layers = [max(0, round(depth * num_layers) - 1) for depth in self.depths]
         if len(set(layers)) < len(layers):
             raise ValueError(f"depths={self.depths} fall on blocks {layers} of {num_layers}; use fewer depths")

@@ -1,6 +1,6 @@
 """Layers of the Wan2.1 diffusion transformer, with the original parameter names.
 
-Shapes: B batch, F frames, T tokens a frame, C model dim, N heads, D head dim, L text tokens; f is F, or 1 where all
+Shapes: B batch, F frames, T tokens a frame, C model dim, N heads, D head dim, L text tokens; f is F, or 1 if all
 frames share one timestep. Hidden states stay [B F T C], so that the modulation of a frame, [B f 1 C], broadcasts over
 its tokens.
 """

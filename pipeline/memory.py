@@ -25,7 +25,7 @@ from utils.errors import UserError
 
 GB = 10**9
 VIDEO_BYTES_PER_PIXEL = 0.3
-"""Of an mp4 as it is written here: blurred noise was seen to take 0.29, sharp noise 0.9; films take less."""
+"""Bytes of an mp4 as this project writes it: blurred noise took 0.29, sharp noise 0.9; films take less."""
 CUDA_OVERHEAD = GB // 2
 """What kernels, their workspaces and gaps between tensors are taken to need beside the tensors; not measured."""
 TAEHV = Path("checkpoints/taew2_1.pth")
@@ -193,7 +193,7 @@ def sizes(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Sizes:
-    """Sizes of everything, from the configuration and the weights' shapes; no ``encoder`` where none is needed."""
+    """Sizes of everything, from the configuration and the shapes of the weights; ``encoder`` is empty if not needed."""
     cache, work = generator_bytes(config, transformer, dtype)
     decoder, tiled_decoder, tiles = decoder_bytes(config, codec, device, dtype)
     return Sizes(
@@ -388,7 +388,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _advice(config: PipelineConfig, profile: Profile) -> str:
-    """The smaller decoder, where it is at hand and would help."""
+    """Advice to use the smaller decoder, if its file is there and it would help."""
     if config.codec.kind is CodecKind.tiny or not profile.tile_codec or not TAEHV.exists():
         return ""
     return f"; codec.kind=tiny codec.weights={TAEHV} decodes with less"

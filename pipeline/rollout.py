@@ -51,7 +51,7 @@ class RolloutConfig:
     cache_dtype: CacheDtype = CacheDtype.auto
     """How keys and values are stored: auto or fp8."""
     recache_sink: bool = True
-    """Encode the sink anew too where a prompt switch recaches; false keeps what it is from the first prompt."""
+    """A prompt switch with recache encodes the sink anew too; false keeps the sink of the first prompt."""
     recompute: bool = False
     """Encode the frames that the window shows anew before every chunk, as a clip that begins with its own image latent
     (krea-ai/realtime-video). It needs a window without a sink. Training rollouts ignore it."""
@@ -72,7 +72,7 @@ class RolloutConfig:
             raise ValueError(f"recompute=true needs a window and sink=0, not window={self.window} and sink={self.sink}")
 
     def chunks(self, num_frames: int, context_frames: int = 0) -> list[tuple[int, int]]:
-        """Frame ranges of the generated chunks, after ``context_frames`` given ones; raises where they do not fit."""
+        """Frame ranges of the generated chunks, after ``context_frames`` given ones; ValueError if they do not fit."""
         alone = self.independent_first_frame and context_frames == 0
         ranges = chunk_ranges(num_frames, self.frames_per_chunk, alone)
         return [(start + context_frames, end + context_frames) for start, end in ranges]
@@ -122,7 +122,7 @@ class ChunkInput:
     prompt_embeds: Tensor | None = None
     """The prompt from this chunk on [B L E]; None goes on with the last."""
     style: SwitchStyle = SwitchStyle.keep
-    """What becomes of the context where ``prompt_embeds`` is given."""
+    """What becomes of the context if ``prompt_embeds`` is given."""
 
 
 @dataclass
@@ -153,11 +153,11 @@ class Pass:
     start_frame: int | tuple[int, ...]
     """Position in the cache; in a batch of passes there may be one for each sample."""
     chunk_frames: tuple[int, ...] | None = None
-    """Sizes of the chunks, where it covers several."""
+    """Sizes of the chunks if the pass covers several."""
     with_grad: bool = False
 
     def run(self, denoiser: Denoiser) -> Tensor:
-        """x0 [B f C H W]; of no frame where only the context matters."""
+        """x0 [B f C H W]; a context pass gives no frame."""
         with nullcontext() if self.with_grad else torch.no_grad():
             return denoiser(
                 self.latents,
@@ -173,7 +173,7 @@ class Pass:
 def randn(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
     """Standard normal [B ...] in the device and dtype of ``like``; with a list, sample b draws from generator b.
 
-    Drawn where the generator lives, in float32: a CPU generator gives the same numbers on every device.
+    The numbers are drawn in float32 on the generator's device: a CPU generator gives the same ones for every device.
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:
@@ -239,7 +239,7 @@ def rollout_passes(
             None runs every step.
         grad_start_frame: first frame whose chunk's exit pass carries gradient; None carries none anywhere.
         generator: for the fresh noise between steps; see :func:`randn`.
-        num_frames: how many there will be, given ones included, where an iterable does not show it; sizes the cache.
+        num_frames: length of the clip, given frames included, if ``noise`` does not show it; it sizes the cache.
         denoise_chunk: another way to turn the noise [B f C H W] of a chunk at a position in the cache into x0, such
             as a many-step solver over the same cache; None is the few-step denoiser.
         images: decodes what is finished, for ``config.recompute``; None keeps the cache from chunk to chunk.
