@@ -20,10 +20,9 @@ LONGEST_FUNCTION = 40
 LONGEST_FILE = 400
 
 # What breaks a rule today. An entry leaves when its code is mended; none may be added.
-SHARED_NAMES = {"Server", "Stream"}
+SHARED_NAMES: set[str] = set()
 CIRCLES: set[frozenset[str]] = set()
 LONG_FUNCTIONS = {
-    "model/weights/write.py:save_folder",
     "pipeline/rollout.py:rollout_passes",
 }
 LONG_FILES: set[str] = set()

@@ -1,7 +1,7 @@
 """Training data: prompts, prompt-image pairs, encoded videos, the Shapes world, and stored ODE trajectories.
 
-A dataset is a list of items; a :class:`Stream` numbers its endless shuffled passes over them. Sample i of a stream is a
-function of the seed and i alone, so any number of processes that share out the indices see the same samples.
+A dataset is a list of items. A :class:`TrainingOrder` numbers the samples of endless shuffled passes over them. Sample
+i depends on the seed and on i alone, so any number of processes that share out the indices see the same samples.
 
 Shapes: B batch, F latent frames (pixel frames, of ``frames``), C channels, H W height and width, S stored states.
 """
@@ -65,7 +65,7 @@ class DataConfig:
     """The Shapes world."""
 
 
-class Stream:
+class TrainingOrder:
     """Endless samples of a dataset: every item comes once before any comes again, in a new order each time."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -171,7 +171,7 @@ class ImageData:
 
 def training_data(
     config: DataConfig, contents: Contents, *, seed: int, video: VideoConfig, codec: VideoCodec
-) -> Stream:
+) -> TrainingOrder:
     """What an objective that needs ``contents`` trains on, from ``seed``.
 
     Raises:
@@ -183,7 +183,7 @@ def training_data(
     if config.switch_path is not None and config.kind is not DataKind.prompts:
         raise UserError(f"data.switch_path={config.switch_path} needs data.kind=prompts, not {config.kind.value}")
     if contents is Contents.prompts:
-        return Stream(PromptData(all_prompts(config, video), _second_prompts(config)), seed)
+        return TrainingOrder(PromptData(all_prompts(config, video), _second_prompts(config)), seed)
     frames = video.num_frames if contents is Contents.clips else 1
     match config.kind:
         case DataKind.shapes:
@@ -192,7 +192,7 @@ def training_data(
             data = ImageData(_path(config), video)
         case DataKind.videos:
             data = VideoData(_path(config), video, frames)
-    return Stream(data, seed)
+    return TrainingOrder(data, seed)
 
 
 def all_prompts(config: DataConfig, video: VideoConfig) -> list[str]:

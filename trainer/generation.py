@@ -20,7 +20,7 @@ from model.kv_cache import KVCache
 from pipeline.rollout import randn, rollout
 from pipeline.steps import most_steps, steps_of_chunk
 from trainer.config import Config
-from trainer.data import Contents, Stream
+from trainer.data import Contents, TrainingOrder
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.causvid import denoise_chunks, sample_step_timesteps
 from utils.checkpoint import Stateful
@@ -102,7 +102,7 @@ class Generation(ABC):
         """Raise UserError if the configuration asks for something impossible. It runs before weights are loaded."""
         check_frames(config, config.video.num_frames)
 
-    def next_prompts(self, data: Stream, count: int, stream: Callable[..., torch.Generator]) -> Prompts:
+    def next_prompts(self, data: TrainingOrder, count: int, stream: Callable[..., torch.Generator]) -> Prompts:
         """Choose what the next ``count`` videos, of all processes together, are about.
 
         Args:

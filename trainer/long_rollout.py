@@ -15,7 +15,7 @@ from torch import Tensor
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from trainer.config import Config
-from trainer.data import Contents, Stream
+from trainer.data import Contents, TrainingOrder
 from trainer.generation import Batch, Generation, Prompts, Video, check_frames
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.long import draw_length, draw_switch, score_window, visible_history
@@ -139,7 +139,7 @@ class ContinuedRollout(Generation):
     def stateful(self) -> dict[str, Stateful]:
         return {"continuation": self.progress}
 
-    def next_prompts(self, data: Stream, count: int, stream: Callable[..., torch.Generator]) -> Prompts:
+    def next_prompts(self, data: TrainingOrder, count: int, stream: Callable[..., torch.Generator]) -> Prompts:
         """Return the first prompts of the rollout, or the second ones from the switch on; begin a new rollout if due.
 
         A rollout whose last update was skipped is not continued: its frames may not be finite.

@@ -18,7 +18,7 @@ from model.denoiser import Denoiser
 from model.prompt_cache import PromptCache
 from pipeline.loading import load_codec
 from trainer.config import Config
-from trainer.data import Stream, text_source
+from trainer.data import TrainingOrder, text_source
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.consistency import in_context_loss
 from trainer.objectives.ode import ode_regression_loss, pick_states
@@ -39,7 +39,7 @@ class PairRegression:
 
     def __init__(self, config: Config, seed: int) -> None:
         self.pairs = ODEData(config.ode.pairs)
-        self.data = Stream(self.pairs, seed)
+        self.data = TrainingOrder(self.pairs, seed)
         frames = self.pairs.num_frames
         try:
             chunks = config.rollout.chunks(frames)

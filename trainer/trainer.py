@@ -25,7 +25,7 @@ from pipeline.config import DenoiserConfig
 from pipeline.loading import load_denoiser
 from pipeline.rollout import rollout
 from trainer.config import Config
-from trainer.data import Stream
+from trainer.data import TrainingOrder
 from trainer.ema import EMA
 from trainer.health import Health
 from trainer.lora import LoRAConfig, add_lora, merge
@@ -70,7 +70,7 @@ class Trainer(ABC):
     class and :mod:`trainer.update` accumulate, clip, skip, apply, log and save.
     """
 
-    data: Stream
+    data: TrainingOrder
     ema: EMA
 
     def __init__(self, config: Config, context: RunContext) -> None:

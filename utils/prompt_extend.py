@@ -46,7 +46,7 @@ opinions or anything that cannot be seen. Answer with the paragraph alone: no he
 
 
 @dataclass(frozen=True)
-class Server:
+class ChatServer:
     """Where prompts are sent."""
 
     url: str
@@ -54,7 +54,7 @@ class Server:
     key: str | None
 
     @classmethod
-    def from_environment(cls) -> "Server":
+    def from_environment(cls) -> "ChatServer":
         """Read the environment. Raises UserError if a variable is missing or is no web address."""
         values = {name: os.environ.get(f"PROMPT_EXTEND_{name}", "").strip() for name in ("URL", "MODEL", "KEY")}
         for name, example in (("URL", "http://localhost:11434/v1"), ("MODEL", "the model's name on that server")):
@@ -140,7 +140,7 @@ def extend_prompts(prompts: Sequence[str], cache_file: str | Path, *, backoff: f
     entries = {entry.prompt: entry.extended for entry in read_json_lines(cache_file, ExtendedPrompt)}
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in entries]
     if missing:
-        server = Server.from_environment()
+        server = ChatServer.from_environment()
         for prompt in progress(missing, "extending prompts", unit="prompt"):
             entry = ExtendedPrompt(prompt, _extend(server, prompt, backoff), server.model)
             append_json_line(cache_file, asdict(entry))
@@ -148,7 +148,7 @@ def extend_prompts(prompts: Sequence[str], cache_file: str | Path, *, backoff: f
     return [entries[prompt] for prompt in prompts]
 
 
-def _extend(server: Server, prompt: str, backoff: float) -> str:
+def _extend(server: ChatServer, prompt: str, backoff: float) -> str:
     for attempt in itertools.count(1):
         try:
             return clean_answer(server.ask(prompt))
@@ -165,7 +165,7 @@ def _extend(server: Server, prompt: str, backoff: float) -> str:
         time.sleep(min(LONGEST_WAIT, max(wait, backoff * 2 ** (attempt - 1))))
 
 
-def _refused(server: Server, error: urllib.error.HTTPError) -> str:
+def _refused(server: ChatServer, error: urllib.error.HTTPError) -> str:
     remedy = "try again later" if error.code in BUSY else f"check PROMPT_EXTEND_MODEL={server.model}"
     if error.code in (401, 403):
         remedy = "set PROMPT_EXTEND_KEY to a valid key"

@@ -145,7 +145,7 @@ def wait_until_ready(server: Demo) -> None:
     raise TimeoutError("the demo did not become ready")
 
 
-class Health:
+class DemoHealth:
     """Asks for /healthz ten times a second, and keeps the longest time that an answer took."""
 
     def __init__(self, server: Demo, address: str = "127.0.0.9") -> None:
@@ -154,7 +154,7 @@ class Health:
         self.seconds: list[float] = []
         self.failures = 0
 
-    def __enter__(self) -> Health:
+    def __enter__(self) -> DemoHealth:
         self._thread = threading.Thread(target=self._ask)
         self._thread.start()
         return self
@@ -236,7 +236,7 @@ def uploads(server: Demo) -> list[Figure]:
 
     watcher = threading.Thread(target=measure)
     watcher.start()
-    with Health(server) as health, ThreadPoolExecutor(10) as pool:
+    with DemoHealth(server) as health, ThreadPoolExecutor(10) as pool:
         list(pool.map(upload, range(10)))
     done.set()
     watcher.join()
@@ -255,7 +255,7 @@ def sockets(server: Demo) -> list[Figure]:
     for number in range(300):
         with suppress(OSError):
             lines.append(server.line(GREEDY, (b"", b"GET /healthz HTTP/1.1\r\nhost: ", slow)[number % 3]))
-    with Health(server) as health:
+    with DemoHealth(server) as health:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             for line in lines[2::3]:
@@ -325,7 +325,7 @@ def crowd(server: Demo) -> list[Figure]:
         viewer.watch(3)
         alone = viewer.watch(10) / 10
         ending = time.monotonic() + 12
-        with Health(server) as health, ThreadPoolExecutor(50) as pool:
+        with DemoHealth(server) as health, ThreadPoolExecutor(50) as pool:
             for number in range(50):
                 pool.submit(misbehave, server, number, ending)
             time.sleep(1)

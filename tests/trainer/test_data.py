@@ -9,7 +9,16 @@ from PIL import Image
 
 from pipeline.config import VideoConfig
 from tests.shapes_parts import tiny_codec
-from trainer.data import Contents, DataConfig, DataKind, PromptData, ShapesData, Stream, all_prompts, training_data
+from trainer.data import (
+    Contents,
+    DataConfig,
+    DataKind,
+    PromptData,
+    ShapesData,
+    TrainingOrder,
+    all_prompts,
+    training_data,
+)
 from trainer.stored_data import ODEData, StoredEmbeddings
 from utils.errors import UserError
 from utils.shapes import Scene, ShapesConfig, held_out_scenes, measure
@@ -24,8 +33,8 @@ def codec():
     return tiny_codec()
 
 
-def letters(seed: int = 0, items: str = "abcde") -> Stream:
-    return Stream(PromptData(list(items)), seed)
+def letters(seed: int = 0, items: str = "abcde") -> TrainingOrder:
+    return TrainingOrder(PromptData(list(items)), seed)
 
 
 def test_every_item_comes_once_before_any_comes_again_in_a_new_order():
@@ -47,10 +56,13 @@ def test_a_batch_may_be_larger_than_the_data_and_follows_the_seed():
 
 def test_a_sample_is_a_function_of_its_index_whoever_reads_it():
     """However many processes share out the indices, over an epoch's end too, they see the same prompts and pixels."""
-    whole = Stream(ShapesData(ShapesConfig(), 2), 3)
+    whole = TrainingOrder(ShapesData(ShapesConfig(), 2), 3)
     batch = whole.read(range(476, 484))
     for processes in (2, 4, 8):
-        parts = [Stream(ShapesData(ShapesConfig(), 2), 3).read(range(476, 484)[r::processes]) for r in range(processes)]
+        parts = [
+            TrainingOrder(ShapesData(ShapesConfig(), 2), 3).read(range(476, 484)[r::processes])
+            for r in range(processes)
+        ]
         assert [parts[i % processes].prompts[i // processes] for i in range(8)] == batch.prompts
         frames = [parts[i % processes].frames[i // processes] for i in range(8)]
         assert torch.equal(torch.stack(frames), batch.frames)
