@@ -46,6 +46,7 @@ def trainer(tmp_path_factory):
         *(
             "rollout.denoising_steps=[1000]",
             "student.gradient_checkpointing=false",
+            "fake_score.gradient_checkpointing=false",
             "dmd.real_guidance_scale=0",
         ),  # quicker, and counted alike
         *("lora.rank=2", "lora.alpha=2", "critic_lora.rank=2", "critic_lora.alpha=2"),
