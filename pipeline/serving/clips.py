@@ -93,11 +93,24 @@ class Gallery:
         self._command, self._most = command, most
         self._lock = threading.Lock()
         self._clips: dict[str, Clip] = {}
+        self._listeners: dict[str, list[Callable[[dict[str, Any]], None]]] = {}
         self._stems: OrderedDict[str, str] = OrderedDict.fromkeys(_stems(folder), EARLIER_RUNS)  # with their visitors
 
     def command_line(self, spec: StreamSpec, cues: list[Cue], latents: int, path: Path) -> str:
         """The shell command that makes a clip again, without any control character."""
         return " ".join(map(quoted, self._command(spec, cues, latents, path)))
+
+    def listen(self, session_id: str, deliver: Callable[[dict[str, Any]], None]) -> None:
+        """Tell a page of the session about clips that come and go, also those that another page of it made."""
+        with self._lock:
+            self._listeners.setdefault(session_id, []).append(deliver)
+
+    def unlisten(self, session_id: str, deliver: Callable[[dict[str, Any]], None]) -> None:
+        """Tell it no more."""
+        with self._lock:
+            self._listeners[session_id].remove(deliver)
+            if not self._listeners[session_id]:
+                del self._listeners[session_id]
 
     def add(self, clip: Clip) -> None:
         """Show a clip, and make room."""
@@ -108,9 +121,14 @@ class Gallery:
             while len(self._stems) > self._most:
                 surplus.append(self._next_to_go())
                 del self._stems[surplus[-1]]
-            self._clips = {name: each for name, each in self._clips.items() if each.path.stem in self._stems}
+            gone = [each for each in self._clips.values() if each.path.stem not in self._stems]
+            for each in gone:
+                del self._clips[each.name]
         for stem in surplus:
             self._delete_files(stem)
+        self._tell(clip.session_id, {"type": "clip", "clip": clip.describe()})
+        for each in gone:
+            self._tell(each.session_id, {"type": "clip_deleted", "name": each.name})
 
     def remove(self, clip: Clip) -> None:
         """Delete a clip with its files."""
@@ -118,6 +136,7 @@ class Gallery:
             self._clips.pop(clip.name, None)
             self._stems.pop(clip.path.stem, None)
         self._delete_files(clip.path.stem)
+        self._tell(clip.session_id, {"type": "clip_deleted", "name": clip.name})
 
     def get(self, name: str) -> Clip | None:
         """The clip of that name."""
@@ -128,6 +147,12 @@ class Gallery:
         """Clips of one session, the latest first."""
         with self._lock:
             return [clip for clip in reversed(self._clips.values()) if clip.session_id == session_id]
+
+    def _tell(self, session_id: str, message: dict[str, Any]) -> None:
+        with self._lock:
+            listeners = list(self._listeners.get(session_id, ()))
+        for deliver in listeners:
+            deliver(message)
 
     def _next_to_go(self) -> str:
         """The oldest clip of the visitor with the most clips."""

@@ -47,11 +47,13 @@ class Connection:
             self._session = await self._greet()
         except GONE:
             return
+        self._server.gallery.listen(self._session.id, self._outbox.put)
         try:
             await self._serve()
         except GONE:
             pass
         finally:
+            self._server.gallery.unlisten(self._session.id, self._outbox.put)
             self._server.sessions.leave(self._session)
             self._outbox.close()
             viewer, self._viewer = (

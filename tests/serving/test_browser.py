@@ -1,5 +1,6 @@
 """The shipped model, driven through a real browser as a visitor would."""
 
+import base64
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from utils.video import read_video
 
 RED_CIRCLE = Scene("circle", "red", "large", "up and right", "navy")
 GREEN_TRIANGLE = Scene("triangle", "green", "large", "down and left", "black")
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 RIGHT = 0.7  # share of the frames the detector must recognise; the model itself reaches about 0.93
 
 
@@ -144,6 +148,61 @@ def test_a_dropped_image_is_the_first_frame(demo, open_page, tmp_path):
     assert "--i2v" in page.evaluate("document.querySelector('.clip code').textContent")
 
 
+def test_no_accessibility_rule_is_broken(demo, open_page):
+    """axe-core finds nothing, in the light and in the dark, idle, running, and with a clip."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = open_page(demo)
+    for theme in ("light", "dark"):
+        write(page, RED_CIRCLE.prompt)
+        wait_for_frame(page, 3)
+        problems = axe.run(page, context=".demo").response["violations"]
+        page.click("#stop")
+        page.wait_for_selector(".clip")
+        problems += axe.run(page, context=".demo").response["violations"]
+        assert not [(theme, each["id"], [node["html"] for node in each["nodes"]]) for each in problems]
+        page.click("#theme")
+
+
+def test_a_clip_is_used_again_and_deleted_in_every_tab(demo, open_page):
+    page = open_page(demo)
+    page.fill("#seed", "5")
+    write(page, RED_CIRCLE.prompt)
+    wait_for_frame(page, 3)
+    other = page.context.new_page()
+    other.goto(demo)
+    other.wait_for_selector(".demo[data-state=ready]")
+    page.click("#stop")
+    other.wait_for_selector(".clip")
+    other.fill("#seed", "1")
+    other.fill("#prompt", "something else")
+    other.click(".clip .again")
+    assert (other.input_value("#prompt"), other.input_value("#seed")) == (RED_CIRCLE.prompt, "5")
+    other.click(".clip .delete")
+    page.wait_for_selector(".clip", state="detached")
+    other.wait_for_selector(".clip", state="detached")
+
+
+def test_small_things_of_the_page(demo, open_page):
+    """A reload keeps the prompt; Escape leaves a field; long prompts and bad images are answered in words."""
+    page = open_page(demo)
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.fill("#prompt", "a b c")
+    page.reload()
+    page.wait_for_selector(".demo[data-state=ready]")
+    assert page.input_value("#prompt") == "a b c"
+    page.focus("#prompt")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == ""
+    write(page, "long " * 500)
+    assert "2500 characters" in page.inner_text("#notice") or "2499 characters" in page.inner_text("#notice")
+    good, bad = ({"name": "a.png", "mimeType": "image/png", "buffer": data} for data in (PNG, b"no picture"))
+    page.set_input_files("#file", good)
+    page.wait_for_selector("#thumbnail:visible")
+    page.set_input_files("#file", bad)
+    page.wait_for_selector("#thumbnail", state="hidden")
+    assert "not a PNG" in page.inner_text("#notice")
+
+
 def test_phone_width(demo, open_page):
     """Nothing sticks out sideways, and a finger hits every button."""
     page = open_page(demo, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
@@ -152,7 +211,7 @@ def test_phone_width(demo, open_page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     small = page.evaluate(
         """[...document.querySelectorAll(".composer button")].filter((button) => button.offsetParent &&
-            !button.closest("#thumbnail") && button.getBoundingClientRect().height < 40).map((button) => button.id)"""
+            !button.closest("#thumbnail") && button.getBoundingClientRect().height < 44).map((button) => button.id)"""
     )
     assert not small
     page.tap("#stop")

@@ -7,6 +7,7 @@ const CRISP_PIXELS = 256; // frames at most so wide are drawn with square pixels
 const LENGTHS = [1, 2, 4, 8]; // of the model's own length
 const CAPTION_MS = 3000;
 const NARROW = "(max-width: 860px)"; // as in style.css
+const PROMPT_KEY = "self-forcing-prompt"; // survives a reload
 const ACTIVE = ["starting", "waiting", "running", "paused"];
 
 export function start(root) {
@@ -18,7 +19,7 @@ export function start(root) {
 class Page {
   constructor(root) {
     this.root = root.querySelector(".demo");
-    this.state = "loading"; // or ready, starting, waiting, running, paused, failed
+    this.state = "loading"; // or lost, ready, starting, waiting, running, paused, failed
     this.eager = false; // whether to start as soon as the model is there
     this.options = null;
     this.chunks = [];
@@ -54,7 +55,10 @@ class Page {
     on("prompt", "keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); this.submit(); }
     });
-    on("prompt", "input", () => this.draw());
+    on("prompt", "input", () => { sessionStorage.setItem(PROMPT_KEY, this.get("prompt").value); this.draw(); });
+    on("style", "change", () => this.draw());
+    on("fullscreen", "click", () => this.toggleFullscreen());
+    this.get("prompt").value = sessionStorage.getItem(PROMPT_KEY) ?? "";
     on("pause", "click", () => this.togglePause());
     on("stop", "click", () => this.stop());
     on("dice", "click", () => { this.get("seed").value = Math.floor(Math.random() * 1e6); });
@@ -64,6 +68,8 @@ class Page {
     on("thumbnail", "click", (event) => { if (event.target.tagName === "BUTTON") this.dropImage(); });
     document.addEventListener("keydown", (event) => {
       const typing = event.target.closest?.("input, textarea, select, button, a, summary, video");
+      if (event.key === "Escape" && this.root.contains(document.activeElement)) document.activeElement.blur();
+      if (event.key === "f" && !typing && !event.ctrlKey && !event.metaKey) this.toggleFullscreen();
       if (event.key === " " && !typing && this.active) { event.preventDefault(); this.togglePause(); }
     });
     this.listenForDrops();
@@ -71,7 +77,10 @@ class Page {
 
   listenForDrops() {
     const hasFile = (event) => event.dataTransfer?.types.includes("Files");
-    const show = (visible) => { this.get("drop").hidden = !visible; };
+    const show = (visible) => {
+      this.get("drop").hidden = !visible;
+      this.get("drop-text").textContent = `Drop an image: the ${this.active ? "next " : ""}video starts from it`;
+    };
     this.root.addEventListener("dragover", (event) => { if (hasFile(event)) { event.preventDefault(); show(true); } });
     this.root.addEventListener("dragleave", (event) => { if (!this.root.contains(event.relatedTarget)) show(false); });
     this.root.addEventListener("drop", (event) => {
@@ -85,6 +94,8 @@ class Page {
   submit() {
     const prompt = this.get("prompt").value.trim();
     if (!prompt || this.get("start").disabled) return;
+    const longest = this.options?.longest_prompt ?? Infinity;
+    if (prompt.length > longest) return this.say(`The prompt has ${prompt.length} characters; at most ${longest} are taken.`);
     if (this.state === "loading") { this.eager = true; this.draw(); return; }
     this.say("");
     if (["running", "paused"].includes(this.state)) this.switchTo(prompt);
@@ -143,9 +154,11 @@ class Page {
     try {
       await this.connection.putImage(file);
     } catch (error) {
+      if (this.image) this.dropImage(); // not the one before instead of the one that was meant
       this.say(error.message);
       return;
     }
+    if (this.active) this.say("The next video starts from this image.");
     this.image = URL.createObjectURL(file);
     this.get("thumbnail").hidden = false;
     this.get("thumbnail").querySelector("img").src = this.image;
@@ -161,9 +174,11 @@ class Page {
   // What the server says.
 
   on_hello({ clips, session }) {
-    if (this.session !== session) this.dropImage(); // a server that started anew has forgotten it
+    const anew = this.session && this.session !== session; // a server that started anew has forgotten all
+    if (this.session !== session) this.dropImage();
     this.session = session;
-    this.get("clips").replaceChildren();
+    if (this.state === "lost") this.setState("loading");
+    if (anew) for (const card of this.get("clips").children) this.markGone(card);
     for (const clip of clips.reverse()) this.addClip(clip);
   }
 
@@ -208,6 +223,11 @@ class Page {
     this.addClip(clip);
   }
 
+  on_clip_deleted({ name }) {
+    this.card(name)?.remove();
+    this.get("gallery").hidden = !this.get("clips").children.length;
+  }
+
   on_notice({ message }) {
     this.say(message);
   }
@@ -218,10 +238,9 @@ class Page {
   }
 
   onLost() {
+    if (this.state === "lost") return;
     this.player.pause();
-    this.setState("loading");
-    this.get("cover-text").textContent = "The server does not answer";
-    this.get("status").textContent = "Not connected";
+    this.setState("lost");
   }
 
   onFrame(frame) {
@@ -257,13 +276,19 @@ class Page {
 
   offer(options) {
     this.options = options;
+    const focus = this.get("prompt").value === "" || document.activeElement === document.body;
     const fill = (id, entries) => this.get(id).replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
     this.get("model").textContent = options.model;
     fill("size", options.sizes.map(([height, width]) => [`${height}x${width}`, `${width} × ${height}`]));
     fill("decoder", options.decoders.map((name) => [name, name]));
     fill("precision", options.precisions.map((name) => [name, name]));
     fill("style", Object.keys(options.styles).map((name) => [name, name]));
-    this.get("style").title = Object.entries(options.styles).map(([name, text]) => `${name}: ${text}`).join("\n");
+    this.get("styles").replaceChildren(...Object.entries(options.styles).flatMap(([name, text]) => {
+      const [term, meaning] = [document.createElement("dt"), document.createElement("dd")];
+      term.textContent = name;
+      meaning.textContent = text;
+      return [term, meaning];
+    }));
     this.get("decoder-field").hidden = options.decoders.length < 2;
     this.get("precision-field").hidden = options.precisions.length < 2;
     this.get("compile-field").hidden = !options.compile;
@@ -276,7 +301,7 @@ class Page {
     fill("length", [["", "endless"], ...lengths.map((frames) => [frames, seconds(frames)])]);
     this.get("examples").replaceChildren(...options.examples.map((text) => this.example(text)));
     if (!this.get("prompt").value) this.get("prompt").value = options.examples[0];
-    this.get("prompt").maxLength = options.longest_prompt;
+    if (focus && matchMedia("(pointer: fine)").matches) this.get("prompt").focus({ preventScroll: true });
   }
 
   example(text) {
@@ -300,11 +325,12 @@ class Page {
       running: ["Live", "Starting …"],
       paused: ["Paused", "Paused"],
       failed: ["Failed", model.stage],
+      lost: ["Not connected", "The server does not answer. Trying again …"],
     };
     const [status, cover] = texts[this.state];
     this.get("status").textContent = status;
     this.get("cover-text").textContent = cover;
-    this.get("cover").hidden = this.player?.shown > 0 && !["waiting", "failed", "loading"].includes(this.state);
+    this.get("cover").hidden = this.player?.shown > 0 && !["waiting", "failed", "loading", "lost"].includes(this.state);
     this.get("load-bar").parentElement.hidden = this.state !== "loading";
     this.get("load-bar").style.width = `${100 * model.progress}%`;
     this.get("pause").disabled = !["running", "paused"].includes(this.state);
@@ -312,9 +338,16 @@ class Page {
     this.get("pause").ariaLabel = this.state === "paused" ? "Resume" : "Pause";
     this.get("stop").disabled = !this.active;
     this.get("start").textContent = ["running", "paused"].includes(this.state) ? "Switch" : "Start";
-    const busy = ["failed", "starting", "waiting"].includes(this.state) || (this.state === "loading" && this.eager);
+    const busy = ["failed", "lost", "starting", "waiting"].includes(this.state) || (this.state === "loading" && this.eager);
     this.get("start").disabled = busy || !this.get("prompt").value.trim();
-    this.get("style-field").hidden = !["running", "paused"].includes(this.state);
+    const steering = ["running", "paused"].includes(this.state);
+    this.get("style-field").hidden = this.get("style-text").hidden = !steering;
+    this.get("style-text").textContent = `Switch: ${this.options?.styles[this.get("style").value] ?? ""}`;
+  }
+
+  toggleFullscreen() {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else if (!("blank" in this.root.dataset)) this.get("stage").requestFullscreen?.();
   }
 
   // Names what is seen whenever that changes.
@@ -347,8 +380,28 @@ class Page {
     write("memory", memory.vram === null ? `${memory.ram.toFixed(1)} GB` : `${memory.vram.toFixed(1)} of ${memory.vram_total.toFixed(0)} GB`);
   }
 
+  card(name) {
+    return [...this.get("clips").children].find((card) => card.dataset.name === name);
+  }
+
+  // The files of a clip are not served any more; what made it can still be read.
+  markGone(card) {
+    if (card.classList.contains("gone")) return;
+    card.classList.add("gone");
+    card.querySelector(".facts").textContent += " · of before the server's restart; its file lies in the server's clips folder";
+    for (const control of card.querySelectorAll(".mp4, .gif, .delete")) control.remove();
+  }
+
+  useAgain(clip) {
+    this.get("prompt").value = clip.prompts[0];
+    this.get("seed").value = clip.seed;
+    this.get("prompt").focus();
+    this.draw();
+  }
+
   addClip(clip) {
-    const card = this.get("clip").content.cloneNode(true);
+    if (this.card(clip.name)) return;
+    const card = this.get("clip").content.cloneNode(true).firstElementChild;
     const find = (selector) => card.querySelector(selector);
     const seconds = (clip.frames / clip.fps).toFixed(1);
     const url = (kind) => new URL(`clips/${clip.name}.${kind}`, API).href;
@@ -359,11 +412,13 @@ class Page {
     find(".mp4").href = url("mp4");
     find(".gif").href = url("gif");
     find("code").textContent = clip.command;
+    card.dataset.name = clip.name;
+    find(".again").addEventListener("click", () => this.useAgain(clip));
+    find(".delete").addEventListener("click", () => this.connection.deleteClip(clip.name).catch((error) => this.say(error.message)));
     playOnDemand(find("video"));
     const copy = find(".copy");
     copy.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(clip.command);
-      copy.textContent = "Copied";
+      copy.textContent = (await copyText(clip.command, find("code"))) ? "Copied" : "Select it below";
       setTimeout(() => { copy.textContent = "Copy command"; }, 1500);
     });
     this.get("clips").prepend(card);
@@ -371,14 +426,20 @@ class Page {
   }
 }
 
-// A clip moves while it is looked at: under the mouse, in focus of the keyboard, or after a tap.
+// Browsers give the clipboard to https and to this machine alone; elsewhere the text is selected, to be copied by hand.
+async function copyText(text, element) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    element.closest("details").open = true;
+    getSelection().selectAllChildren(element);
+    return document.execCommand("copy");
+  }
+}
+
+// A clip moves while the mouse is over it.
 function playOnDemand(video) {
-  const play = () => video.play().catch(() => {}); // interrupted by a pause
-  const toggle = () => (video.paused ? play() : video.pause());
-  video.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") play(); });
+  video.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") video.play().catch(() => {}); });
   video.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") video.pause(); });
-  video.addEventListener("click", toggle);
-  video.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); toggle(); }
-  });
 }

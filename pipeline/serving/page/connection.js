@@ -1,4 +1,4 @@
-// The WebSocket: says hello, comes back by itself when the line breaks, and keeps the session across reloads of the page.
+// The WebSocket: says hello, comes back by itself when the line breaks, and keeps the session across reloads and tabs.
 export const API = new URL("../api/v1/", import.meta.url); // wherever a proxy shows the site
 const KEY = "self-forcing-session";
 const RETRY_MS = 1000;
@@ -7,7 +7,7 @@ export class Connection {
   // onMessage(object), onFrame(ArrayBuffer), onOpen(), onLost()
   constructor(handlers) {
     this.handlers = handlers;
-    this.session = sessionStorage.getItem(KEY);
+    this.session = localStorage.getItem(KEY);
     this.open();
   }
 
@@ -26,7 +26,7 @@ export class Connection {
       const message = JSON.parse(data);
       if (message.type === "hello") {
         this.session = message.session;
-        sessionStorage.setItem(KEY, this.session);
+        localStorage.setItem(KEY, this.session);
       }
       this.handlers.onMessage(message);
     };
@@ -38,7 +38,22 @@ export class Connection {
 
   async putImage(file) {
     const answer = await fetch(new URL(`sessions/${this.session}/image`, API), { method: "PUT", body: file });
-    if (!answer.ok) throw new Error((await answer.json()).detail);
+    if (!answer.ok) throw new Error(await reason(answer));
     return answer.json();
+  }
+
+  async deleteClip(name) {
+    const answer = await fetch(new URL(`sessions/${this.session}/clips/${name}`, API), { method: "DELETE" });
+    if (!answer.ok) throw new Error(await reason(answer));
+    this.handlers.onMessage({ type: "clip_deleted", name });
+  }
+}
+
+// Why the server refused, also if a proxy in between did.
+async function reason(answer) {
+  try {
+    return (await answer.json()).detail;
+  } catch {
+    return `the server answered ${answer.status} ${answer.statusText}`;
   }
 }
