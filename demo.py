@@ -42,6 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file; default: %(default)s")
     add("--checkpoint_path", help="weights of the generator: a folder, .safetensors or .pt")
     add("--use_ema", action="store_true", help="averaged weights, where a checkpoint holds both")
+    add("--download", action="store_true", help="fetch the published weights that are missing first")
     add("--tiny_decoder", type=Path, help="TAEHV weights (taew2_1.pth) to offer beside the Wan VAE: faster, less sharp")
     add("--host", default="127.0.0.1", help="address to listen on; any but this machine needs --auth or --insecure")
     add("--port", type=int, default=7860, help="default: %(default)s")
@@ -231,7 +232,12 @@ def read_config(args: argparse.Namespace) -> PipelineConfig:
     from pipeline.config import load_pipeline_config
 
     weights = [] if args.checkpoint_path is None else [f"generator.weights={args.checkpoint_path}"]
-    return load_pipeline_config(args.config_path, [*weights, *args.overrides])
+    config = load_pipeline_config(args.config_path, [*weights, *args.overrides])
+    if args.download:
+        from pipeline.download import download_weights
+
+        download_weights(config)
+    return config
 
 
 def model_arguments(args: argparse.Namespace) -> list[str]:

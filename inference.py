@@ -158,6 +158,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="averaged weights if a checkpoint holds both; default: the raw ones",
     )
+    add(
+        "--download",
+        action="store_true",
+        help="fetch the published weights that are missing from the Hugging Face hub first; default: off",
+    )
     add("--device", metavar="NAME", help="auto, cuda, cuda:N, mps or cpu; default: device")
     add("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16; default: dtype")
     add(
@@ -183,9 +188,10 @@ def run(args: argparse.Namespace) -> None:
     chosen = args.num_output_frames is not None or KEYS["num_output_frames"] in keys
     options = InferenceOptions(length_chosen=chosen, **values)
     with _starting():
-        from trainer.config import Config
-        from utils.config import load_config, to_yaml
-    config = load_config(Config, args.config_path, [*(f"{KEYS[f]}={v}" for f, v in given.items()), *args.overrides])
+        from pipeline.config import load_pipeline_config
+        from utils.config import to_yaml
+    overrides = [*(f"{KEYS[flag]}={value}" for flag, value in given.items()), *args.overrides]
+    config = load_pipeline_config(args.config_path, overrides)
     if args.dry_run:
         print(to_yaml(config), end="")
         return

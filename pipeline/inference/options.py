@@ -41,6 +41,8 @@ class InferenceOptions:
     """Use averaged weights if a checkpoint holds both."""
     save_with_index: bool = False
     """Name files by the number of the prompt."""
+    download: bool = False
+    """Fetch published weights that are missing first."""
     overwrite: bool = False
     """Make videos again that exist."""
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from pipeline import memory
 from pipeline.config import RANDOM_SEED, PipelineConfig
+from pipeline.download import download_weights
 from pipeline.inference.checks import check_weights, fit_length, warn_of_prompts
 from pipeline.inference.folder import OutputFolder, Placement, settle_partials
 from pipeline.inference.make import MadeVideo, make_video
@@ -77,6 +78,8 @@ def run(config: PipelineConfig, options: InferenceOptions) -> list[Path]:
     ranks = init_distributed(device.type)
     setup_logging(ranks.is_main)
     with only_one(folder_lock(folder, "inference.py"), ranks):
+        if options.download:
+            _in_main(ranks, lambda: download_weights(config))
         config = _with_seed(config)
         placements = PLACEMENTS.validate_python(_in_main(ranks, lambda: _place_videos(config, options, dtype)))
         parts = {"device": device, "dtype": dtype, "use_ema": config.generator.average(options.use_ema)}
