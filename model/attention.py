@@ -22,18 +22,19 @@ FrameRange = tuple[int, int]
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Which frames see which, as ranges: exact, tiny, and hashable.
+    """A mask between frames, stored as ranges. It is exact, small and hashable.
 
     Attributes:
-        rows: for consecutive query frames [start, end), the key frame ranges they see; rows tile the sequence.
-        positions: rotary frame index of each frame of the sequence.
+        rows: for each range [start, end) of query frames, the ranges of key frames that it sees. The rows are
+            consecutive and cover the sequence.
+        positions: the rotary frame index of each frame of the sequence.
     """
 
     rows: tuple[tuple[FrameRange, tuple[FrameRange, ...]], ...]
     positions: tuple[int, ...]
 
     def dense(self) -> Tensor:
-        """Boolean [F F]: query frame (row) sees key frame (column)."""
+        """Return a boolean [F F]: True if the query frame (row) sees the key frame (column)."""
         mask = torch.zeros(len(self.positions), len(self.positions), dtype=torch.bool)
         for (start, end), keys in self.rows:
             for key_start, key_end in keys:
@@ -42,10 +43,10 @@ class BlockMask:
 
 
 def chunk_ranges(num_frames: int, frames_per_chunk: int, independent_first_frame: bool = False) -> list[FrameRange]:
-    """Split frames into chunks [start, end); with ``independent_first_frame`` the first chunk is one frame.
+    """Split frames into chunks [start, end). With ``independent_first_frame`` the first chunk has one frame.
 
     Raises:
-        ValueError: the frames do not divide into whole chunks.
+        ValueError: the frames do not fill whole chunks.
     """
     first = 1 if independent_first_frame else 0
     if num_frames <= 0 or (num_frames - first) % frames_per_chunk:
@@ -60,7 +61,7 @@ def chunk_ranges(num_frames: int, frames_per_chunk: int, independent_first_frame
 
 
 def visible_frames(end: int, window: int | None, sink: int = 0) -> tuple[FrameRange, ...]:
-    """Frame ranges a chunk that ends at ``end`` sees, itself included: the sink, then the last of the window."""
+    """Return the frames that a chunk ending at ``end`` sees, its own included: the sink and the rest of the window."""
     if window is None or end <= window:
         return ((0, end),)
     recent = (end - (window - sink), end)
@@ -75,7 +76,7 @@ def block_causal_mask(
     sink: int = 0,
     independent_first_frame: bool = False,
 ) -> BlockMask:
-    """Every chunk sees itself and the chunks before it, within ``window`` frames (itself included)."""
+    """Return a mask in which a chunk sees itself and earlier chunks, at most ``window`` frames in all."""
     chunks = chunk_ranges(num_frames, frames_per_chunk, independent_first_frame)
     rows = tuple(((start, end), visible_frames(end, window, sink)) for start, end in chunks)
     return BlockMask(rows, tuple(range(num_frames)))
@@ -89,7 +90,7 @@ def teacher_forcing_mask(
     sink: int = 0,
     independent_first_frame: bool = False,
 ) -> BlockMask:
-    """Mask over ``[clean | noisy]`` (2 F frames): noisy chunks see earlier clean chunks and themselves."""
+    """Return a mask over ``[clean | noisy]`` (2 F frames): noisy chunks see earlier clean chunks and themselves."""
     clean = block_causal_mask(
         num_frames, frames_per_chunk, window=window, sink=sink, independent_first_frame=independent_first_frame
     )
@@ -109,7 +110,7 @@ def _before(start: int, ranges: Iterable[FrameRange]) -> tuple[FrameRange, ...]:
 
 @dataclass(frozen=True)
 class FlexMask:
-    """A :class:`BlockMask` as flex_attention takes it on a GPU, made once a pass and read by every layer."""
+    """A :class:`BlockMask` in the form that flex_attention needs on a GPU. It is made once a pass, for all layers."""
 
     frames: BlockMask
     blocks: flex.BlockMask
@@ -129,9 +130,9 @@ def attention(
     Args:
         q: [B L N D].
         k, v: [B S N D].
-        mask: which frames see which, for L = S; the tokens of a frame are derived from L. None: everything is visible.
-        bias: [B 1 1 S], added to the logits of every query; ``sdpa`` computes it.
-        backend: kernel of the products without a mask, one that can run here (see :func:`resolve_backend`).
+        mask: which frames see each other, for L = S. T follows from L. None: everything is visible.
+        bias: [B 1 1 S], added to the logits of every query. ``sdpa`` then computes the attention.
+        backend: the kernel for attention without a mask. It must run here (see :func:`resolve_backend`).
 
     Returns:
         [B L N D].
@@ -155,16 +156,16 @@ def attention(
 
 
 def _frames(x: Tensor, ranges: tuple[FrameRange, ...], tokens: int) -> Tensor:
-    """The tokens of some frames of x [B S N D]."""
+    """Return the tokens of some frames of x [B S N D]."""
     parts = [x[:, start * tokens : end * tokens] for start, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @lru_cache(maxsize=16)
 def flex_mask(mask: BlockMask, tokens: int, device: torch.device, *, compiled: bool = True) -> FlexMask:
-    """Prepare a mask for flex_attention. Call it outside compiled code, where the cache works.
+    """Prepare a mask for flex_attention. Call it outside compiled code, because its cache works only there.
 
-    ``compiled``: compute it block by block; all queries times all keys at once would take 4 GB at 65,520 tokens.
+    ``compiled``: compute the mask block by block. All queries times all keys at once take 4 GB at 65,520 tokens.
     """
     visible = mask.dense().to(device)
     length = tokens * len(mask.positions)

@@ -14,14 +14,14 @@ from model.transformer import WanTransformer
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of noisy latents, twice: both [B F C H W]."""
+    """The prediction of a denoiser in two forms, x0 and flow, each [B F C H W]."""
 
     flow: Tensor
     x0: Tensor
 
 
 class Denoiser(nn.Module):
-    """A :class:`WanTransformer` under a flow-matching schedule."""
+    """A :class:`WanTransformer` with a flow-matching schedule."""
 
     def __init__(self, transformer: WanTransformer, schedule: FlowMatching) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
         self.schedule = schedule
 
     def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, **options) -> Prediction:
-        """Arguments as :meth:`WanTransformer.forward`; x0 and flow are converted in float32."""
+        """Predict x0 and flow. The arguments are those of :meth:`WanTransformer.forward`. Conversion is in float32."""
         output = self.transformer(latents, timesteps, prompt_embeds, **options)
         latents = latents[:, latents.shape[1] - output.shape[1] :]
         if timesteps.shape[1] > 1:

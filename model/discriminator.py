@@ -20,12 +20,12 @@ from model.transformer import WanTransformer
 
 @dataclass
 class DiscriminatorConfig:
-    """Where the heads read, and how wide they read."""
+    """The depths at which the heads read, and the size of the heads."""
 
     depths: list[float] = field(default_factory=lambda: [0.47, 0.73, 1.0])
-    """Ascending shares of the backbone's blocks after which a head reads; of 30 blocks, the 14th, 22nd and 30th."""
+    """The depths of the heads as ascending shares of the backbone. With 30 blocks: after the 14th, 22nd and 30th."""
     registers: int = 1
-    """Learned tokens of a head, which gather what it needs from the whole video."""
+    """The number of learned tokens of a head. They gather information from the whole video."""
 
     def __post_init__(self) -> None:
         if not self.depths or any(a >= b for a, b in pairwise(self.depths)):
@@ -36,7 +36,7 @@ class DiscriminatorConfig:
             raise ValueError(f"registers={self.registers} must be at least 1")
 
     def layers(self, num_layers: int) -> list[int]:
-        """Indices of the blocks read, of ``num_layers``; ValueError if two depths fall on the same block."""
+        """Return the indices of the blocks that heads read. ValueError if two depths give the same block."""
         layers = [max(0, round(depth * num_layers) - 1) for depth in self.depths]
         if len(set(layers)) < len(layers):
             raise ValueError(f"depths={self.depths} fall on blocks {layers} of {num_layers}; use fewer depths")
@@ -44,7 +44,7 @@ class DiscriminatorConfig:
 
 
 class RegisterHead(nn.Module):
-    """Register tokens gather the features of one depth by cross-attention; an MLP turns them into a logit."""
+    """Register tokens gather the features of one depth by cross-attention. An MLP turns them into a logit."""
 
     def __init__(self, dim: int, num_heads: int, registers: int, eps: float) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class RegisterHead(nn.Module):
         )
 
     def forward(self, features: Tensor, *, backend: AttentionBackend) -> Tensor:
-        """[B F T C] -> [B] float32."""
+        """Turn features [B F T C] into logits [B], float32."""
         tokens = self.registers.expand(features.shape[0], 1, -1, -1)
         video = self.norm(features.to(tokens).flatten(1, 2))
         video = CachedText(*self.attention.key_value(video), None)
@@ -65,15 +65,15 @@ class RegisterHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Tells real from generated noisy videos: a backbone, usually the critic's, and a head at each of its depths.
+    """Tells real noisy videos from generated ones. It has a backbone (usually the critic's) and a head at each depth.
 
     Args:
-        transformer: the backbone, shared (not copied): training the discriminator trains it too.
-        config: depths and registers.
-        generator: of the heads' initial weights.
+        transformer: the backbone. It is shared, not copied, so training the discriminator trains it too.
+        config: the depths and registers.
+        generator: draws the initial weights of the heads.
 
-    The heads are small and may stay in float32 over a backbone in half precision, which finite-difference penalties
-    of their logits need.
+    The heads are small. They may stay in float32 over a backbone in half precision: penalties that take finite
+    differences of the logits need it.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Discriminator(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise the heads: Xavier matrices and logits that start at zero, so that they disturb nothing."""
+        """Initialise the heads with Xavier matrices. The logits start at zero, so the first steps change little."""
         for head in self.heads:
             nn.init.normal_(head.registers, std=head.registers.shape[1] ** -0.5, generator=generator)
             for layer in head.modules():
@@ -99,9 +99,9 @@ class Discriminator(nn.Module):
             nn.init.zeros_(head.mlp[-1].weight)
 
     def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Logits [B K] float32, high for real, of noisy latents [B F C H W] at timesteps [B F], prompts [B L E]."""
+        """Return logits [B K] in float32, high for real, for latents [B F C H W], timesteps [B F], prompts [B L E]."""
         features = self.transformer.features(latents, timesteps, prompt_embeds, self.layers)
-        # The heads may be in float32: a kernel that only takes half precision leaves their attention to sdpa.
+        # The heads may be in float32. If the kernel takes only half precision, sdpa computes their attention.
         backend = self.transformer.resolved_backend(latents.device, features[0].dtype)
         logits = [head(x, backend=backend) for head, x in zip(self.heads, features, strict=True)]
         return torch.stack(logits, dim=1)

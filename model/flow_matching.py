@@ -16,7 +16,7 @@ MAX_TIMESTEP = 1000
 
 
 def expand_sigma(timesteps: Tensor) -> Tensor:
-    """Noise level sigma = t / 1000 of timesteps [B F], shaped to broadcast: [B F 1 1 1] float32."""
+    """Return the noise level sigma = t / 1000 of timesteps [B F], as [B F 1 1 1] float32 for broadcasting."""
     return (timesteps.float() / MAX_TIMESTEP)[..., None, None, None]
 
 
@@ -32,13 +32,13 @@ def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def flow_to_x0(flow: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """``x0 = x_t - sigma v``, computed in float32. All latents [B F C H W], timesteps [B F]."""
+    """``x0 = x_t - sigma v``, computed in float32. Latents are [B F C H W], timesteps [B F]."""
     sigma = expand_sigma(timesteps).to(noisy.device)
     return (noisy.float() - sigma * flow.float()).to(noisy.dtype)
 
 
 def x0_to_flow(x0: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """``v = (x_t - x0) / sigma``, computed in float32; where sigma is 0 the flow is undefined and 0 is returned."""
+    """``v = (x_t - x0) / sigma``, computed in float32. If sigma is 0, the flow is undefined and the result is 0."""
     sigma = expand_sigma(timesteps).to(noisy.device)
     flow = (noisy.float() - x0.float()) / sigma.clamp_min(1e-6)
     return torch.where(sigma > 0, flow, 0.0).to(noisy.dtype)
@@ -46,7 +46,7 @@ def x0_to_flow(x0: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """A timestep grid warped towards noise by ``shift`` (SD3, arXiv 2403.03206; Wan2.1 uses 5 at 480p)."""
+    """A timestep grid that ``shift`` warps towards noise (SD3, arXiv 2403.03206; Wan2.1 uses 5 at 480p)."""
 
     shift: float = 5.0
 
@@ -55,7 +55,7 @@ class FlowMatching:
             raise ValueError(f"shift={self.shift} must be positive")
 
     def timestep(self, level: Tensor) -> Tensor:
-        """Shifted timestep ``1000 s u / (1 + (s - 1) u)`` of uniform levels u in [0, 1], any shape."""
+        """Return the shifted timesteps ``1000 s u / (1 + (s - 1) u)`` of uniform levels u in [0, 1], any shape."""
         return MAX_TIMESTEP * self.shift * level / (1 + (self.shift - 1) * level)
 
     def level(self, timestep: float) -> float:
@@ -64,16 +64,16 @@ class FlowMatching:
         return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def grid(self, steps: int) -> Tensor:
-        """Descending timesteps of ``steps`` solver steps, [steps] float32; the final 0 is not part of it."""
+        """Return the descending timesteps of ``steps`` solver steps, [steps] float32, without the final 0."""
         return self.timestep(1 - torch.arange(steps, dtype=torch.float64) / steps).float()
 
     def warp(self, steps: Sequence[float]) -> list[float]:
-        """Look a step list such as 1000, 750, 500, 250 up in the shifted 1000-step grid (0 maps to 0)."""
+        """Look up a list of steps, such as 1000, 750, 500, 250, in the shifted 1000-step grid. 0 maps to 0."""
         levels = torch.tensor(list(steps), dtype=torch.float64).round() / MAX_TIMESTEP
         return self.timestep(levels).float().tolist()
 
     def training_weight(self, timesteps: Tensor) -> Tensor:
-        """Bell-shaped diffusion weight ``exp(-2 ((t - 500) / 1000)^2)`` less its minimum, mean 1 over the grid."""
+        """Return the bell-shaped weight ``exp(-2 ((t - 500) / 1000)^2)`` minus its minimum; its grid mean is 1."""
         grid = self.grid(MAX_TIMESTEP)
         lowest = _bell(grid).min()
         return (_bell(timesteps) - lowest).clamp_min(0) / (_bell(grid) - lowest).mean()

@@ -1,4 +1,4 @@
-"""Whether the kernels of :mod:`model.triton_kernels` can compute something here."""
+"""Decides whether the kernels of :mod:`model.triton_kernels` can be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether Triton kernels may compute with x: on an NVIDIA GPU, without gradient, and not inside torch.compile."""
+    """Return whether Triton kernels may be used for x: on an NVIDIA GPU, without grad, outside torch.compile."""
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     return _has_triton()

@@ -27,11 +27,10 @@ class AttentionBackend(Enum):
     """Which kernel computes attention."""
 
     auto = "auto"
-    """The fastest kernel that can run here and computes in full precision: the first of flash4, flash3, cudnn, flash,
-    sdpa."""
+    """The fastest kernel in full precision that can run here: the first of flash4, flash3, cudnn, flash, sdpa."""
     flash4 = "flash4"
-    """FlashAttention-4 (pip install flash-attn-4), Hopper and later; prompts are read with cudnn, which is faster
-    on few keys."""
+    """FlashAttention-4 (pip install flash-attn-4), Hopper and later. Attention to prompts uses cudnn, which is faster
+    with few keys."""
     flash3 = "flash3"
     """FlashAttention-3 (package flash_attn_interface), Hopper."""
     cudnn = "cudnn"
@@ -39,22 +38,22 @@ class AttentionBackend(Enum):
     flash = "flash"
     """FlashAttention-2 (pip install flash-attn), Ampere and later."""
     sage = "sage"
-    """SageAttention: products in 8 bits, faster and less exact. It is for inference only, and auto never takes it."""
+    """SageAttention: products in 8 bits, faster and less exact. It is for inference only, and auto never picks it."""
     sdpa = "sdpa"
-    """The choice of torch; it runs on any device."""
+    """The kernel that torch chooses. It runs on any device."""
 
     def for_text(self) -> AttentionBackend:
-        """The kernel for attention to a prompt, which has few keys."""
+        """Return the kernel for attention to a prompt, which has few keys."""
         return AttentionBackend.cudnn if self is AttentionBackend.flash4 else self
 
 
 class KernelNeed(NamedTuple):
-    """What a kernel needs."""
+    """The requirements of a kernel."""
 
     capability: tuple[int, int]
     """The lowest compute capability of an NVIDIA GPU."""
     module: str | None = None
-    """The Python module that has it; None is torch."""
+    """The Python module that contains the kernel; None is torch."""
     function: str = ""
     """Its function in that module: (q, k, v) [B L N D] -> [B L N D]."""
     head_dim: int = 256
@@ -69,15 +68,15 @@ NEEDS = {
     AttentionBackend.sage: KernelNeed((8, 0), "sageattention", "sageattn", 128),
 }
 ORDER = (AttentionBackend.flash4, AttentionBackend.flash3, AttentionBackend.cudnn, AttentionBackend.flash)
-"""The order in which ``auto`` tries them. On an H200, FlashAttention-4 reached 645 TFLOP/s and cuDNN 518."""
+"""The order in which ``auto`` tries the kernels. On an H200, FlashAttention-4 reached 645 TFLOP/s and cuDNN 518."""
 
 
 @lru_cache
 def resolve_backend(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The kernel that computes attention of tensors of this device and dtype.
+    """Return the kernel that computes attention for tensors of this device and dtype.
 
     Raises:
-        UserError: the kernel that was asked for cannot run here.
+        UserError: the requested kernel cannot run here.
     """
     if backend is AttentionBackend.auto:
         return next((one for one in ORDER if missing(one, device, dtype) is None), AttentionBackend.sdpa)
@@ -88,7 +87,7 @@ def resolve_backend(backend: AttentionBackend, device: torch.device, dtype: torc
 
 
 def missing(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What a kernel needs and does not find, in words; None if it can run."""
+    """Describe the requirement that is missing for a kernel; None if it can run."""
     if backend in (AttentionBackend.sdpa, AttentionBackend.auto):
         return None
     need = NEEDS[backend]
@@ -110,10 +109,10 @@ def _installed(module: str) -> bool:
 
 
 def run_kernel(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention [B L N D] of q [B L N D] to k, v [B S N D], all visible.
+    """Compute the attention [B L N D] of q [B L N D] to k, v [B S N D]. Every key is visible.
 
-    ``backend`` is what :func:`resolve_backend` gave. Tensors that this kernel cannot take (float32, a large head dim)
-    are computed by ``sdpa``.
+    ``backend`` comes from :func:`resolve_backend`. If the kernel cannot take these tensors (float32, a large head
+    dim), ``sdpa`` computes them.
     """
     if backend not in NEEDS or not takes(backend, q):
         return sdpa(q, k, v)
@@ -128,18 +127,18 @@ def run_kernel(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> Te
 
 
 def takes(backend: AttentionBackend, q: Tensor) -> bool:
-    """Whether a kernel can compute with queries of this dtype and head dim."""
+    """Return whether a kernel supports the dtype and head dim of q."""
     return q.dtype in HALF_PRECISION and q.shape[-1] % 8 == 0 and q.shape[-1] <= NEEDS[backend].head_dim
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's attention of [B L N D]; ``bias`` [B 1 1 S] is added to the logits."""
+    """Compute attention of [B L N D] with torch. ``bias`` [B 1 1 S] is added to the logits."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, differentiable: bool) -> Tensor:
-    """The operator itself. ``sdpa_kernel`` would forbid other kernels to all threads; backward needs the logsumexp."""
+    """Call the operator directly: ``sdpa_kernel`` would affect all threads. Backward needs the logsumexp."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, differentiable, 0.0, False, False)
     return out[0].transpose(1, 2)
@@ -155,7 +154,7 @@ def _packaged(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 @torch.library.custom_op("self_forcing::packaged_attention", mutates_args=())
 def packaged_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    """Attention by the package of a kernel, as one operator that compiled graphs hold; without backward."""
+    """Compute attention with the package of a kernel, as one operator in compiled graphs. It has no backward."""
     return _packaged(q, k, v, backend).contiguous()
 
 

@@ -29,7 +29,7 @@ class CachedText(NamedTuple):
 
     @classmethod
     def batch(cls, texts: Sequence[CachedText]) -> CachedText:
-        """Join several prompts to one batch. Shorter ones are padded with keys that no query sees."""
+        """Join several prompts into one batch. Shorter ones are padded with keys that no query sees."""
         longest = max(text.k.shape[1] for text in texts)
         if all(text.bias is None and text.k.shape[1] == longest for text in texts):
             return cls(torch.cat([text.k for text in texts]), torch.cat([text.v for text in texts]), None)
@@ -45,26 +45,26 @@ class CachedText(NamedTuple):
 class KVCache:
     """Keys and values of the frames generated so far: a :class:`LayerCache` for each layer, made on first use.
 
-    The slot of a frame follows from its absolute index, so a pass may be repeated: every denoising pass of a chunk
-    overwrites the slots of that chunk. There are two ways to keep frames:
+    The slot of a frame depends only on its absolute index. A pass may therefore be repeated: every denoising pass of
+    a chunk overwrites the slots of that chunk. There are two ways to keep frames:
 
-    - A ring of ``window`` frames, for inference. A new chunk overwrites the oldest frames behind the sink, and
-      attention reads the buffer itself. The order of the keys does not matter once they are rotated.
-    - ``append_only``, for training: every frame has its own slot, so that a checkpointed pass which backward recomputes
-      finds the same values again. A pass under grad writes nothing.
+    - A ring of ``window`` frames, for inference. A new chunk overwrites the oldest frames after the sink, and
+      attention reads the buffer directly. Rotated keys may be in any order.
+    - ``append_only``, for training. Every frame has its own slot, so a checkpointed pass finds the same values when
+      backward recomputes it. A pass under grad writes nothing.
 
-    Usage, once a pass: ``chunk = cache.open(layout, start_frame, frames)``, then in each layer
+    Usage, once for each pass: ``chunk = cache.open(layout, start_frame, frames)``, then in each layer
     ``k, v = cache.layers[i].extend(k, v, chunk)``.
 
     Args:
         num_layers: layers of the transformer.
         window: the most frames that attention sees, the current chunk included; None sees all.
-        sink: first frames that never leave the window.
+        sink: the number of first frames that never leave the window.
         relative: count positions within the window (Infinity-RoPE, arXiv 2511.20649), so that no distance exceeds
-            ``window`` in a stream of any length. Attention only knows distances, so it is enough to move the keys of
-            the sink along with the window.
+            ``window`` in a stream of any length. Attention depends only on distances, so only the keys of the
+            sink move with the window.
         append_only: keep every frame.
-        fp8: hold keys and values in 8-bit floats with a scale for every head and token: half the memory of bfloat16.
+        fp8: store keys and values in 8-bit floats with a scale for every head and token: half the memory of bfloat16.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class KVCache:
         self.reset()
 
     def configure(self, *, window: int | None = None, sink: int = 0, relative: bool = False, fp8: bool = False) -> None:
-        """Change what attention sees and how keys are stored; call :meth:`reset` before the next chunk."""
+        """Change what attention sees and how keys are stored. Call :meth:`reset` before the next chunk."""
         if window is not None and not 0 <= sink < window:
             raise ValueError(f"sink={sink} must be at least 0 and smaller than window={window}")
         self.window = window
@@ -92,7 +92,7 @@ class KVCache:
         self.fp8 = fp8
 
     def reset(self, num_frames: int | None = None) -> None:
-        """Forget everything. ``num_frames`` is the length of the clip, if known: it sizes the buffers."""
+        """Forget everything. ``num_frames`` is the length of the clip, if known. It sets the size of the buffers."""
         self._expected = num_frames
         self._layout: KeyLayout | None = None
         self.layers: list[LayerCache] = []
@@ -100,9 +100,9 @@ class KVCache:
         self._text: list[CachedText] = []
 
     def restarted(self, *, keep_sink: bool = False) -> KVCache:
-        """A new cache with the same settings. It is empty, or holds only the sink, with its keys as first made.
+        """Make a new cache with the same settings. It is empty, or holds only the sink with its original keys.
 
-        This cache is not changed: backward may still recompute passes that read it.
+        This cache does not change, because backward may still recompute passes that read it.
         """
         fresh = KVCache(
             self.num_layers,
@@ -125,15 +125,15 @@ class KVCache:
 
     @property
     def ring(self) -> bool:
-        """Whether new frames overwrite old ones."""
+        """True if new frames overwrite old ones."""
         return self.window is not None and not self.append_only
 
     def open(self, layout: KeyLayout, start_frame: int, frames: int) -> ChunkSlots:
         """Prepare a pass over a chunk of ``frames`` frames from absolute frame ``start_frame``.
 
         Raises:
-            ValueError: a chunk that is larger than the rolling part of the window, a ring under grad, or a batch or
-                resolution that changed after frame 0.
+            ValueError: the chunk is larger than the rolling part of the window, a ring is used under grad, or the batch
+                or resolution changed after frame 0.
         """
         self._check(start_frame, frames)
         end = start_frame + frames
@@ -151,12 +151,12 @@ class KVCache:
         )
 
     def extend(self, layer: int, k: Tensor, v: Tensor, start_frame: int) -> tuple[Tensor, Tensor]:
-        """:meth:`LayerCache.extend` in one layer, with keys and values [B F T N D] of frames ``start_frame ...``."""
+        """Call :meth:`LayerCache.extend` in one layer. Keys and values are [B F T N D], from frame ``start_frame``."""
         chunk = self.open(KeyLayout.of(k), start_frame, k.shape[1])
         return self.layers[layer].extend(k, v, chunk)
 
     def text(self, prompt_embeds: Tensor, compute: Callable[[], list[CachedText]]) -> list[CachedText]:
-        """The keys and values of a prompt in every layer; computed once, until another tensor is given."""
+        """Return the keys and values of a prompt in every layer. They are computed once for each new tensor."""
         if self._prompt is not prompt_embeds:
             self._text = compute()
             self._prompt = prompt_embeds
@@ -206,7 +206,7 @@ class KVCache:
         return self.sink + (frame - self.sink) % (self.window - self.sink)
 
     def _index(self, start_frame: int, end: int) -> Tensor:
-        """The slots of frames [start, end), computed on the device, so that nothing is copied to it."""
+        """Return the slots of frames [start, end). They are computed on the device, so nothing is copied to it."""
         frames = torch.arange(start_frame, end, device=self._layout.device)
         if not self.ring or end <= self.window:
             return frames
@@ -214,7 +214,7 @@ class KVCache:
         return torch.where(frames < self.window, frames, rolled)
 
     def _runs(self, start_frame: int, end: int) -> list[tuple[int, int, int]]:
-        """Runs of consecutive slots for frames [start, end): (slot, first frame counted from the start, frames)."""
+        """Return runs of consecutive slots for frames [start, end): (slot, first frame relative to start, frames)."""
         if not self.ring:
             return [(start_frame, 0, end - start_frame)]
         runs, frame = [], start_frame

@@ -1,4 +1,4 @@
-"""The cached keys and values of one transformer layer, and the slots that a chunk of frames writes and reads there.
+"""The cached keys and values of one transformer layer, and the slots that a chunk of frames writes and reads.
 
 Shapes: B batch, F frames of a chunk, T tokens a frame, N heads, D head dim, S visible keys.
 """
@@ -22,10 +22,10 @@ class CacheDtype(Enum):
     """How the KV cache stores keys and values."""
 
     auto = "auto"
-    """In the dtype that the denoiser computes in."""
+    """The dtype in which the denoiser computes."""
     fp8 = "fp8"
-    """In 8-bit floats with a scale for every head and token: about half the memory of bfloat16; every pass converts
-    what it reads."""
+    """8-bit floats with a scale for every head and token. They take about half the memory of bfloat16. Every pass
+    converts what it reads."""
 
 
 class KeyLayout(NamedTuple):
@@ -38,15 +38,15 @@ class KeyLayout(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     static: bool = False
-    """For compiled passes: slot numbers are tensors, and buffers keep their addresses, as CUDA graphs need it."""
+    """True for compiled passes. Slot numbers are then tensors, and buffers keep their addresses for CUDA graphs."""
 
     @classmethod
     def of(cls, k: Tensor) -> KeyLayout:
-        """The layout of keys [B F T N D]."""
+        """Return the layout of keys [B F T N D]."""
         return cls(k.shape[0], *k.shape[2:], k.dtype, k.device)
 
     def zeros(self, frames: int, dtype: torch.dtype, head_dim: int | None = None) -> Tensor:
-        """A tensor [B frames T N D] of zeros."""
+        """Return a tensor [B frames T N D] of zeros."""
         shape = self.batch, frames, self.tokens, self.num_heads, self.head_dim if head_dim is None else head_dim
         buffer = torch.zeros(shape, dtype=dtype, device=self.device)
         if self.static:
@@ -61,28 +61,28 @@ class ChunkSlots:
     start_frame: int
     frames: int
     visible: tuple[FrameRange, ...]
-    """Slots that the chunk attends to, its own included."""
+    """The slots that the chunk attends to, its own included."""
     writes: tuple[tuple[int, int, int], ...]
     """The slots that the chunk fills, as runs (first slot, first frame within the chunk, frames)."""
     index: Tensor | None
     """The same slots as a tensor [F], for compiled passes: one graph then serves every position."""
     sink: int
-    """Frames of the sink."""
+    """The number of frames in the sink."""
     sink_made: FrameRange
     """The frames of the sink that belong to this chunk."""
     sink_shift: Tensor | None
-    """The rotation that moves the sink's keys along (see :func:`model.rope.shift_table`); None leaves them."""
+    """The rotation that moves the sink's keys with the window (see :func:`model.rope.shift_table`); None: no move."""
 
 
 def quantize_keys(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [... D] as 8-bit floats [... D] and a float32 scale [... 1] for every head and token."""
+    """Return x [... D] as 8-bit floats [... D] with a float32 scale [... 1] for every head and token."""
     scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / torch.finfo(FP8).max
     return (x.float() / scale).to(FP8), scale
 
 
 @dataclass(frozen=True)
 class FrameBuffer:
-    """Keys or values of several frames, as they are or in 8 bits."""
+    """The keys or values of several frames, in the dtype of the denoiser or in 8 bits."""
 
     data: Tensor
     """[B slots T N D]."""
@@ -91,32 +91,32 @@ class FrameBuffer:
 
     @classmethod
     def empty(cls, layout: KeyLayout, frames: int, fp8: bool) -> FrameBuffer:
-        """A buffer of ``frames`` slots."""
+        """Make a buffer of ``frames`` slots."""
         if not fp8:
             return cls(layout.zeros(frames, layout.dtype), None)
         return cls(layout.zeros(frames, FP8), layout.zeros(frames, torch.float32, head_dim=1))
 
     def read(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
-        """The slots [low, high): a view, or a new tensor if the data has 8 bits."""
+        """Return the slots [low, high): a view, or a new tensor if the data has 8 bits."""
         part = self.data[:, low:high]
         return part if self.scale is None else (part.float() * self.scale[:, low:high]).to(dtype)
 
     def write(self, x: Tensor, chunk: ChunkSlots) -> None:
-        """Put frames x [B F T N D] of a chunk into its slots."""
+        """Write the frames x [B F T N D] of a chunk into its slots."""
         data, scale = (x, None) if self.scale is None else quantize_keys(x)
         self._fill(self.data, data, chunk)
         if scale is not None:
             self._fill(self.scale, scale, chunk)
 
     def write_at(self, slot: int, x: Tensor) -> None:
-        """Put frames x [B F T N D] into consecutive slots."""
+        """Write frames x [B F T N D] into consecutive slots."""
         data, scale = (x, None) if self.scale is None else quantize_keys(x)
         self.data[:, slot : slot + x.shape[1]] = data
         if scale is not None:
             self.scale[:, slot : slot + x.shape[1]] = scale
 
     def copy_from(self, other: FrameBuffer, frames: int) -> None:
-        """Take over the first ``frames`` slots of another buffer of the same kind."""
+        """Copy the first ``frames`` slots of another buffer of the same kind."""
         self.data[:, :frames] = other.data[:, :frames]
         if self.scale is not None:
             self.scale[:, :frames] = other.scale[:, :frames]
@@ -124,7 +124,7 @@ class FrameBuffer:
     @staticmethod
     def _fill(buffer: Tensor, x: Tensor, chunk: ChunkSlots) -> None:
         if chunk.index is not None:
-            if x.dtype == FP8:  # index_copy_ knows no 8-bit floats
+            if x.dtype == FP8:  # index_copy_ does not support 8-bit floats
                 buffer, x = buffer.view(torch.uint8), x.view(torch.uint8)
             buffer.index_copy_(1, chunk.index, x)
             return
@@ -139,25 +139,25 @@ class LayerCache:
     k: FrameBuffer
     v: FrameBuffer
     sink: Tensor | None
-    """The sink's keys as they were made [B sink T N D]. The buffer ``k`` holds a copy that moves with the window."""
+    """The original keys of the sink [B sink T N D]. The buffer ``k`` holds a copy that moves with the window."""
 
     @classmethod
     def empty(cls, layout: KeyLayout, frames: int, *, sink: int, fp8: bool) -> LayerCache:
-        """Buffers of ``frames`` slots; ``sink`` is the number of frames whose keys have to be moved along."""
+        """Make buffers of ``frames`` slots. The keys of the first ``sink`` frames move with the window."""
         unmoved = layout.zeros(sink, layout.dtype) if sink else None
         return cls(FrameBuffer.empty(layout, frames, fp8), FrameBuffer.empty(layout, frames, fp8), unmoved)
 
     @property
     def slots(self) -> int:
-        """Frames that the buffers hold."""
+        """The number of frames that the buffers hold."""
         return self.k.data.shape[1]
 
     def extend(self, k: Tensor, v: Tensor, chunk: ChunkSlots) -> tuple[Tensor, Tensor]:
         """Join the keys and values [B F T N D] of a chunk to those it attends to: two tensors [B S N D].
 
-        The keys are rotated already. Without grad they are written to the buffers, and views of the buffers come back
-        if the visible slots are contiguous. Under grad nothing is written: the result is new, and its context part is
-        detached.
+        The keys are already rotated. Without grad they are written to the buffers. The result is then a view of the
+        buffers if the visible slots are contiguous. Under grad nothing is written: the result is a new tensor, and
+        its context part is detached.
         """
         if torch.is_grad_enabled():
             return self._join(self.k, k, chunk, chunk.sink_shift), self._join(self.v, v, chunk)
@@ -170,7 +170,7 @@ class LayerCache:
         return self._visible(self.k, chunk, k.dtype, shift), self._visible(self.v, chunk, v.dtype)
 
     def _place_sink(self, k: Tensor, chunk: ChunkSlots) -> None:
-        """Keep the sink's keys as they are made, and write them to the buffer at their present positions."""
+        """Keep the original keys of the sink, and write them to the buffer at their present positions."""
         low, high = chunk.sink_made
         if low < high:
             self.sink[:, low:high] = k[:, : high - low]
@@ -190,13 +190,13 @@ class LayerCache:
             for low, high in chunk.visible
             if low < start
         ]
-        if buffer.scale is not None:  # as inference reads them; the rounding passes gradients straight through
+        if buffer.scale is not None:  # round as inference does; gradients pass through the rounding
             data, scale = quantize_keys(live.detach())
             live = live + ((data.float() * scale).to(live.dtype) - live.detach())
         return torch.cat([*context, live], dim=1).flatten(1, 2)
 
 
 def _read(buffer: FrameBuffer, low: int, high: int, dtype: torch.dtype, shift: Tensor | None) -> Tensor:
-    """The slots [low, high); ``shift`` moves the keys of the sink, which begins at slot 0."""
+    """Return the slots [low, high). ``shift`` moves the keys of the sink, which begins at slot 0."""
     part = buffer.read(low, high, dtype)
     return apply_rotary(part, shift) if shift is not None and low == 0 else part
