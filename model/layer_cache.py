@@ -169,6 +169,10 @@ class LayerCache:
             shift = None
         return self._visible(self.k, chunk, k.dtype, shift), self._visible(self.v, chunk, v.dtype)
 
+    def read(self, chunk: ChunkSlots, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values that a chunk attends to, once its own are in their slots: two tensors [B S N D]."""
+        return self._visible(self.k, chunk, dtype), self._visible(self.v, chunk, dtype)
+
     def _place_sink(self, k: Tensor, chunk: ChunkSlots) -> None:
         """Keep the original keys of the sink, and write them to the buffer at their present positions."""
         low, high = chunk.sink_made

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.tiling import TileConfig, cut
-from model.wan_decoder import CausalConv, DoublingConv, Memory, WanDecoder, pointwise
+from model.wan_decoder import CausalConv, ChannelNorm, DoublingConv, Memory, WanDecoder, pointwise
 from model.wan_encoder import WanEncoder
 from model.weights import WEIGHT_FILES, save_folder
 
@@ -167,13 +167,16 @@ class WanAutoencoder(nn.Module):
 
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
     @torch.no_grad()
-    def prepare(self, *, reduced: bool) -> None:
-        """Lay weights out as convolutions read them; `reduced` also rearranges them so that those multiply less."""
+    def prepare(self, *, winograd: bool, folded: bool, fused: bool) -> None:
+        """Lay weights out as convolutions read them, and choose how to compute; see `model.wan_vae.WanVAE`."""
         for module in self.modules():
             if isinstance(module, CausalConv):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-            if isinstance(module, (CausalConv, DoublingConv)):
-                module.reduce(reduced)
+                module.reduce(winograd)
+            elif isinstance(module, DoublingConv):
+                module.reduce(folded)
+            elif isinstance(module, ChannelNorm):
+                module.fused = fused
 
     def encode(self, frames: Tensor, memory: Memory) -> Tensor:
         """Frames [F H W 3] -> the mean of latents [f h w C]; a stream begins with F = 1."""
@@ -195,4 +198,4 @@ class WanAutoencoder(nn.Module):
 
 
 def _forget_rearranged(network: WanAutoencoder, _: object) -> None:
-    network.prepare(reduced=False)
+    network.prepare(winograd=False, folded=False, fused=False)

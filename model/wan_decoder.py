@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.fused import can_fuse
+from model.fused_ops import add_shortcut, norm_silu
 
 Memory = dict[str, Tensor]
 """Name of a causal convolution -> the last frames [2 H W C] it was given; empty before a stream begins."""
@@ -33,10 +34,14 @@ def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 class ChannelNorm(nn.Module):
-    """Brings the channels of each position to unit root mean square, then scales them by `gamma` [C 1 1 (1)]."""
+    """Brings the channels of each position to unit root mean square, then scales them by `gamma` [C 1 1 (1)].
+
+    `fused`: the norms before a causal convolution, see `activate`, are computed by the operators of `model.fused_ops`.
+    """
 
     def __init__(self, dim: int, *, ndim: int) -> None:
         super().__init__()
+        self.fused = False
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ndim))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -73,22 +78,34 @@ class CausalConv(nn.Conv3d):
         """Begin a stream of frames like `x` [T H W C]: before it, there was nothing."""
         memory[self.name] = x.new_zeros(self.kept, *x.shape[1:])
 
-    def buffer(self, x: Tensor, memory: Memory) -> Tensor:
-        """Room for the frames kept and, after them, for as many as `x` [T H W C] has; the kept ones are in place."""
+    def past(self, x: Tensor, memory: Memory) -> Tensor:
+        """The frames kept [kept H W C'] before frames like `x` [T H W C']; zeros if a stream begins."""
         if self.name not in memory:
             self.start(x, memory)
+        return memory[self.name]
+
+    def buffer(self, x: Tensor, memory: Memory) -> Tensor:
+        """Room for the frames kept and, after them, for as many as `x` [T H W C] has; the kept ones are in place."""
         buffer = x.new_empty(self.kept + len(x), *x.shape[1:])
-        buffer[: self.kept] = memory[self.name]
+        buffer[: self.kept] = self.past(x, memory)
         return buffer
 
-    def forward(self, buffer: Tensor, memory: Memory) -> Tensor:
-        """A filled buffer [kept+T H W C] -> [T H W C'], or half as many frames at stride 2."""
+    def keep(self, buffer: Tensor, memory: Memory) -> None:
+        """Remember the last frames of a filled buffer [kept+T H W C]."""
         memory[self.name].copy_(buffer[-self.kept :])
-        if self.reduced is None:
-            return super().forward(rearrange(buffer, "t h w c -> 1 c t h w"))[0].permute(1, 2, 3, 0)
-        return self._in_pairs(buffer)
 
-    def _in_pairs(self, buffer: Tensor) -> Tensor:
+    def forward(self, buffer: Tensor, *, biased: bool = True) -> Tensor:
+        """A filled buffer [kept+T H W C] -> [T H W C'], or half as many frames at stride 2.
+
+        `biased`: add the bias; False leaves it to the operation that follows.
+        """
+        bias = self.bias if biased else None
+        if self.reduced is not None:
+            return self._in_pairs(buffer, bias)
+        x = rearrange(buffer, "t h w c -> 1 c t h w")
+        return F.conv3d(x, self.weight, bias, self.stride, self.padding)[0].permute(1, 2, 3, 0)
+
+    def _in_pairs(self, buffer: Tensor, bias: Tensor | None) -> Tensor:
         frames = len(buffer) - self.kept
         paired = frames - frames % 2
         out = buffer.new_empty(frames, *buffer.shape[1:3], self.out_channels)
@@ -96,13 +113,13 @@ class CausalConv(nn.Conv3d):
             a, b, c, d = (buffer[i : i + paired : 2] for i in range(4))
             first, sum_, difference, last = rearrange(self.reduced, "k o h w i -> k o i h w")
             both, other = convolve_frames(b + c, sum_), convolve_frames(c - b, difference)
-            even = convolve_frames(a - c, first, self.bias).add_(both)
+            even = convolve_frames(a - c, first, bias).add_(both)
             torch.add(even, other, out=out[:paired:2])
-            odd = convolve_frames(b - d, last, self.bias).add_(both)
+            odd = convolve_frames(b - d, last, bias).add_(both)
             torch.sub(odd, other, out=out[1:paired:2])
         if frames > paired:
             first, middle, last = self.weight.unbind(2)
-            alone = convolve_frames(buffer[-3:-2], first, self.bias).add_(convolve_frames(buffer[-2:-1], middle))
+            alone = convolve_frames(buffer[-3:-2], first, bias).add_(convolve_frames(buffer[-2:-1], middle))
             torch.add(alone, convolve_frames(buffer[-1:], last), out=out[-1:])
         return out
 
@@ -114,15 +131,19 @@ def name_memories(module: nn.Module) -> None:
             child.name = name
 
 
-def activate(norm: ChannelNorm, conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
-    """Normalise `x` [T H W C] and apply SiLU, straight into a buffer for `conv`."""
+def activate(norm: ChannelNorm, conv: CausalConv, x: Tensor, memory: Memory, *, bias: Tensor | None = None) -> Tensor:
+    """Normalise `x + bias` [T H W C] and apply SiLU, straight into a buffer for `conv`, which remembers its end."""
+    if norm.fused:
+        return norm_silu(x, bias, norm.gamma.flatten(), conv.past(x, memory), NORM_FLOOR)
+    x = x if bias is None else x + bias
     buffer = conv.buffer(x, memory)
     if can_fuse(x) and x.is_contiguous():
         from model.triton_kernels import rms_silu
 
         rms_silu(x, norm.gamma.flatten(), buffer[conv.kept :], floor=NORM_FLOOR)
-        return buffer
-    F.silu(norm(x, out=buffer[conv.kept :]), inplace=True)
+    else:
+        F.silu(norm(x, out=buffer[conv.kept :]), inplace=True)
+    conv.keep(buffer, memory)
     return buffer
 
 
@@ -130,7 +151,8 @@ def convolve(conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
     """Convolve `x` [T H W C] itself."""
     buffer = conv.buffer(x, memory)
     buffer[conv.kept :] = x
-    return conv(buffer, memory)
+    conv.keep(buffer, memory)
+    return conv(buffer)
 
 
 class ResidualBlock(nn.Module):
@@ -145,10 +167,17 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv3d(n_in, n_out, 1) if n_in != n_out else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        inner = activate(
-            self.norm2, self.conv2, self.conv1(activate(self.norm1, self.conv1, x, memory), memory), memory
-        )
-        return self.conv2(inner, memory).add_(x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x))
+        shortcut = x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x)
+        if self.norm1.fused:
+            return self._fused(x, shortcut, memory)
+        inner = self.conv1(activate(self.norm1, self.conv1, x, memory))
+        return self.conv2(activate(self.norm2, self.conv2, inner, memory)).add_(shortcut)
+
+    def _fused(self, x: Tensor, shortcut: Tensor, memory: Memory) -> Tensor:
+        """The same; the kernel that follows a convolution adds its bias."""
+        inner = self.conv1(activate(self.norm1, self.conv1, x, memory), biased=False)
+        inner = self.conv2(activate(self.norm2, self.conv2, inner, memory, bias=self.conv1.bias), biased=False)
+        return add_shortcut(inner, self.conv2.bias, shortcut)
 
 
 class PlaneAttention(nn.Module):
@@ -282,4 +311,4 @@ class WanDecoder(nn.Module):
         x = self.mid_block(convolve(self.conv_in, latents, memory), memory)
         for block in self.up_blocks:
             x = block(x, memory)
-        return self.conv_out(activate(self.norm_out, self.conv_out, x, memory), memory)
+        return self.conv_out(activate(self.norm_out, self.conv_out, x, memory))

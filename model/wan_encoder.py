@@ -78,5 +78,4 @@ class WanEncoder(nn.Module):
         x = convolve(self.conv_in, frames, memory)
         for block in self.down_blocks:
             x = block(x, memory)
-        buffer = activate(self.norm_out, self.conv_out, self.mid_block(x, memory), memory)
-        return self.conv_out(buffer, memory)
+        return self.conv_out(activate(self.norm_out, self.conv_out, self.mid_block(x, memory), memory))

@@ -23,8 +23,10 @@ class WanVAE(nn.Module):
 
     Attributes:
         tiling: cut frames into tiles to decode them; None decodes them whole.
-        reduced: convolve with fewer products, from rearranged weights. None does so on a CPU only, because it was
-            measured to be faster there.
+        winograd: convolve over time with a third fewer products, from rearranged weights; None does so on a CPU only,
+            because no GPU has measured it.
+        folded: upsample in the convolution that follows, with less than half of its products; None does so on a CPU.
+        fused: compute norms, SiLU, biases and shortcuts with the operators of `model.fused_ops`.
     """
 
     def __init__(self, vae: WanAutoencoder) -> None:
@@ -34,7 +36,9 @@ class WanVAE(nn.Module):
         self.spatial_scale = vae.config.spatial_scale
         self.temporal_scale = vae.config.temporal_scale
         self.tiling: TileConfig | None = None
-        self.reduced: bool | None = None
+        self.winograd: bool | None = None
+        self.folded: bool | None = None
+        self.fused = False
 
     @classmethod
     def from_file(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "WanVAE":
@@ -102,7 +106,9 @@ class WanVAE(nn.Module):
         return StreamingWanDecoder(self, latents_per_call=1)
 
     def _prepare(self) -> None:
-        self.vae.prepare(reduced=self.vae.device.type == "cpu" if self.reduced is None else self.reduced)
+        on_cpu = self.vae.device.type == "cpu"
+        winograd, folded = (on_cpu if choice is None else choice for choice in (self.winograd, self.folded))
+        self.vae.prepare(winograd=winograd, folded=folded, fused=self.fused)
 
 
 class _Stream:

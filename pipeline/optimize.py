@@ -1,4 +1,4 @@
-"""Make a loaded denoiser faster from outside: fused projections, 8-bit products, compilation, CUDA graphs.
+"""Make a loaded denoiser or codec faster from outside: fused projections and kernels, 8-bit products, compilation.
 
 For inference only: what is done here changes no result beyond rounding (8 bits excepted), and no name on disk.
 """
@@ -17,7 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.codec import VideoCodec
+from model.fused_block import FusedBlock
+from model.fused_ops import missing
 from model.transformer import WanTransformer
+from model.wan_vae import WanVAE
 from pipeline.rollout import RolloutConfig
 from pipeline.sequence_parallel import shard_sequence
 from pipeline.steps import most_steps
@@ -67,6 +71,15 @@ class Quantization(Enum):
     """Weights and activations in 8-bit floats, a scale for each row; NVIDIA Ada, Hopper and later."""
 
 
+class Kernels(Enum):
+    """Who computes norms, rotations, residuals and the codec's activations."""
+
+    torch = "torch"
+    """torch, or what its compiler makes of it."""
+    triton = "triton"
+    """The Triton kernels of model/fused_ops.py, on CUDA. They are equal to torch but unmeasured: no GPU has timed them."""
+
+
 @dataclass
 class OptimizeConfig:
     """What to do to a denoiser before inference."""
@@ -77,6 +90,10 @@ class OptimizeConfig:
     """Compile the blocks. The first chunks then take about half a minute longer."""
     quantize: Quantization = Quantization.off
     """8-bit matrix products."""
+    kernels: Kernels = Kernels.torch
+    """triton: fused kernels in the denoiser's blocks and in the Wan VAE; see docs/performance.md, "Fused kernels"."""
+    codec_winograd: bool = False
+    """Let the Wan VAE convolve over time by Winograd's F(2, 3) on a GPU too, as it always does on a CPU. Unmeasured."""
     sequence_parallel: bool = False
     """Under torchrun, all processes make one stream together, each with part of the tokens of every frame."""
 
@@ -95,13 +112,15 @@ def optimize(
         UserError: 8-bit floats on a device that has none, or torchao is missing.
     """
     transformer.requires_grad_(False)
-    if config.fuse_qkv:
+    if config.fuse_qkv or config.kernels is Kernels.triton:
         for block in transformer.blocks:
             block.self_attn.fuse(keep_parts=streamed)
     if streamed:
         return
     if config.quantize is not Quantization.off:
         quantize(transformer.blocks, config.quantize)
+    if config.kernels is Kernels.triton:
+        fuse_blocks(transformer)
     if config.sequence_parallel and dist.is_initialized():
         shard_sequence(transformer)
     mode = config.compile
@@ -159,6 +178,39 @@ def quantize(blocks: nn.Module, kind: Quantization) -> None:
         case Quantization.fp8:
             scheme = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
     ao.quantize_(blocks, scheme)
+
+
+def fuse_blocks(transformer: WanTransformer) -> None:
+    """Let the blocks compute with the operators of :mod:`model.fused_ops`; their products must be joined already.
+
+    Raises:
+        UserError: triton is not installed, or the device is not CUDA.
+    """
+    require_kernels(next(transformer.parameters()).device)
+    for layer, block in enumerate(transformer.blocks):
+        transformer.blocks[layer] = FusedBlock(block)
+    transformer.static_cache = True
+
+
+def optimize_codec(codec: VideoCodec, config: OptimizeConfig) -> None:
+    """Choose how a codec computes; a TinyVAE has one way only.
+
+    Raises:
+        UserError: `kernels=triton` without triton or CUDA.
+    """
+    if not isinstance(codec, WanVAE):
+        return
+    if config.kernels is Kernels.triton:
+        require_kernels(codec.vae.device)
+        codec.fused = codec.folded = True
+    if config.codec_winograd:
+        codec.winograd = True
+
+
+def require_kernels(device: torch.device) -> None:
+    """Raise UserError if the kernels of :mod:`model.fused_ops` cannot run on this device."""
+    if lacking := missing(device):
+        raise UserError(f"optimize.kernels=triton needs {lacking}; use optimize.kernels=torch")
 
 
 def compile_blocks(transformer: WanTransformer, mode: CompileMode, *, backend: str = "inductor") -> None:

@@ -16,7 +16,7 @@ from model.prompt_cache import PromptCache
 from pipeline.config import PipelineConfig, Sampler
 from pipeline.loading import load_codec, load_denoiser, load_prompt_cache
 from pipeline.memory import PROFILES, Profile, TextPlacement
-from pipeline.optimize import optimize, rollout_flops
+from pipeline.optimize import optimize, optimize_codec, rollout_flops
 from pipeline.rollout import RolloutConfig
 from pipeline.sampling import SamplingConfig
 from pipeline.sizes import token_size
@@ -79,10 +79,12 @@ def load_pipeline(
         streamed=profile.stream_generator,
         flops_ahead=_flops_ahead(config, denoiser, prompts),
     )
+    codec = load_codec(config.codec, tiled=profile.tile_codec, **options)
+    optimize_codec(codec, config.optimize)
     return TextToVideo(
         denoiser,
         text_encoder,
-        load_codec(config.codec, tiled=profile.tile_codec, **options),
+        codec,
         config.rollout,
         sampler=config.sampler,
         sampling=config.sampling,

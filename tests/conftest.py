@@ -1,4 +1,7 @@
-"""One thread a process, an empty home folder, and tests marked `gpu` skipped on machines without a CUDA device."""
+"""One thread a process, an empty home folder; without a CUDA device, tests marked `gpu` are skipped.
+
+Triton kernels are then interpreted.
+"""
 
 import atexit
 import os
@@ -17,6 +20,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton reads this when it is first imported, and torch.compile imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

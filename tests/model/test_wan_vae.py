@@ -56,6 +56,12 @@ def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     assert (ours - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+def choose(codec: WanVAE, monkeypatch: pytest.MonkeyPatch, reduced: bool) -> None:
+    """Convolve with fewer products, or as written."""
+    for name in ("winograd", "folded"):
+        monkeypatch.setattr(codec, name, reduced)
+
+
 def statistics(theirs: AutoencoderKLWan) -> list[torch.Tensor]:
     return [torch.tensor(theirs.config[key])[:, None, None] for key in ("latents_mean", "latents_std")]
 
@@ -64,7 +70,7 @@ def statistics(theirs: AutoencoderKLWan) -> list[torch.Tensor]:
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("chunks", [[5], [1, 1, 1, 1, 1], [3, 2], [1, 4]])
 def test_streaming_decode_in_any_chunking_equals_diffusers(codec, theirs, monkeypatch, chunks, reduced) -> None:
-    monkeypatch.setattr(codec, "reduced", reduced)
+    choose(codec, monkeypatch, reduced)
     z = latents(5)
     mean, std = statistics(theirs)
     expected = theirs.decode((z * std + mean).transpose(1, 2)).sample.transpose(1, 2)
@@ -78,7 +84,7 @@ def test_streaming_decode_in_any_chunking_equals_diffusers(codec, theirs, monkey
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("chunks", [[13], [1, 4, 4, 4], [5, 8]])
 def test_streaming_encode_in_any_chunking_equals_diffusers(codec, theirs, monkeypatch, chunks, reduced) -> None:
-    monkeypatch.setattr(codec, "reduced", reduced)
+    choose(codec, monkeypatch, reduced)
     frames = clip(13)
     mean, std = statistics(theirs)
     mode = theirs.encode(frames.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
@@ -167,7 +173,8 @@ def test_a_gpu_in_half_precision_gives_nearly_the_same_frames(codec, folder, mon
     z = latents(5, 8, 10)
     expected = codec.decode(z)
     there = WanVAE.from_file(folder, dtype=torch.bfloat16).to("cuda")
-    there.reduced, there.tiling = reduced, tiling
+    there.winograd = there.folded = reduced
+    there.tiling = tiling
     decoder = there.streaming_decoder()
     frames = torch.cat([decoder.decode(piece.cuda()) for piece in z.split([1, 2, 2], dim=1)], dim=1)
     assert frames.is_cuda
@@ -274,7 +281,7 @@ def test_half_precision_weights_take_float32_latents(codec: WanVAE, folder: Path
     half = WanVAE.from_file(folder, dtype=dtype)
     assert half.vae.dtype is dtype
     for reduced in (False, True):
-        half.reduced = reduced
+        half.winograd = half.folded = reduced
         assert (half.decode(latents(2)) - codec.decode(latents(2))).abs().mean() < 0.02
         assert (half.encode(clip(5)) - codec.encode(clip(5))).abs().mean() < 0.02
 
