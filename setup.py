@@ -30,6 +30,7 @@ setup(
         "kernels": ["triton>=3"],  # torch for CUDA brings it; on a CPU only the tests of the kernels use it
         "wandb": ["wandb>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
+        "triton": ["triton>=3.2"],  # optimize.kernels=triton; torch brings it on Linux with CUDA
         "quant": ["torchao>=0.10"],
         "dev": requirements("requirements-dev.txt"),
     },

@@ -77,7 +77,7 @@ class Kernels(Enum):
     torch = "torch"
     """torch, or what its compiler makes of it."""
     triton = "triton"
-    """The Triton kernels of model/fused_ops.py, on CUDA. They are equal to torch but unmeasured: no GPU has timed them."""
+    """The Triton kernels of model/fused_ops.py, on CUDA. No GPU has measured them yet."""
 
 
 @dataclass

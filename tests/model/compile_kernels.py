@@ -7,10 +7,14 @@ memory and of machine code. Do not set TRITON_INTERPRET.
 """
 
 import json
+import sys
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import fused_kernels as kernels
 

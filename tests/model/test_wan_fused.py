@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.fused_ops import add_shortcut
-from model.wan_decoder import CausalConv, ChannelNorm, activate
 from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+from model.wan_decoder import CausalConv, ChannelNorm, activate
 from model.wan_vae import WanVAE
 from pipeline.optimize import Kernels, OptimizeConfig, optimize_codec
 from tests.parity import random, relative_error
