@@ -27,7 +27,7 @@ from model.rope import apply_rotary
 T = TypeVar("T")
 
 RECOMPUTED = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-"""Run a module whose activations backward computes again. Nothing in a block is random, so no random state is kept."""
+"""Run a module; backward computes its activations again. A block is not random, so no random state is stored."""
 
 
 def _call(module: Callable[..., T], *args, **options) -> T:
@@ -35,10 +35,10 @@ def _call(module: Callable[..., T], *args, **options) -> T:
 
 
 class PatchEmbedding(nn.Conv3d):
-    """Latents to tokens. The patches do not overlap, so the convolution is a matrix product of rearranged latents."""
+    """Turns latents into tokens. Patches do not overlap, so the convolution is one product of rearranged latents."""
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents [B F c H W] -> [B F T C]."""
+        """Turn latents [B F c H W] into tokens [B F T C]."""
         _, rows, columns = self.kernel_size
         patches = rearrange(latents, "b f c (h p) (w q) -> b f (h w) (c p q)", p=rows, q=columns)
         return F.linear(patches, self.weight.flatten(1), self.bias)
@@ -64,12 +64,12 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """``norm(x) (1 + scale) + shift``: x [B F T C], shift and scale [B f 1 C]; without weights of its own."""
+        """Return ``norm(x) (1 + scale) + shift``: x [B F T C], shift and scale [B f 1 C]. The norm has no weights."""
         if can_fuse(x):
             from model.triton_kernels import layer_norm_modulate
 
             return layer_norm_modulate(x, shift, scale, eps=self.eps)
-        if shift.numel() == x.shape[-1]:  # the same for every token, so it can be the weights: one operation
+        if shift.numel() == x.shape[-1]:  # equal for all tokens: use them as the weights, in one operation
             weight, bias = (1 + scale).float().flatten(), shift.float().flatten()
             return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
         return torch.addcmul(shift, self(x), 1 + scale)
@@ -78,7 +78,8 @@ class LayerNorm(nn.LayerNorm):
 class GELU(nn.Module):
     """The tanh approximation of GELU.
 
-    As ``x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))``, the same function, it is three times faster on a CPU.
+    It is computed as ``x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))``. This is the same function and three times faster
+    on a CPU.
     """
 
     LINEAR = 2 * (2 / math.pi) ** 0.5
@@ -92,7 +93,7 @@ class GELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections shared by self- and cross-attention; q and k are RMS-normed over the whole model dim."""
+    """The projections of self- and cross-attention. q and k are RMS-normed over the whole model dim."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -105,14 +106,14 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[... C] -> [... N D]."""
+        """Split [... C] into heads [... N D]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
 
 class FusedProjection(nn.Module):
-    """q, k and v of a :class:`SelfAttention` in one product, norms and rotation of q and k in one operation each.
+    """Computes q, k and v of a :class:`SelfAttention` in one product, then normalises and rotates q and k.
 
-    For inference: it takes the place of q, k, v, norm_q and norm_k, whose names and shapes its ``state_dict`` keeps.
+    It is for inference. It replaces q, k, v, norm_q and norm_k, but its ``state_dict`` keeps their names and shapes.
     """
 
     NAMES = ("q", "k", "v")
@@ -129,14 +130,14 @@ class FusedProjection(nn.Module):
         self.register_state_dict_post_hook(_split_names)
 
     def forward(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B F T C] -> q, k, v [B F T N D], q and k normed and rotated."""
+        """Project x [B F T C] to q, k, v [B F T N D]. q and k are normed and rotated."""
         return split_heads(self.qkv(x), self.norm, rotary, num_heads=self.num_heads, eps=self.eps)
 
 
 def split_heads(
     qkv: Tensor, norm: Tensor, rotary: Tensor, *, num_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Joint product qkv [B F T 3C], norm weights [2 C] of q and k -> q, k, v [B F T N D]; q and k normed, rotated."""
+    """Split the product qkv [B F T 3C] into q, k, v [B F T N D]. Norm q and k by their weights [2 C]; rotate both."""
     parts = qkv.unflatten(-1, (3, -1))
     if can_fuse(qkv) and qkv.is_contiguous():
         from model.triton_kernels import norm_rotary
@@ -151,7 +152,7 @@ def split_heads(
 
 
 def _split_names(module: FusedProjection, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    """Give a fused projection's part of a state dict the names of the layers it was made from."""
+    """Rename a fused projection in a state dict: its parts get the names of the original layers."""
     outer = prefix.removesuffix("fused.")
     for part in ("weight", "bias"):
         for name, tensor in zip(module.NAMES, state.pop(f"{prefix}qkv.{part}").chunk(3), strict=True):
@@ -161,9 +162,9 @@ def _split_names(module: FusedProjection, state: dict[str, Tensor], prefix: str,
 
 
 class VideoAttention(nn.Module):
-    """The products of self-attention: over the whole clip, under a mask, or against a KV cache.
+    """Computes self-attention from q, k and v: over the whole clip, with a mask, or with a KV cache.
 
-    A module without parameters, so that hooks can exchange its inputs and outputs between processes.
+    It has no parameters. It is a module so that hooks can exchange its inputs and outputs between processes.
     """
 
     def forward(
@@ -178,9 +179,9 @@ class VideoAttention(nn.Module):
         output_frames: int,
         backend: AttentionBackend,
     ) -> Tensor:
-        """q, k, v [B F T N D] -> [B output_frames T N D], the last frames.
+        """Attend with q, k, v [B F T N D]. The result is [B output_frames T N D], for the last frames.
 
-        With a cache, each of ``chunks`` attends to itself and to what the cache shows it.
+        With a cache, each of ``chunks`` attends to itself and to its visible frames in the cache.
         """
         if cache is None:
             out = attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask=mask, backend=backend)
@@ -197,7 +198,7 @@ class VideoAttention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Attention over the video."""
+    """Self-attention over the video."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__(dim, num_heads, eps)
@@ -206,11 +207,11 @@ class SelfAttention(Attention):
         self.joins_parts = False
 
     def fuse(self, *, keep_parts: bool = False) -> None:
-        """Project q, k and v in one product from now on; for inference.
+        """Project q, k and v in one product from now on. For inference.
 
         Args:
-            keep_parts: leave the weights of q, k and v apart and join them for each product, because streamed weights
-                are there only while the layer computes. The result is the same to the last bit.
+            keep_parts: keep the weights of q, k and v apart, and join them for each product. Streamed weights need
+                this, because they exist only while the layer computes. The result is the same to the last bit.
         """
         if keep_parts:
             self.joins_parts = True
@@ -219,7 +220,7 @@ class SelfAttention(Attention):
             del self.q, self.k, self.v, self.norm_q, self.norm_k
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B F T C] -> q, k, v [B F T N D], q and k normed and rotated."""
+        """Project x [B F T C] to q, k, v [B F T N D]. q and k are normed and rotated."""
         if self.fused is not None:
             return self.fused(x, rotary)
         if self.joins_parts:
@@ -229,7 +230,7 @@ class SelfAttention(Attention):
         return q, k, self.heads(self.v(x))
 
     def project_joined(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`project`, with the weights joined for this one product."""
+        """Like :meth:`project`, but join the weights for this one product."""
         linears = (self.q, self.k, self.v)
         weight = torch.cat([linear.weight for linear in linears])
         qkv = F.linear(x, weight, torch.cat([linear.bias for linear in linears]))
@@ -237,30 +238,30 @@ class SelfAttention(Attention):
         return split_heads(qkv, norm, rotary, num_heads=self.num_heads, eps=self.norm_q.eps)
 
     def forward(self, x: Tensor, rotary: Tensor, **options) -> Tensor:
-        """x [B F T C] -> [B output_frames T C].
+        """Attend: x [B F T C] -> [B output_frames T C].
 
-        ``rotary`` as made by :func:`model.rope.rotary_table`, options as :class:`VideoAttention` takes them.
+        ``rotary`` comes from :func:`model.rope.rotary_table`. The options are those of :class:`VideoAttention`.
         """
         out = self.core(*self.project(x, rotary), **options)
         return self.o(out.flatten(-2)) if out.shape[1] else out.flatten(-2)
 
 
 class CrossAttention(Attention):
-    """Attention to the prompt; padded text tokens are attended to, as Wan was trained."""
+    """Cross-attention to the prompt. Padded text tokens take part, as in Wan's training."""
 
     def key_value(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B L N D] of embedded text [B L C]."""
+        """Return the keys and values [B L N D] of embedded text [B L C]."""
         return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
 
     def forward(self, x: Tensor, text: CachedText, *, backend: AttentionBackend) -> Tensor:
-        """x [B F T C] attends to the keys and values of a prompt -> [B F T C]."""
+        """Let x [B F T C] attend to the keys and values of a prompt. Returns [B F T C]."""
         q = self.heads(self.norm_q(self.q(x)))
         out = attention(q.flatten(1, 2), text.k, text.v, bias=text.bias, backend=backend.for_text())
         return self.o(out.flatten(-2).view_as(x))
 
 
 class Block(nn.Module):
-    """One transformer block; shift, scale and gate of both branches come from the timestep of each frame."""
+    """One transformer block. The timestep of each frame gives shift, scale and gate of both branches."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -285,9 +286,9 @@ class Block(nn.Module):
         output_frames: int | None = None,
         backend: AttentionBackend = AttentionBackend.auto,
     ) -> Tensor:
-        """x [B F T C], modulation [B f 6 C] -> [B F T C], or only the last ``output_frames`` frames of it.
+        """Apply the block to x [B F T C] with modulation [B f 6 C]. Returns the last ``output_frames`` frames, or all.
 
-        ``cache`` is the cache of this block alone: a compiled block then serves every layer.
+        ``cache`` is the cache of this one block, so one compiled block can be used for every layer.
         """
         frames = x.shape[1]
         wanted = frames if output_frames is None else output_frames
@@ -315,7 +316,7 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.ModuleList):
-    """All blocks in a row. It is a module, so that it can be compiled or given hooks as a whole."""
+    """All blocks in sequence. It is a module so that it can be compiled, or get hooks, as a whole."""
 
     def forward(
         self,
@@ -332,12 +333,12 @@ class BlockStack(nn.ModuleList):
         kept: Sequence[int],
         checkpointing: bool,
     ) -> list[Tensor]:
-        """Hidden states after each of the blocks ``kept``, ascending; the last block gives ``output_frames`` frames.
+        """Return the hidden states after each block in ``kept`` (ascending). The last has ``output_frames`` frames.
 
         Args:
-            x, modulation, rotary, mask, chunks, backend: as :meth:`Block.forward`.
-            texts: one a block: embedded text [B L C], or its keys and values.
-            caches: one a block.
+            x, modulation, rotary, mask, chunks, backend: as in :meth:`Block.forward`.
+            texts: one for each block: embedded text [B L C], or its keys and values.
+            caches: one for each block.
             checkpointing: recompute blocks in backward.
         """
         outputs, last = [], len(self) - 1
@@ -351,7 +352,7 @@ class BlockStack(nn.ModuleList):
             }
             run = RECOMPUTED if checkpointing else _call
             text = texts[layer]
-            if isinstance(text, Tensor):  # outside the block: its layers may be sharded apart, for caches of a prompt
+            if isinstance(text, Tensor):  # not in the block: these layers may be sharded apart
                 text = CachedText(*run(block.cross_attn.key_value, text), None)
             x = run(block, x, modulation, text, rotary, **options)
             if layer in kept:
@@ -360,7 +361,7 @@ class BlockStack(nn.ModuleList):
 
 
 class Head(nn.Module):
-    """Modulated projection of tokens to patches."""
+    """A modulated projection from tokens to patches."""
 
     def __init__(self, dim: int, patch_dim: int, eps: float) -> None:
         super().__init__()
@@ -369,19 +370,19 @@ class Head(nn.Module):
         self.modulation = random_modulation(2, dim)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [B F T C], time embedding [B f C] -> [B F T patch_dim]."""
+        """Project x [B F T C] with time embedding [B f C] to [B F T patch_dim]."""
         shift, scale = (self.modulation + embedding.unsqueeze(2)).unsqueeze(3).unbind(2)
         return self.head(self.norm.modulated(x, shift, scale))
 
 
 def random_modulation(rows: int, dim: int) -> nn.Parameter:
-    """[1 rows C] of variance ``1 / dim``; uniform, as normal numbers on the meta device cost seconds of imports."""
+    """Draw [1 rows C], uniform with variance ``1 / dim``. Normal draws on the meta device cost seconds of imports."""
     bound = (3 / dim) ** 0.5
     return nn.Parameter(torch.empty(1, rows, dim).uniform_(-bound, bound))
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Cosines then sines of timesteps at frequencies ``10000^(-i / (dim / 2))``: [...] -> [... dim] float32."""
+    """Embed timesteps [...] as [... dim] float32: first cosines, then sines, at ``10000^(-i / (dim / 2))``."""
     precision = torch.float32 if timesteps.device.type == "mps" else torch.float64
     half = dim // 2
     exponent = torch.arange(half, dtype=precision, device=timesteps.device) / half

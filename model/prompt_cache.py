@@ -15,17 +15,17 @@ from model.text_encoder import TextEncoder, clean_prompt
 
 
 class PromptCache:
-    """The embeddings of the prompts used last, for a frozen encoder.
+    """Stores the embeddings of the most recent prompts of a frozen encoder.
 
-    It has the encoder's `encode`, without gradients. What it keeps lies on the CPU without padding.
+    Its `encode` is that of the encoder, without gradients. It stores embeddings on the CPU, without padding.
 
     Args:
         encoder: an encoder, or a function that loads one when a prompt first needs it.
-        max_prompts: how many embeddings are kept; the ones used longest ago go first.
-        files: embeddings of earlier runs; None keeps none.
-        keep_encoder: False frees the encoder, which must be one that is loaded here, as soon as it has encoded.
-        device: where embeddings go; None is where the encoder puts them.
-        dtype: type of the embeddings; None is the encoder's.
+        max_prompts: how many embeddings are stored. The least recently used ones are dropped first.
+        files: embeddings of earlier runs. None: no files are read or written.
+        keep_encoder: False frees the encoder as soon as it has encoded. `encoder` must then be a function.
+        device: the device of the embeddings; None is the encoder's output device.
+        dtype: the type of the embeddings; None is the encoder's.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class PromptCache:
         self.keep_encoder = keep_encoder
         self.device = device
         self.dtype = dtype
-        self._prompts: OrderedDict[str, StoredPrompt] = OrderedDict()  # the first was used longest ago
+        self._prompts: OrderedDict[str, StoredPrompt] = OrderedDict()  # least recently used first
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B L D] of B prompts."""
+        """Return the embeddings [B L D] of B prompts."""
         return torch.stack(
             [
                 F.pad(
@@ -63,12 +63,12 @@ class PromptCache:
         )
 
     def load(self) -> None:
-        """Load the encoder now, so that the first prompt need not wait for it."""
+        """Load the encoder now, so that the first prompt does not wait for it."""
         if self._encoder is None:
             self._encoder = self._load()
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode prompts that are needed later, however many, while the encoder may take all the memory."""
+        """Encode any number of prompts before they are needed, while the encoder may use all the memory."""
         self.max_prompts = max(self.max_prompts, len(prompts))
         for _ in self._recall(prompts):
             pass

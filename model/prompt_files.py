@@ -1,4 +1,4 @@
-"""Prompt embeddings kept on disk between runs: a run whose prompts are all there never loads its text encoder.
+"""Prompt embeddings on disk, kept between runs. If all prompts of a run are there, no text encoder is loaded.
 
 Letters: l tokens of a prompt, D embedding channels.
 """
@@ -34,15 +34,15 @@ class StoredPrompt(NamedTuple):
     embeds: Tensor
     """[l D]."""
     text_len: int
-    """Tokens to pad it to."""
+    """The number of tokens after padding."""
 
 
 @dataclass
 class EncoderMemory:
-    """What is remembered of an encoder, so that its files may be deleted once its prompts are stored."""
+    """Facts about an encoder that are stored, so that its files may be deleted after its prompts are stored."""
 
     encoder: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    """Hash of all that decides its embeddings."""
+    """The hash of everything that its embeddings depend on."""
     dim: Annotated[int, Field(ge=1, le=2**20)]
     """Embedding channels D."""
     text_len: Annotated[int, Field(ge=1, le=MAX_TEXT_LEN)]
@@ -53,9 +53,9 @@ class PromptFiles:
     """One safetensors file for each prompt, named by a hash of the encoder and of the cleaned prompt.
 
     Args:
-        folder: made with the first file.
-        memory: identifies what embeds the prompts, and says its sizes.
-        dtype: of the embeddings.
+        folder: is created with the first file.
+        memory: identifies the encoder and gives its sizes.
+        dtype: the type of the embeddings.
     """
 
     def __init__(self, folder: str | Path, memory: EncoderMemory, dtype: torch.dtype) -> None:
@@ -65,17 +65,17 @@ class PromptFiles:
         self.dtype = dtype
 
     def path(self, prompt: str) -> Path:
-        """The file of a cleaned prompt."""
+        """Return the file of a cleaned prompt."""
         digest = hashlib.sha256(f"{self.encoder}\n{prompt}".encode()).hexdigest()
         return self.folder / f"{digest[:40]}.safetensors"
 
     def holds(self, prompt: str) -> bool:
-        """Whether a cleaned prompt's embedding is there and fits the encoder."""
+        """Return whether the embedding of a cleaned prompt is there and fits the encoder."""
         path = self.path(prompt)
         return path.is_file() and isinstance(self._load(path), StoredPrompt)
 
     def read(self, prompt: str) -> StoredPrompt | None:
-        """The stored embedding of a cleaned prompt; None, after a warning, if its file does not fit."""
+        """Return the stored embedding of a cleaned prompt. If its file does not fit, warn and return None."""
         path = self.path(prompt)
         if not path.is_file():
             return None
@@ -86,7 +86,7 @@ class PromptFiles:
         return stored
 
     def write(self, prompt: str, stored: StoredPrompt) -> None:
-        """Keep the embedding of a cleaned prompt; a folder that cannot be written to gives a warning."""
+        """Store the embedding of a cleaned prompt. If the folder cannot be written to, warn."""
         try:
             state = {"embeds": stored.embeds, "text_len": torch.tensor(stored.text_len)}
             save_safetensors(self.path(prompt), state)
@@ -94,7 +94,7 @@ class PromptFiles:
             log.warning("%s: prompt embeddings are not kept: %s", self.folder, error.strerror or error)
 
     def _load(self, path: Path) -> StoredPrompt | Exception:
-        """The content of a file, or the reason why it does not fit."""
+        """Return the content of a file, or the reason why it does not fit."""
         try:
             state = read_file(path)
             stored = StoredPrompt(state["embeds"].clone(), int(state["text_len"]))
@@ -118,10 +118,10 @@ class PromptFiles:
 def open_prompt_files(
     folder: str | Path, weights: str | Path, tokenizer_folder: str | Path | None, dtype: torch.dtype
 ) -> PromptFiles | None:
-    """The prompts that an encoder has stored in `folder`; None if the encoder is not there and never was.
+    """Open the prompts that an encoder has stored in `folder`. None if the encoder is missing and has no stored hash.
 
-    Embeddings belong to all that decides them: weights, tokenizer, config.json and dtype, by a hash. The hash is
-    remembered under the encoder's path, so that an encoder may be deleted once its prompts are stored.
+    A hash of weights, tokenizer, config.json and dtype identifies the encoder. The hash is stored under the encoder's
+    path, so the encoder may be deleted after its prompts are stored.
     """
     folder = Path(folder).expanduser()
     place = f"{Path(weights).absolute()}\n{tokenizer_folder}\n{dtype}"
@@ -139,7 +139,7 @@ def open_prompt_files(
 
 
 def encoder_digest(weights: str | Path, tokenizer_folder: str | Path | None, dtype: torch.dtype) -> str:
-    """A hash of all that decides an encoder's embeddings: weights, tokenizer, config.json and dtype."""
+    """Return the hash of everything that the embeddings depend on: weights, tokenizer, config.json and dtype."""
     source = find_part(weights, "text_encoder")
     digest = hashlib.sha256(f"{weights_hash(source)}\n{dtype}".encode())
     tokenizer = find_tokenizer(source, tokenizer_folder)

@@ -1,4 +1,4 @@
-"""Rotary position embedding over three axes (time, height, width), made on the CPU for any frame index.
+"""Rotary position embedding over three axes (time, height, width). Tables are made on the CPU, for any frame index.
 
 Shapes: B batch, F frames, T tokens a frame, N heads, D head dim. A table holds cosine and sine in its last dimension.
 """
@@ -16,13 +16,13 @@ BASE = 10000.0
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of the ``head_dim / 2`` rotated pairs belong to time, height and width."""
+    """Return how many of the ``head_dim / 2`` rotated pairs belong to time, height and width."""
     spatial = head_dim // 2 // 3
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
 def _table(positions: Tensor, pairs: int) -> Tensor:
-    """Cosines and sines [... pairs 2] of positions [...], computed in float64."""
+    """Return the cosines and sines [... pairs 2] of positions [...], computed in float64."""
     frequencies = BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angles = positions.double()[..., None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
@@ -31,7 +31,7 @@ def _table(positions: Tensor, pairs: int) -> Tensor:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # a table kept from generation must also serve training
 def _spatial_table(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Height and width of every token of a frame: [T P 2]."""
+    """Return the part of the table for height and width, for every token of a frame: [T P 2]."""
     _, height_pairs, width_pairs = axis_pairs(head_dim)
     rows = _table(torch.arange(height), height_pairs)[:, None].expand(-1, width, -1, -1)
     columns = _table(torch.arange(width), width_pairs)[None].expand(height, -1, -1, -1)
@@ -41,10 +41,10 @@ def _spatial_table(height: int, width: int, head_dim: int, device: torch.device)
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def rotary_table(frames: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines for every token of the given frames.
+    """Return the cosines and sines for every token of the given frames.
 
     Args:
-        frames: absolute latent frame index of each frame, in sequence order; any size, repeats allowed.
+        frames: absolute latent frame index of each frame, in sequence order. Indices may be large and may repeat.
         height, width: tokens per frame on each axis.
 
     Returns:
@@ -58,7 +58,7 @@ def rotary_table(frames: tuple[int, ...], height: int, width: int, head_dim: int
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def shift_table(frames: int, head_dim: int, device: torch.device) -> Tensor:
-    """Moves keys that are already rotated on by ``frames`` latent frames: [1 1 1 D/2 2]."""
+    """Return the table [1 1 1 D/2 2] that moves already rotated keys by ``frames`` latent frames."""
     time_pairs, height_pairs, width_pairs = axis_pairs(head_dim)
     moved, still = _table(torch.tensor(frames), time_pairs), _table(torch.tensor(0), height_pairs + width_pairs)
     return send(torch.cat([moved, still])[None, None, None], device)
@@ -67,7 +67,7 @@ def shift_table(frames: int, head_dim: int, device: torch.device) -> Tensor:
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Rotate interleaved pairs of x [B F T N D] by ``table`` (see :func:`rotary_table`), in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # complex numbers do not fuse
+    if torch.compiler.is_compiling():  # torch.compile does not fuse complex numbers
         (real, imaginary), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     else:

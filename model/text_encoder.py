@@ -34,11 +34,11 @@ class TextEncoderConfig:
     num_layers: int = 2
     """Encoder blocks."""
     num_heads: int = 4
-    """Attention heads; they divide dim."""
+    """Attention heads; dim is a multiple of it."""
     ffn_dim: int = 128
     """Hidden channels of the gated feed-forward layers."""
     text_len: int = 16
-    """Tokens L a prompt is padded or cut to, the closing one included."""
+    """The number of tokens L to which a prompt is padded or cut, the closing token included."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -52,9 +52,9 @@ class TextEncoder(nn.Module):
     """A UMT5 encoder with its tokenizer. Device and dtype are the model's.
 
     Args:
-        text_len: tokens L that a prompt is padded or cut to.
-        input_device: the device of the token ids, for a model whose weights wait on another device until they compute.
-            None is the model's device.
+        text_len: the number of tokens L to which a prompt is padded or cut.
+        input_device: the device of the token ids. It matters if the weights wait on another device until they are
+            used. None is the model's device.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class TextEncoder(nn.Module):
         return self.model.config.d_model
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B L D] of B prompts, zero past each prompt's own length; differentiable when grad is enabled.
+        """Return the embeddings [B L D] of B prompts, with zeros after the end of each prompt. Differentiable.
 
-        Prompts are cleaned first. One of more than `text_len` tokens is cut, but keeps its closing token. An embedding
-        does not depend on the other prompts. Without grad prompts are encoded one at a time, so that this holds to the
-        last bit; with grad it holds up to rounding.
+        Prompts are cleaned first. A prompt of more than `text_len` tokens is cut, but keeps its closing token. An
+        embedding does not depend on the other prompts. Without grad this is exact to the last bit, because prompts are
+        encoded one at a time. With grad it is true up to rounding.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"encode() takes a non-empty list of prompts, not {prompts!r}")
@@ -100,17 +100,17 @@ class TextEncoder(nn.Module):
         return self.encode_tokens(tokens["input_ids"], tokens["attention_mask"])
 
     def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [B L D] of token ids [B l] whose mask [B l] is 1 on tokens and 0 on padding, l <= L."""
+        """Return the embeddings [B L D] of token ids [B l], l <= L. The mask [B l] is 1 for tokens, 0 for padding."""
         embeds = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         embeds = embeds.masked_fill(mask[..., None] == 0, 0)
         return F.pad(embeds, (0, 0, 0, self.text_len - ids.shape[1]))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the tokenizer's files, each renamed into place when complete."""
+        """Write config.json, model.safetensors and the tokenizer. Each file gets its name only when it is complete."""
         folder = Path(folder)
         config = self.model.config.to_dict() | {"architectures": [type(self.model).__name__], "text_len": self.text_len}
         state = self.model.state_dict()
-        del state["encoder.embed_tokens.weight"]  # tied to shared.weight, as transformers stores it too
+        del state["encoder.embed_tokens.weight"]  # it equals shared.weight; transformers stores it once too
         save_folder(folder, state, config)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             self.tokenizer.save_pretrained(beside)
@@ -132,24 +132,24 @@ class TextEncoder(nn.Module):
         Args:
             path: a folder written by `save_pretrained`, transformers or diffusers (also a whole pipeline or release),
                 Wan2.1's models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_*.safetensors, or a .gguf file.
-            tokenizer: folder of the tokenizer, or a release with google/umt5-xxl. None takes the one in the weights or
-                with them; so does a folder that does not exist, if the weights have one.
-            text_len: tokens L of a prompt; None takes what config.json says, or Wan's 512.
-            dtype: None keeps the stored one, or bfloat16 for packed weights.
-            device: None leaves the weights on the CPU, memory-mapped unless `dtype` converts them.
+            tokenizer: folder of the tokenizer, or a release with google/umt5-xxl. None takes the tokenizer in the
+                weights or beside them. A missing folder is ignored if the weights have a tokenizer.
+            text_len: tokens L of a prompt; None takes the value of config.json, else Wan's 512.
+            dtype: None keeps the stored dtype, or takes bfloat16 for packed weights.
+            device: None leaves the weights on the CPU. They are memory-mapped unless `dtype` converts them.
 
         Raises:
-            UserError: a file is missing, damaged, not a UMT5 encoder's, or the tokenizer has more tokens than it.
+            UserError: a file is missing or damaged, it is no UMT5 encoder, or the tokenizer has too many tokens for it.
         """
         loaded = read_encoder(path, tokenizer=tokenizer, text_len=text_len, dtype=dtype, device=device)
         return cls(*loaded)
 
 
 def build_text_encoder(vocabulary: Iterable[str], config: TextEncoderConfig, *, seed: int = 0) -> TextEncoder:
-    """An untrained encoder whose tokenizer knows the words of `vocabulary` (words or whole prompts), in lower case.
+    """Build an untrained encoder. Its tokenizer knows the words of `vocabulary` (words or prompts), in lower case.
 
-    The same vocabulary, config and seed give the same encoder. Words it does not know share one token; the empty
-    prompt is the closing token alone.
+    The same vocabulary, config and seed give the same encoder. All unknown words share one token. The empty prompt
+    consists of the closing token only.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -163,12 +163,12 @@ def build_text_encoder(vocabulary: Iterable[str], config: TextEncoderConfig, *, 
         num_heads=config.num_heads,
         dropout_rate=0.0,
     )
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
+    with torch.random.fork_rng(devices=[]):  # transformers uses the global generator for initial weights
         torch.manual_seed(seed)
         model = UMT5EncoderModel(umt5)
     return TextEncoder(model, tokenizer, config.text_len)
 
 
 def clean_prompt(prompt: str) -> str:
-    """Mend broken Unicode, resolve HTML entities (twice: they are often escaped twice), collapse white space."""
+    """Repair broken Unicode, resolve HTML entities (twice, as many are escaped twice), and collapse white space."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()

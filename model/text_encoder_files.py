@@ -1,4 +1,4 @@
-"""The text encoder's files: UMT5 weights from any release, the sizes that config.json or their shapes say.
+"""The files of the text encoder: UMT5 weights from any release, and sizes from config.json or tensor shapes.
 
 Letters: D embedding channels, L tokens of a prompt with its padding.
 """
@@ -31,12 +31,12 @@ Size = Annotated[int, Field(strict=True, ge=1, le=2**20)]
 
 @dataclass
 class EncoderFile:
-    """The entries of a UMT5 config.json that are used, by transformers' names; the others are ignored."""
+    """The entries of a UMT5 config.json that are used, with the names of transformers. Other entries are ignored."""
 
     model_type: str = ""
     """Must be umt5."""
     text_len: Annotated[int, Field(strict=True, ge=1, le=MAX_TEXT_LEN)] = WAN_TEXT_LEN
-    """Tokens L that a prompt is padded or cut to."""
+    """The number of tokens L to which a prompt is padded or cut."""
     vocab_size: Size | None = None
     d_model: Size | None = None
     d_kv: Size | None = None
@@ -49,13 +49,13 @@ class EncoderFile:
     feed_forward_proj: str | None = None
 
     def sizes(self) -> dict[str, int | float | str]:
-        """The entries that transformers' UMT5Config takes, if they are stated."""
+        """Return the stated entries that UMT5Config of transformers accepts."""
         own = ("model_type", "text_len")
         return {key: value for key, value in vars(self).items() if key not in own and value is not None}
 
 
 class EncoderSizes(NamedTuple):
-    """What a prompt's embedding looks like."""
+    """The sizes of a prompt's embedding."""
 
     dim: int
     """D."""
@@ -93,19 +93,19 @@ def read_encoder(
 
 
 def read_text_len(path: Path) -> int:
-    """Tokens L of a prompt: what config.json says, or Wan's 512."""
+    """Return the tokens L of a prompt: the value of config.json, else Wan's 512."""
     declared = _read_config(path)
     return WAN_TEXT_LEN if declared is None else declared.text_len
 
 
 def read_sizes(path: Path) -> EncoderSizes:
-    """The sizes of embeddings, from the shapes of the weights and config.json; no weight is read."""
+    """Return the sizes of embeddings, from the shapes of the weights and config.json. No weight is read."""
     config = _infer_config(load_state_dict(path), str(path))
     return EncoderSizes(config.d_model, read_text_len(path))
 
 
 def _read_config(path: Path) -> EncoderFile | None:
-    """What config.json says of an encoder's folder; None for a file of weights, or a folder without config.json."""
+    """Read the config.json of an encoder's folder. None for a file of weights, or a folder without config.json."""
     file = path / CONFIG_FILE
     if not file.is_file():
         return None
@@ -119,13 +119,13 @@ def _stated_config(declared: EncoderFile, state: Mapping[str, Tensor], source: s
     from transformers import UMT5Config
 
     layers = count_layers(state, "encoder.block")
-    if declared.num_layers is not None and declared.num_layers > max(1, 2 * layers):  # building it would take long
+    if declared.num_layers is not None and declared.num_layers > max(1, 2 * layers):  # building such a model takes long
         raise UserError(f"{source}: config.json says num_layers={declared.num_layers}; the weights have {layers}")
     return UMT5Config(**declared.sizes(), dropout_rate=0.0)
 
 
 def _infer_config(state: Mapping[str, Tensor], source: str) -> UMT5Config:
-    """A UMT5Config read off the shapes of tensors under transformers' names."""
+    """Infer a UMT5Config from the shapes of tensors that have the names of transformers."""
     from transformers import UMT5Config
 
     first = "encoder.block.0.layer"
@@ -167,16 +167,16 @@ def _build_umt5(
             model = UMT5EncoderModel(config)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{source}: the sizes in config.json do not make a text encoder: {error}") from None
-    if "shared.weight" in state:  # files hold the tied embedding once
+    if "shared.weight" in state:  # files contain the tied embedding once
         embedding = unpack(state["shared.weight"], dtype).to(device, dtype)
         state["shared.weight"] = state["encoder.embed_tokens.weight"] = embedding
     load_into(model, state, source=source, dtype=dtype, device=device)
-    model.set_input_embeddings(model.shared)  # assigning has separated the two
+    model.set_input_embeddings(model.shared)  # assigning separated the two
     return model.eval()
 
 
 def _check_vocabulary(model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, source: str) -> None:
-    """Raise UserError if the tokenizer has ids that the model has no embedding of."""
+    """Raise UserError if the tokenizer has ids for which the model has no embedding."""
     rows, ids = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if ids > rows:
         raise UserError(f"{source}: has embeddings of {rows} tokens, the tokenizer has {ids}; use its own tokenizer")

@@ -1,4 +1,4 @@
-"""Decoding a large frame tile by tile, so that memory follows the tile's size.
+"""Decodes a large frame tile by tile, so that memory depends on the size of a tile.
 
 Legend: B clips, F pixel frames, H W pixel size, f latent frames, C latent channels, h w latent size.
 """
@@ -16,12 +16,12 @@ from model.codec import StreamingDecoder
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How frames are cut. Tiles are square and spread evenly, so neighbours may share more than `overlap`."""
+    """How frames are cut. Tiles are square and evenly spaced, so neighbours may share more than `overlap`."""
 
     tile: int = 256
     """Side of a tile in pixels."""
     overlap: int = 64
-    """Pixels that neighbouring tiles share at least; one fades into the other there, linearly."""
+    """The least number of pixels that neighbouring tiles share. There one fades linearly into the other."""
 
     def __post_init__(self) -> None:
         if self.overlap < 0 or self.tile <= self.overlap:
@@ -30,7 +30,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of latents, and the share [H W] of each of its pixels in the whole."""
+    """A rectangle of latents, and the blending weight [H W] of each of its pixels."""
 
     rows: slice
     columns: slice
@@ -38,7 +38,7 @@ class Tile:
 
 
 def cut(height: int, width: int, config: TileConfig, *, scale: int) -> list[Tile]:
-    """The tiles of h x w latents; shares sum to one at every pixel.
+    """Cut h x w latents into tiles. The blending weights sum to one at every pixel.
 
     Raises:
         ValueError: `scale`, the pixels along a latent's side, does not divide the tile or the overlap.
@@ -50,7 +50,7 @@ def cut(height: int, width: int, config: TileConfig, *, scale: int) -> list[Tile
 
 
 def _intervals(size: int, config: TileConfig, scale: int) -> Iterator[tuple[slice, Tensor]]:
-    """Intervals that cover `size` latents, each with the share of its pixels."""
+    """Yield intervals that cover `size` latents, each with the blending weights of its pixels."""
     tile, overlap = min(config.tile // scale, size), config.overlap // scale
     count = math.ceil((size - overlap) / (tile - overlap)) if size > tile else 1
     starts = [round(i * (size - tile) / max(count - 1, 1)) for i in range(count)]
@@ -69,7 +69,7 @@ def _intervals(size: int, config: TileConfig, scale: int) -> Iterator[tuple[slic
 
 
 def decode_tiles(tiles: list[Tile], latents: Tensor, decode: Callable[[int, Tensor], Tensor], *, scale: int) -> Tensor:
-    """Frames [B F 3 H W] of latents [B f C h w]; `decode(i, part)` gives the frames of the latents in tile i."""
+    """Decode latents [B f C h w] to frames [B F 3 H W]. `decode(i, part)` returns the frames of tile i."""
     whole = None
     for index, tile in enumerate(tiles):
         frames = decode(index, latents[..., tile.rows, tile.columns])
@@ -81,18 +81,18 @@ def decode_tiles(tiles: list[Tile], latents: Tensor, decode: Callable[[int, Tens
 
 
 class ParkingDecoder(StreamingDecoder, Protocol):
-    """A `StreamingDecoder` whose state can wait elsewhere."""
+    """A `StreamingDecoder` whose state can be moved to another device."""
 
     def move_state(self, device: torch.device | str) -> None:
-        """Bring what is kept of the stream to `device`."""
+        """Move the state of the stream to `device`."""
         ...
 
 
 class TiledDecoder:
-    """A `StreamingDecoder` of one stream a tile; on a GPU, the streams of the other tiles wait in host memory."""
+    """A `StreamingDecoder` with one stream for each tile. On a GPU, the state of inactive tiles waits in RAM."""
 
     def __init__(self, make: Callable[[], ParkingDecoder], config: TileConfig, *, scale: int) -> None:
-        """`make` gives a decoder for one tile; `scale`: pixels along a latent's side."""
+        """`make` returns a decoder for one tile. `scale`: pixels along a latent's side."""
         self._make, self._config, self._scale = make, config, scale
         self.reset()
 

@@ -1,8 +1,8 @@
 """TinyVAE: the TAEHV architecture (github.com/madebyollin/taehv) at any width.
 
-A video autoencoder of plain 2-D convolutions in which only `MemBlock` looks back, by exactly one frame. All frames of a
-chunk therefore run as one batch, and a stream needs no state but the last frame each `MemBlock` has seen. Frames and
-weights lie in memory with channels last, which convolutions are fastest with.
+This video autoencoder consists of 2-D convolutions. Only `MemBlock` looks back, by exactly one frame. All frames of a
+chunk therefore run as one batch. The only state of a stream is the last frame that each `MemBlock` has seen. Frames and
+weights are stored with channels last, because convolutions are fastest with this layout.
 
 Legend: B clips, F pixel frames, H W pixel size, f latent frames, C latent channels, h w latent size, t time.
 """
@@ -24,7 +24,7 @@ Memory = dict[int, Tensor]
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """[n h w c] -> a view [n c h w]."""
+    """View [n h w c] as [n c h w]."""
     return x.permute(0, 3, 1, 2)
 
 
@@ -33,7 +33,7 @@ def _conv(n_in: int, n_out: int, *, stride: int = 1, bias: bool = True) -> nn.Co
 
 
 class Clamp(nn.Module):
-    """Bends latents softly into (-limit, limit)."""
+    """Limits latents smoothly to (-limit, limit)."""
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Clamp(nn.Module):
 
 
 class MemBlock(nn.Module):
-    """Residual block that sees each frame beside the one before it."""
+    """A residual block that sees each frame and the frame before it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MemBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        """Frames [(B t) c h w] and, at the same places, their predecessors."""
+        """Apply the block to frames x [(B t) c h w]. `past` holds the frame before each of them, in the same order."""
         return F.relu(self.conv(torch.cat([x, past], dim=1)) + x)
 
 
@@ -72,7 +72,7 @@ class TPool(nn.Module):
 class TGrow(nn.Module):
     """Splits each frame into `stride` successive ones and repeats pixels `scale` times along both sides.
 
-    The published network repeats pixels first; a 1x1 convolution commutes with that and is cheaper before it.
+    The published network repeats pixels first. A 1x1 convolution gives the same result before that, at less cost.
     """
 
     def __init__(self, width: int, stride: int, scale: int) -> None:
@@ -101,13 +101,13 @@ def _build_decoder(config: TinyVAEConfig) -> nn.Sequential:
     strides = zip(reversed(config.spatial_strides), reversed(config.temporal_strides), strict=True)
     for i, (scale, stride) in enumerate(strides):
         layers += [MemBlock(widths[i]) for _ in range(config.decoder_blocks)]
-        # The identity stands where the published network repeats pixels, so that parameter names agree.
+        # The published network repeats pixels here. The identity keeps the numbers in the parameter names equal.
         layers += [nn.Identity(), TGrow(widths[i], stride, scale), _conv(widths[i], widths[i + 1], bias=False)]
     return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3 * config.patch_size**2))
 
 
 def _run(layers: nn.Sequential, x: Tensor, memory: Memory) -> Tensor:
-    """Run all frames of a chunk [B t c h w] as one batch; reads and updates the memory of the stream."""
+    """Run all frames of a chunk [B t c h w] as one batch. It reads and updates the memory of the stream."""
     batch = x.shape[0]
     x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     for index, layer in enumerate(layers):
@@ -122,7 +122,7 @@ def _run(layers: nn.Sequential, x: Tensor, memory: Memory) -> Tensor:
 
 
 class TinyVAE(nn.Module):
-    """A `VideoCodec`; parameter names are those of the published TAEHV weights."""
+    """A `VideoCodec`. Its parameters have the names of the published TAEHV weights."""
 
     def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()
@@ -135,14 +135,14 @@ class TinyVAE(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def num_frames(self, latent_frames: int) -> int:
-        """Pixel frames that `latent_frames` decode to: the first latent gives 1, each later one `temporal_scale`."""
+        """Return how many frames latents decode to: the first latent gives 1, each later one `temporal_scale`."""
         return 1 + (latent_frames - 1) * self.temporal_scale
 
     def num_latents(self, frames: int) -> int:
-        """Latent frames that `frames` pixel frames encode to.
+        """Return how many latent frames `frames` pixel frames encode to.
 
         Raises:
-            ValueError: there is no frame, or the first one stands alone and the others do not fill whole latents.
+            ValueError: there is no frame, or the frames do not fill whole latents.
         """
         if frames < 1:
             raise ValueError(f"frames={frames} must be positive")
@@ -164,7 +164,7 @@ class TinyVAE(nn.Module):
         return self._encode_whole(frames, {})
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
-        """Latents [B f C h w] -> frames [B F 3 H W] with F = num_frames(f); in [-1, 1] unless `clamp` is off.
+        """Decode latents [B f C h w] to frames [B F 3 H W] with F = num_frames(f), in [-1, 1] unless `clamp` is off.
 
         Training turns `clamp` off: a clamped pixel has no gradient.
         """
@@ -176,15 +176,15 @@ class TinyVAE(nn.Module):
         return self.config.decode_bytes(height, width, latents, self.encoder[0].weight.dtype)
 
     def streaming_encoder(self) -> "StreamingTinyEncoder":
-        """An encoder with its own state, for one stream of frames."""
+        """Make an encoder with its own state, for one stream of frames."""
         return StreamingTinyEncoder(self)
 
     def streaming_decoder(self) -> "StreamingTinyDecoder":
-        """A decoder with its own state, for one stream of latents."""
+        """Make a decoder with its own state, for one stream of latents."""
         return StreamingTinyDecoder(self)
 
     def _encode_whole(self, frames: Tensor, memory: Memory) -> Tensor:
-        """Frames [B (f s) 3 H W] that fill whole latents -> latents [B f C h w]."""
+        """Encode frames [B (f s) 3 H W], which fill whole latents, to latents [B f C h w]."""
         if frames.shape[2] != 3 or frames.shape[-1] % self.spatial_scale or frames.shape[-2] % self.spatial_scale:
             raise ValueError(
                 f"frames {tuple(frames.shape)} are not [B F 3 H W] with sides a multiple of {self.spatial_scale}"
@@ -193,19 +193,19 @@ class TinyVAE(nn.Module):
         return _run(self.encoder, F.pixel_unshuffle(frames, self.config.patch_size), memory)
 
     def _decode_whole(self, latents: Tensor, memory: Memory) -> Tensor:
-        """Latents [B f C h w] -> all their frames [B (f s) 3 H W], unclamped."""
+        """Decode latents [B f C h w] to all their frames [B (f s) 3 H W], unclamped."""
         if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
             raise ValueError(f"latents {tuple(latents.shape)} are not [B f {self.latent_channels} h w]")
         frames = _run(self.decoder, latents.to(self.encoder[0].weight.dtype), memory)
         return F.pixel_shuffle(frames, self.config.patch_size) * 2 - 1
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, each whole or not at all."""
+        """Write config.json and model.safetensors into `folder`. A file appears only when it is complete."""
         save_folder(folder, self, asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TinyVAE":
-        """Read what `save_pretrained` wrote; every name and shape must agree.
+        """Read a folder that `save_pretrained` wrote. Every name and shape must agree.
 
         Raises:
             UserError: a file is missing, unreadable, or not a TinyVAE's.
@@ -217,7 +217,7 @@ class TinyVAE(nn.Module):
         """Read weights under the published names from a folder, .safetensors or .pth (e.g. taew2_1.pth).
 
         Args:
-            config: None reads the sizes off the weights, taking each stage to halve both sides as published.
+            config: None infers the sizes from the weights, and assumes that each stage halves both sides, as published.
 
         Raises:
             UserError: the file is missing, unreadable, or its names or shapes are not those of `config`.
@@ -228,7 +228,7 @@ class TinyVAE(nn.Module):
             model = cls(config)
         for index, layer in enumerate(model.decoder):
             name = f"decoder.{index}.conv.weight"
-            # Published files may hold a TGrow trained with a longer stride: its last frames are the ones to keep.
+            # A published file may contain a TGrow with a longer stride. Its last frames are the ones to keep.
             if isinstance(layer, TGrow) and name in weights:
                 weights[name] = weights[name][-len(layer.conv.weight) :]
         load_into(model, weights, source=str(path), dtype=torch.float32)
@@ -236,7 +236,7 @@ class TinyVAE(nn.Module):
 
 
 class StreamingTinyDecoder:
-    """A `StreamingDecoder`: keeps one past frame per MemBlock, so its memory does not grow with the stream."""
+    """A `StreamingDecoder`. It stores one past frame per MemBlock, so its memory does not grow with the stream."""
 
     def __init__(self, codec: TinyVAE) -> None:
         self._codec = codec
@@ -257,7 +257,7 @@ class StreamingTinyDecoder:
 
 
 class StreamingTinyEncoder:
-    """Encodes one endless stream of frames chunk after chunk; the chunks joined equal one full encode."""
+    """Encodes one endless stream of frames, chunk by chunk. The joined chunks equal one full encode."""
 
     def __init__(self, codec: TinyVAE) -> None:
         self._codec = codec

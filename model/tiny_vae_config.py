@@ -1,4 +1,4 @@
-"""Sizes of a TinyVAE: the published ones, those of a folder's config.json, those that weights show."""
+"""The sizes of a TinyVAE: the published ones, or those from a config.json, or those inferred from weights."""
 
 import math
 from dataclasses import dataclass, fields
@@ -15,10 +15,10 @@ MAX_SIZE, MAX_STAGES, MAX_BLOCKS = 2**14, 8, 64  # a config.json may come from a
 
 @dataclass
 class TinyVAEConfig:
-    """Sizes of a TinyVAE; the defaults are the published TAEHV for Wan2.1 latents. Stages count from the pixels on."""
+    """The sizes of a TinyVAE. The defaults are the published TAEHV for Wan2.1. Stages are counted from the pixels."""
 
     patch_size: int = 1
-    """Side of the pixel squares folded into channels before the encoder."""
+    """The side of the pixel squares that are folded into channels before the encoder."""
     latent_channels: int = 16
     """Channels of a latent."""
     encoder_widths: tuple[int, ...] = (64, 64, 64, 64)
@@ -26,18 +26,18 @@ class TinyVAEConfig:
     decoder_widths: tuple[int, ...] = (256, 128, 64, 64)
     """Width of each decoder stage, then after the last one."""
     encoder_blocks: int = 3
-    """MemBlocks in each encoder stage; 0 leaves the encoder linear apart from its first ReLU."""
+    """MemBlocks in each encoder stage. With 0 the encoder is linear except for its first ReLU."""
     decoder_blocks: int = 3
     """MemBlocks in each decoder stage."""
     spatial_strides: tuple[int, ...] = (2, 2, 2)
-    """Spatial reduction of each encoder stage; the decoder undoes them in reverse."""
+    """Spatial reduction of each encoder stage. The decoder reverses them in the opposite order."""
     temporal_strides: tuple[int, ...] = (2, 2, 1)
-    """Temporal reduction of each encoder stage; the decoder undoes them in reverse."""
+    """Temporal reduction of each encoder stage. The decoder reverses them in the opposite order."""
     latent_limit: float = 3.0
-    """The decoder bends latents softly into (-latent_limit, latent_limit)."""
+    """The decoder limits latents smoothly to (-latent_limit, latent_limit)."""
     first_frame_alone: bool = False
-    """True: copies of the first frame precede the clip, so latent 0 codes frame 0 alone, as in the Wan VAE.
-    False: the published way, in which the last frame is repeated to fill the last latent."""
+    """True: copies of the first frame are put before the clip, so latent 0 codes only frame 0, as in the Wan VAE.
+    False: the published way. The last frame is repeated to fill the last latent."""
 
     def __post_init__(self) -> None:
         for name in ("encoder_widths", "decoder_widths", "spatial_strides", "temporal_strides"):
@@ -67,11 +67,11 @@ class TinyVAEConfig:
 
     @property
     def temporal_scale(self) -> int:
-        """Frames of a latent after the first."""
+        """The pixel frames of each latent after the first."""
         return math.prod(self.temporal_strides)
 
     def decode_bytes(self, height: int, width: int, latents: int, dtype: torch.dtype) -> int:
-        """Estimate of what decoding chunks of so many latents to frames of H x W takes beside the weights."""
+        """Estimate the bytes, without the weights, to decode chunks of ``latents`` latents to frames of H x W."""
         area = height * width // self.spatial_scale**2
         kept = peak = 0
         strides = zip(reversed(self.spatial_strides), reversed(self.temporal_strides), strict=True)
@@ -79,7 +79,7 @@ class TinyVAEConfig:
             inner, outer = self.decoder_widths[index : index + 2]
             if self.decoder_blocks:
                 kept += self.decoder_blocks * inner * area
-                peak = max(peak, 6 * inner * area * latents)  # a MemBlock's input, past, both joined, and two results
+                peak = max(peak, 6 * inner * area * latents)  # of a MemBlock: input, past, both joined, and two results
             grown = stride * inner * area * latents
             area, latents = area * scale**2, latents * stride
             peak = max(peak, grown + (inner + outer) * area * latents)
@@ -103,10 +103,10 @@ TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {
 
 
 def read_tiny_config(folder: str | Path) -> TinyVAEConfig:
-    """The sizes in the config.json of a TinyVAE's folder.
+    """Read the sizes from the config.json of a TinyVAE's folder.
 
     Raises:
-        UserError: it is missing, has other keys, or its values make no TinyVAE.
+        UserError: the file is missing, has unknown keys, or its values do not describe a TinyVAE.
     """
     file = Path(folder) / CONFIG_FILE
     values = read_json(file, dict)
@@ -116,7 +116,7 @@ def read_tiny_config(folder: str | Path) -> TinyVAEConfig:
 
 
 def infer_tiny_config(state: StateDict, source: str) -> TinyVAEConfig:
-    """Sizes read off the tensors' shapes, but for `spatial_strides`, which leave no trace there."""
+    """Infer the sizes from tensor shapes. Shapes do not show `spatial_strides`, so the published 2 is assumed."""
 
     def shapes(part: str, suffix: str) -> list[torch.Size]:
         names = (f"{part}.{index}.{suffix}" for index in layer_numbers(state, part))
