@@ -1,4 +1,4 @@
-"""What a configuration is about, in words: what it reproduces, where it starts, and which files it needs."""
+"""Describes a configuration in words: what it reproduces, where training starts, and which files it needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def describe(config: Config, config_path: str | Path) -> list[str]:
     """Return lines that say what a training reproduces, where it starts and which files it needs.
 
     Args:
-        config_path: the YAML file; the comment that it begins with says what it reproduces.
+        config_path: the YAML file. The comment at its beginning says what it reproduces.
     """
     lines = Path(config_path).read_text(encoding="utf-8").split("\n")
     comments = itertools.takewhile(lambda line: line.startswith("#"), lines)

@@ -21,7 +21,7 @@ from utils.shapes import Scene, render_clips
 
 
 class AutoencoderTrainer(Trainer):
-    """Trains the decoder. The encoder is fitted before the first step and stays as it is."""
+    """Trains the decoder. The encoder is fitted before the first step and does not change afterwards."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
@@ -29,7 +29,7 @@ class AutoencoderTrainer(Trainer):
         if preset not in TINY_VAE_PRESETS:
             raise UserError(f"autoencoder.preset={preset!r} is none of {', '.join(TINY_VAE_PRESETS)}")
         for prompt in self.sample_prompts:
-            Scene.from_prompt(prompt)  # refuses a prompt that Shapes does not know now, not after the training
+            Scene.from_prompt(prompt)  # an unknown prompt fails now, not after the training
         torch.manual_seed(config.trainer.seed)
         self.codec = TinyVAE(TINY_VAE_PRESETS[preset]).to(self.device)
         self.data = training_data(
@@ -45,7 +45,7 @@ class AutoencoderTrainer(Trainer):
         return [self.update(self.updater, self.loss, self.micro_batches())]
 
     def loss(self, batch: MicroBatch) -> Loss:
-        """Return the error of decoded latents against the pixels that they encode."""
+        """Return the error between decoded latents and the original pixels."""
         config = self.config.autoencoder
         clips = self.data.read(batch.indices).frames
         frames = batch.each(lambda clip, g: random_window(clip, config.crop_frames, g), "window", clips)

@@ -15,13 +15,13 @@ WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 360, 190, 46, 16, 22, 10
 LOG_SCALE_RATIO = 50
 
 Point = tuple[int, float | None]
-"""(step, value); a value that was not finite is None."""
+"""(step, value). The value is None if it was not finite."""
 
 
 def chart(name: str, points: Sequence[Point]) -> str:
-    """One metric as a figure: an SVG with the values and their moving average, on a log scale where they span decades.
+    """Draw one metric as an SVG: values and moving average, on a log scale if the values span decades.
 
-    Where values were not finite the line has a gap and the bottom a mark.
+    At values that were not finite, the line has a gap and there is a mark at the bottom.
     """
     finite = [(step, value) for step, value in points if value is not None]
     title = escape(name.replace("_", " "))
@@ -67,7 +67,7 @@ class _Axis:
 
     @classmethod
     def around(cls, values: Sequence[float]) -> _Axis:
-        """An axis that holds all values."""
+        """Make an axis that contains all values."""
         low, high = min(values), max(values)
         log = low > 0 and high / low > LOG_SCALE_RATIO
         if log:
@@ -88,7 +88,7 @@ class _Axis:
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """About ``wanted`` round numbers from low to high."""
+    """Return about ``wanted`` round numbers from low to high."""
     rough = (high - low) / wanted
     scale = 10.0 ** math.floor(math.log10(rough))
     step = scale * min((1, 2, 5, 10), key=lambda factor: abs(factor * scale - rough))
@@ -96,7 +96,7 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Moving average over a twentieth of the run."""
+    """Return the moving average over a twentieth of the run."""
     reach = max(1, len(points) // 40)
     sums = [0.0]
     for _, value in points:
@@ -113,7 +113,7 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def short_number(value: float) -> str:
-    """A number in about three digits."""
+    """Format a number with about three digits."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")

@@ -1,4 +1,4 @@
-"""The configuration every entry point reads: one schema for training and inference."""
+"""The configuration that every entry point reads: one schema for training and inference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Objective(Enum):
 
 
 class Forcing(Enum):
-    """What context a diffusion denoiser is trained with."""
+    """The context with which a diffusion denoiser is trained."""
 
     bidirectional = "bidirectional"
     diffusion_forcing = "diffusion_forcing"
@@ -48,11 +48,11 @@ class AutoencoderConfig:
     preset: str = "shapes"
     """Sizes: a key of model.tiny_vae_config.TINY_VAE_PRESETS."""
     fit_clips: int = 192
-    """Clips the linear encoder is fitted to."""
+    """The number of clips to which the linear encoder is fitted."""
     crop_frames: int = 9
-    """Consecutive pixel frames of a clip the decoder is trained on."""
+    """The number of consecutive pixel frames in a training clip of the decoder."""
     latent_noise: float = 0.1
-    """Up to this much noise is added to latents, so that the decoder forgives a denoiser's small errors."""
+    """The most noise that is added to latents. The decoder then tolerates the small errors of a denoiser."""
     motion_weight: float = 0.5
     """Weight of the error of the change between frames."""
 
@@ -68,17 +68,17 @@ class DiffusionConfig:
     forcing: Forcing = Forcing.bidirectional
     """bidirectional (a teacher), diffusion_forcing or teacher_forcing (causal)."""
     guidance_dropout: float = 0.1
-    """Share of prompts replaced by the negative prompt."""
+    """The share of prompts that are replaced by the negative prompt, in [0, 1]."""
     timestep_shift: float | None = None
-    """Shift of the timesteps drawn in training; null is the generator's own. A smaller one trains fine detail."""
+    """Shift of the training timesteps. null takes the generator's shift. A smaller shift trains fine detail more."""
     sigma_floor: float = 0.0
-    """Noise level under which the flow error's weight stops growing; for x0 predictions."""
+    """For x0 predictions: below this noise level the weight of the flow error does not grow any more."""
     bell_weights: bool = False
     """Weight timesteps by Wan's bell curve."""
     noise_augmentation_max_timestep: float = 0.0
     """teacher_forcing: noise the clean context too, up to this timestep in [0, 1000]; 0 leaves it clean."""
     train_text_encoder: bool = False
-    """Train the text encoder along; without weights it starts from nothing."""
+    """Train the text encoder too. Without weights it starts from random ones."""
 
     def __post_init__(self) -> None:
         require(self, SHARE, "guidance_dropout")
@@ -117,15 +117,15 @@ class DMDConfig:
     critic_head_start: int = 0
     """First steps in which only the critic learns, from rollouts of the untrained student."""
     replay_rollouts: int = 0
-    """How many of the latest rollouts critic updates choose from; 0 makes a new rollout for each critic update."""
+    """The number of recent rollouts that critic updates reuse. 0 makes a new rollout for each critic update."""
     sigma_floor: float = 0.0
     """The sigma_floor of the critic's loss (see diffusion.sigma_floor)."""
     grad_start_frame: int = 0
     """First scored latent frame that carries gradient."""
     regression_weight: float = 0.0
-    """Weight of a regression to stored trajectories (ode.pairs) in the generator's loss; 0 leaves it out."""
+    """Weight of a regression to stored trajectories (ode.pairs) in the generator's loss. 0 turns it off."""
     clean_step: bool = False
-    """causvid: a chunk may also be drawn clean, as if 0 were one more entry of rollout.denoising_steps."""
+    """causvid: a chunk may also be clean, as if rollout.denoising_steps had one more entry, 0."""
 
     def __post_init__(self) -> None:
         require(self, AT_LEAST_1, "critic_updates")
@@ -137,18 +137,18 @@ class DMDConfig:
 
 @dataclass
 class LongConfig:
-    """Rollouts longer than video.num_frames, which is what the scores see. They learn by DMD (see the dmd section)."""
+    """Rollouts longer than the video.num_frames frames that the scores see. They learn by DMD (see the dmd section)."""
 
     max_frames: int = 63
-    """self_forcing_long: a rollout has video.num_frames up to this many latent frames; its last ones are scored."""
+    """self_forcing_long: a rollout has from video.num_frames to this many latent frames. The last ones are scored."""
     windows: int = 4
-    """self_forcing_continued: windows of a rollout. Each one shows the scores video.num_frames latent frames."""
+    """self_forcing_continued: windows of a rollout. In each one the scores see video.num_frames latent frames."""
     overlap: int | None = None
-    """self_forcing_continued: frames of a window that the window before has made; null is one chunk."""
+    """self_forcing_continued: frames that a window takes from the window before it. null is one chunk."""
     switch_probability: float = 1.0
-    """self_forcing_continued: how often the prompt changes in a rollout, in [0, 1]; before a random window."""
+    """self_forcing_continued: the probability that the prompt changes in a rollout, before a random window."""
     last_switch: int | None = None
-    """self_forcing_continued: last window (counted from 0) before which the prompt may change; null is the last one."""
+    """self_forcing_continued: the last window (from 0) before which the prompt may change. null: the last one."""
 
     def __post_init__(self) -> None:
         require(self, AT_LEAST_1, "max_frames", "windows")
@@ -162,7 +162,7 @@ class LongConfig:
 
 @dataclass
 class SiDConfig:
-    """Score identity distillation in place of DMD; guidance and critic are those of the dmd section."""
+    """Score identity distillation instead of DMD. It uses the guidance and the critic of the dmd section."""
 
     alpha: float = 1.0
     """Weight of the squared difference of the scores that is subtracted."""
@@ -182,11 +182,11 @@ class GANConfig:
     discriminator_weight: float = 0.01
     """Weight of the logit loss in the discriminator's loss."""
     r1_weight: float = 0.0
-    """Weight of the squared slope at real videos; half of it enters the loss."""
+    """Weight of the squared slope at real videos. Half of it is used in the loss."""
     r2_weight: float = 0.0
-    """Weight of the squared slope at generated videos; half of it enters the loss."""
+    """Weight of the squared slope at generated videos. Half of it is used in the loss."""
     perturbation_sigma: float = 0.01
-    """Size of the finite difference behind the penalties."""
+    """Size of the finite difference from which the penalties are computed."""
     heads: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
@@ -203,7 +203,7 @@ class ConsistencyConfig:
     guidance_scale: float = 3.0
     """Guidance g of the teacher, ``u + g (c - u)``; 1 is no guidance."""
     per_chunk: bool = False
-    """One timestep a chunk instead of one a video."""
+    """Draw one timestep for each chunk instead of one for each video."""
 
     def __post_init__(self) -> None:
         require(self, AT_LEAST_1, "solver_steps")
@@ -211,12 +211,12 @@ class ConsistencyConfig:
 
 @dataclass
 class LoopConfig:
-    """The loop every trainer shares."""
+    """The training loop, which all trainers share."""
 
     steps: int = 1000
     """Updates of the trained network."""
     batch_size: int = 1
-    """Clips a process takes through the network at once."""
+    """Clips in one pass of one process."""
     total_batch_size: int | None = None
     """Clips in an update, over all processes and passes; null is one pass of batch_size on each process."""
     seed: int = 0
@@ -224,27 +224,27 @@ class LoopConfig:
     ema_decay: float = 0.99
     """Share of the old average that each step keeps, in [0, 1); 0 averages nothing."""
     ema_start_step: int = 0
-    """Until then the average copies the weights."""
+    """Up to this step the average is a copy of the weights."""
     log_every: int = 10
     """Steps between log lines."""
     sample_every: int = 0
-    """Steps between sample videos; 0 makes them at the end only."""
+    """Steps between sample videos. 0 makes them only at the end."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints. 0 saves only at the end."""
     save_in_background: bool = False
     """Write checkpoints while training goes on, from a copy in CPU memory."""
     keep_last: int = 2
-    """Newest checkpoints that stay."""
+    """The number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints of steps that are multiples of this stay too; 0 is none."""
+    """Keep also the checkpoints of steps that are multiples of this. 0 keeps none of them."""
     export_every: int = 0
-    """Steps between exports of model_<step>.pt, in the official layout; 0 exports at the end only, to model.pt."""
+    """Steps between exports of model_<step>.pt, in the official layout. 0 exports only at the end, to model.pt."""
     export_dtype: str = "float32"
     """Precision of the final model's files: float32, float16 or bfloat16."""
     wandb: bool = False
-    """Report to Weights & Biases too."""
+    """Also report to Weights & Biases."""
     tensorboard: bool = False
-    """Report to TensorBoard too."""
+    """Also report to TensorBoard."""
 
     def __post_init__(self) -> None:
         require(self, AT_LEAST_1, "steps", "batch_size", "total_batch_size", "log_every", "keep_last")
@@ -256,16 +256,16 @@ class LoopConfig:
 
 @dataclass
 class Config(PipelineConfig):
-    """Everything. A YAML file sets what differs from these defaults."""
+    """The whole configuration. A YAML file sets the keys that differ from these defaults."""
 
     objective: Objective = Objective.self_forcing_dmd
     """What train.py trains."""
     student: DenoiserConfig = field(default_factory=DenoiserConfig)
-    """What self-forcing starts from; generator is what it leaves for inference."""
+    """The weights that self-forcing starts from. generator is its result, for inference."""
     real_score: DenoiserConfig = field(default_factory=DenoiserConfig)
     """The frozen teacher."""
     fake_score: DenoiserConfig | None = None
-    """The critic's starting point; null is the teacher."""
+    """The weights that the critic starts from. null takes the teacher's."""
     data: DataConfig = field(default_factory=DataConfig)
     trainer: LoopConfig = field(default_factory=LoopConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -19,7 +19,7 @@ from trainer.update import Loss, Updated
 
 
 class ConsistencyTrainer(Trainer):
-    """One regression a step to the average of the student itself, one step of the teacher further."""
+    """Makes one regression update a step. The target is the student's average, one teacher step further."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
@@ -41,7 +41,7 @@ class ConsistencyTrainer(Trainer):
         return [self.update(self.updater, self.loss, self.micro_batches())]
 
     def loss(self, batch: MicroBatch) -> Loss:
-        """Return the distance to what the average predicts one step further."""
+        """Return the distance to the prediction of the average one step further."""
         config = self.config
         samples = self.data.read(batch.indices)
         clean = samples.encode(self.codec, self.device)

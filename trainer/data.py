@@ -40,7 +40,7 @@ class DataKind(Enum):
 
 
 class Contents(Enum):
-    """What an objective needs of a sample, besides its prompt."""
+    """What an objective needs from a sample, in addition to its prompt."""
 
     prompts = "prompts"
     first_frames = "first frames"
@@ -49,16 +49,17 @@ class Contents(Enum):
 
 @dataclass
 class DataConfig:
-    """What is trained on."""
+    """The training data."""
 
     kind: DataKind = DataKind.prompts
     """shapes: the Shapes world; prompts: a text file; images: prompt-image pairs; videos: encoded videos."""
     path: str | None = None
     """prompts: one a line; images: JSON lines {"image": ..., "prompt": ...}; videos: a folder of encode_videos.py."""
     switch_path: str | None = None
-    """prompts: what line n of path changes to, on line n (self_forcing_continued); null changes to another of path."""
+    """prompts: a file whose line n is the second prompt for line n of path (self_forcing_continued). null takes another
+    prompt of path."""
     embeddings: str | None = None
-    """Folder of scripts/cache_embeddings.py, read in place of running the text encoder."""
+    """Folder of scripts/cache_embeddings.py. It is read instead of running the text encoder."""
     sample_prompts: str = "prompts/shapes.txt"
     """Prompts of the sample videos made during training."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
@@ -77,24 +78,24 @@ class TrainingOrder:
         self._order: tuple[int, list[int]] = (-1, [])
 
     def draw(self, count: int) -> range:
-        """Global indices of the next ``count`` samples, those of all processes together."""
+        """Return the global indices of the next ``count`` samples of all processes together."""
         self.position += count
         return range(self.position - count, self.position)
 
     def read(self, indices: Sequence[int]) -> Samples:
-        """The samples of global indices, whatever was read before."""
+        """Return the samples of global indices. They do not depend on earlier reads."""
         return self.dataset.samples([self._drawn(index) for index in indices])
 
     def next(self, count: int) -> Samples:
-        """The next ``count`` samples, for a process that shares with no other."""
+        """Return the next ``count`` samples, for a process that does not share the data with others."""
         return self.read(self.draw(count))
 
     def state_dict(self) -> dict[str, int]:
-        """Position, and what the order of the items depends on."""
+        """Return the position and everything that the order of the items depends on."""
         return {"position": self.position, "seed": self.seed, "items": len(self.dataset)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Continue from the position at which :meth:`state_dict` was called.
 
         Raises:
             UserError: the dataset has another number of items now.
@@ -116,7 +117,7 @@ class TrainingOrder:
 
 
 class PromptData:
-    """Prompts, and the prompts that they change to, if any."""
+    """Prompts, and for each its second prompt, if there are any."""
 
     def __init__(self, prompts: Sequence[str], second_prompts: Sequence[str] | None = None) -> None:
         self.prompts = prompts
@@ -132,7 +133,7 @@ class PromptData:
 
 
 class ShapesData:
-    """Clips of the training scenes of the Shapes world, rendered on the fly; ``num_frames`` pixel frames each."""
+    """Clips of the training scenes of the Shapes world, rendered when read, with ``num_frames`` pixel frames."""
 
     def __init__(self, config: ShapesConfig, num_frames: int) -> None:
         self.config = config
@@ -144,7 +145,7 @@ class ShapesData:
         return len(self.scenes)
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
-        """Prompts and frames; the seed decides where the object starts."""
+        """Return prompts and frames. The seed decides where the object starts."""
         scenes = [self.scenes[draw.item] for draw in draws]
         clips = [
             render_clips([scene], self.num_frames, torch.Generator().manual_seed(draw.seed), self.config)
@@ -154,7 +155,7 @@ class ShapesData:
 
 
 class ImageData:
-    """Prompt-image pairs; an image is a clip of one frame, scaled to cover the video's size."""
+    """Prompt-image pairs. An image is a clip of one frame, scaled to cover the video's size."""
 
     def __init__(self, path: str | Path, video: VideoConfig) -> None:
         self.images, self.prompts = read_image_prompts(path)
@@ -164,7 +165,7 @@ class ImageData:
         return len(self.images)
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
-        """Prompts and frames [B 1 3 H W]."""
+        """Return prompts and frames [B 1 3 H W]."""
         images = [load_image(self.images[draw.item], self.video.height, self.video.width) for draw in draws]
         return Samples([self.prompts[draw.item] for draw in draws], frames=torch.stack(images)[:, None])
 
@@ -172,7 +173,7 @@ class ImageData:
 def training_data(
     config: DataConfig, contents: Contents, *, seed: int, video: VideoConfig, codec: VideoCodec
 ) -> TrainingOrder:
-    """What an objective that needs ``contents`` trains on, from ``seed``.
+    """Return the training data of an objective that needs ``contents``, shuffled by ``seed``.
 
     Raises:
         UserError: ``data.kind`` has no such contents, or ``data.path`` is missing or holds something else.
@@ -196,7 +197,7 @@ def training_data(
 
 
 def all_prompts(config: DataConfig, video: VideoConfig) -> list[str]:
-    """Every prompt of the training data, in order.
+    """Return every prompt of the training data, in order.
 
     Raises:
         UserError: ``data.path`` is missing or holds something else.
@@ -213,7 +214,7 @@ def all_prompts(config: DataConfig, video: VideoConfig) -> list[str]:
 
 
 def _second_prompts(config: DataConfig) -> list[str] | None:
-    """The prompts of ``data.switch_path``, in the order of those of ``data.path``."""
+    """Return the prompts of ``data.switch_path``, in the order of the prompts of ``data.path``."""
     if config.switch_path is None:
         return None
     return pair_prompts(read_prompt_lines(_path(config)), _path(config), config.switch_path)
@@ -234,9 +235,9 @@ CONTENTS = {
 
 
 def text_source(config: DataConfig, text: TextConfig, device: torch.device) -> PromptCache | StoredEmbeddings:
-    """What turns prompts into embeddings [B L D] float32: stored ones if there are any, else the frozen text encoder.
+    """Return the source of embeddings [B L D] float32: stored ones if there are any, else the frozen text encoder.
 
-    On a GPU the encoder computes in bfloat16, as Wan's own does: 11.4 GB for UMT5-XXL on every process, not 22.7.
+    On a GPU the encoder computes in bfloat16, as in Wan. UMT5-XXL then takes 11.4 GB on every process, not 22.7.
     """
     if config.embeddings is not None:
         return StoredEmbeddings(config.embeddings, device)

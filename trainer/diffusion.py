@@ -26,7 +26,7 @@ from utils.shapes import all_scenes
 
 
 class DiffusionTrainer(Trainer):
-    """One flow-matching update a step on real clips."""
+    """Makes one flow-matching update a step on real clips."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
@@ -115,7 +115,7 @@ class DiffusionTrainer(Trainer):
         return self.config.rollout.mask(self.config.video.num_frames, build)
 
     def _context_timesteps(self, batch: MicroBatch) -> Tensor | None:
-        """Timesteps of teacher forcing's context [B F]; None leaves it clean."""
+        """Return the timesteps [B F] of the context in teacher forcing. None: the context is clean."""
         highest = self.config.diffusion.noise_augmentation_max_timestep
         if highest == 0:
             return None

@@ -1,4 +1,4 @@
-"""What a dataset gives: draws and samples.
+"""The records that a dataset takes and returns: draws and samples.
 
 Shapes: B batch, F latent frames (pixel frames, of ``frames``), C channels, H W height and width, S stored states.
 """
@@ -16,7 +16,7 @@ from model.codec import VideoCodec
 
 
 class Draw(NamedTuple):
-    """One sample to be made: an item, and the seed of whatever is random about it."""
+    """One sample to be made: an item, and a seed for everything random in it."""
 
     item: int
     seed: int
@@ -24,30 +24,30 @@ class Draw(NamedTuple):
 
 @dataclass
 class Samples:
-    """A batch: prompts, and what else the dataset has."""
+    """A batch: prompts, and the other contents of the dataset."""
 
     prompts: list[str]
     second_prompts: list[str] | None = None
-    """The prompts that they change to, if data.switch_path names them."""
+    """The second prompts, if data.switch_path names a file of them."""
     frames: Tensor | None = None
     """Pixels [B F 3 H W] in [-1, 1]."""
     latents: Tensor | None = None
-    """Encoded already [B F C H W]."""
+    """Stored latents [B F C H W]."""
     states: Tensor | None = None
     """A teacher's trajectory from noise to clean [B S F C H W]."""
 
     def encode(self, codec: VideoCodec, device: torch.device) -> Tensor:
-        """Latents [B F C H W] on ``device``."""
+        """Return the latents [B F C H W] on ``device``."""
         return codec.encode(self.frames.to(device)) if self.latents is None else self.latents.to(device)
 
 
 class Dataset(Protocol):
-    """Items that samples are made of."""
+    """A list of items from which samples are made."""
 
     def __len__(self) -> int:
-        """How many items there are."""
+        """Return the number of items."""
         ...
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
-        """One sample a draw; the same draw gives the same sample."""
+        """Return one sample for each draw. The same draw gives the same sample."""
         ...

@@ -14,11 +14,11 @@ from trainer.parallelize import local_part
 log = logging.getLogger(__name__)
 
 LARGEST_INITIAL_SHARE = 0.1
-"""The share of the average that the weights it began with may still make up at the end, without a warning."""
+"""The largest share that the initial weights may still have in the average at the end, without a warning."""
 
 
 class EMA:
-    """A running average of the trained parameters of ``module``, kept beside it.
+    """A running average of the trained parameters of ``module``. It is stored separately from the module.
 
     Args:
         module: the module that trains. The average of a frozen parameter is the parameter itself.
@@ -37,7 +37,7 @@ class EMA:
         }
 
     def initial_share(self, steps: int) -> float:
-        """Return the share of the average after ``steps`` steps that the weights of ``start_step`` still make up."""
+        """Return the share that the weights of ``start_step`` still have in the average after ``steps`` steps."""
         return self.decay ** max(0, steps - self.start_step)
 
     def warn_if_young(self, steps: int) -> None:
@@ -59,7 +59,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Run with the averaged parameters in the module, then put the trained ones back."""
+        """Put the averaged parameters into the module, run the block, then put the trained ones back."""
         self._swap()
         try:
             yield
@@ -68,7 +68,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange the values in place: sharded parameters are views of storage that others hold on to."""
+        """Exchange the values in place, because sharded parameters are views of storage that other code uses."""
         for average, parameter in zip(*self._parts(), strict=True):
             trained = parameter.clone()
             parameter.copy_(average)
@@ -81,10 +81,10 @@ class EMA:
         return averages, [local_part(named[name].detach()) for name in self.average]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, under the module's parameter names."""
+        """Return the average, with the module's parameter names."""
         return dict(self.average)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore the result of :meth:`state_dict`."""
         for name, value in state.items():
             self.average[name].copy_(value)
