@@ -63,7 +63,7 @@ def running(*command: str | Path) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=15)
+            process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
