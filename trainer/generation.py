@@ -1,4 +1,4 @@
-"""How the videos that are scored come about: by a rollout of the student (Self Forcing), or in one step (CausVid).
+"""Generates the videos that are scored: by a rollout of the student (Self Forcing), or in one step (CausVid).
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width, L E text.
 """
@@ -33,38 +33,38 @@ class Batch(NamedTuple):
     embeds: Tensor
     """Prompt embeddings [B L E]."""
     real: Tensor | None
-    """Latents of real videos of these prompts [B F C H W], or of first frames [B 1 C H W], if the method reads any."""
+    """Latents of real videos of these prompts [B F C H W], or of first frames [B 1 C H W]. None if not needed."""
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What the losses must know about generated videos, besides the latents."""
+    """Facts about generated videos that the losses need in addition to the latents."""
 
     uncounted: int = 0
-    """First frames that the generator's loss leaves out."""
+    """The number of first frames that the generator's loss ignores."""
     uncounted_by_critic: int = 0
-    """First frames that the critic's loss leaves out."""
+    """The number of first frames that the critic's loss ignores."""
     exit_level: float = MAX_TIMESTEP
     """The denoising step at which the rollout stopped, as a timestep before the shift, in (0, 1000]."""
     next_level: float = 0.0
-    """The denoising step after it, likewise; 0 after the last."""
+    """The next denoising step, as such a timestep too; 0 after the last step."""
 
 
 class Video(NamedTuple):
     """Generated videos."""
 
     latents: Tensor
-    """What the scores see [B F C H W]."""
+    """The latents that the scores see [B F C H W]."""
     facts: VideoFacts = VideoFacts()
 
 
 class Prompts(NamedTuple):
-    """What the videos of a global batch are about."""
+    """The prompts of the videos of a global batch."""
 
     indices: range
     """Indices in the training data."""
     second: bool = False
-    """Whether they are the prompts after a switch, of ``data.switch_path``."""
+    """True if they are the second prompts, from ``data.switch_path``."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Rollouts:
 
     prompts: Prompts
     videos: list[Tensor]
-    """For each pass of this process [B F C H W]."""
+    """The latents of each pass of this process [B F C H W]."""
     facts: VideoFacts
-    """The same for all of them."""
+    """The facts, which are the same for all passes."""
 
 
 class Generation(ABC):
@@ -84,12 +84,12 @@ class Generation(ABC):
     Args:
         config: the whole configuration.
         denoiser: the student.
-        codec: decodes and encodes what a longer rollout needs.
+        codec: decodes and encodes frames for longer rollouts.
         device: where the latents are.
     """
 
     contents = Contents.prompts
-    """What the training data must hold."""
+    """The contents that the training data must have."""
 
     def __init__(self, config: Config, denoiser: Denoiser, codec: VideoCodec, device: torch.device) -> None:
         self.config = config
@@ -103,7 +103,7 @@ class Generation(ABC):
         check_frames(config, config.video.num_frames)
 
     def next_prompts(self, data: TrainingOrder, count: int, stream: Callable[..., torch.Generator]) -> Prompts:
-        """Choose what the next ``count`` videos, of all processes together, are about.
+        """Choose the prompts of the next ``count`` videos of all processes together.
 
         Args:
             data: the training data.
@@ -112,7 +112,7 @@ class Generation(ABC):
         return Prompts(data.draw(count))
 
     def accept(self) -> None:
-        """Note that the update which the last videos were made for was applied."""
+        """Note that the update for which the last videos were made was applied."""
         return
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Generation(ABC):
         """Generate the videos of a micro-batch."""
 
     def stateful(self) -> dict[str, Stateful]:
-        """What a resumed run needs, by name."""
+        """Return the state that a resumed run needs, by name."""
         return {}
 
     def roll(
@@ -137,7 +137,7 @@ class Generation(ABC):
         Every chunk of every video of an update stops at the same random step.
 
         Args:
-            grad_start_frame: first frame with gradient, counted from the start of ``context``; None gives none.
+            grad_start_frame: first frame with gradient, counted from the start of ``context``. None: no gradient.
             context: given frames before the generated ones [B f C H W].
         """
         config = self.config.rollout
@@ -165,12 +165,12 @@ class Generation(ABC):
         return VideoFacts(exit_level=levels[last], next_level=levels[last + 1] if last + 1 < len(levels) else 0.0)
 
     def first_with_grad(self, with_grad: bool, skipped: int = 0) -> int | None:
-        """The first frame that carries gradient, after ``skipped`` frames that carry none; None if none does."""
+        """Return the first frame with gradient, after ``skipped`` frames without it. None if there is no gradient."""
         return self.config.dmd.grad_start_frame + skipped if with_grad else None
 
 
 class WholeRollout(Generation):
-    """Self Forcing: a rollout of ``video.num_frames`` frames, which the scores see whole."""
+    """Self Forcing: a rollout of ``video.num_frames`` frames. The scores see all of it."""
 
     def video(self, micro_batch: MicroBatch, batch: Batch, *, with_grad: bool) -> Video:
         frames = self.config.video.num_frames
@@ -178,7 +178,7 @@ class WholeRollout(Generation):
 
 
 class RealVideoRollout(WholeRollout):
-    """The same, with real videos of the same prompts beside it, for a discriminator to compare with."""
+    """The same rollout, with real videos of the same prompts, which the discriminator compares with it."""
 
     contents = Contents.clips
 
@@ -206,7 +206,7 @@ class ChunkDenoising(Generation):
 
 
 def check_frames(config: Config, frames: int, given: int = 0) -> None:
-    """Raise UserError if ``frames`` frames after ``given`` ones do not divide into chunks."""
+    """Raise UserError if ``frames`` frames after ``given`` ones do not fill whole chunks."""
     try:
         config.rollout.chunks(frames, given)
     except ValueError as error:

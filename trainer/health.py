@@ -1,4 +1,4 @@
-"""What goes wrong in a training: steps that must be skipped, a critic that lags behind, samples that collapse."""
+"""Detects trouble in a training: steps that must be skipped, a critic that is too slow, samples that collapse."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class HealthConfig:
-    """When to warn and when to stop."""
+    """The conditions for a warning and for the end of the run."""
 
     max_skipped: int = 10
     """This many skipped steps in a row end the run. A step is skipped if a loss or gradient is not finite."""
     window: int = 50
-    """Steps whose medians the alarms compare; 0 gives no alarm."""
+    """The alarms compare medians over this many steps. 0 turns the alarms off."""
     critic_rise: float = 1.5
-    """The critic's loss may grow by this factor over its lowest median while the generator moves."""
+    """The critic's loss may grow to this factor times its lowest median while the generator is trained."""
     variance_fall: float = 0.5
     """The variance within generated videos may fall to this share of its highest median."""
 
@@ -41,7 +41,7 @@ class HealthConfig:
 
 @dataclass
 class Alarm:
-    """Compares a metric's median over a window with the best of any window before; a warning starts a new one."""
+    """Compares the median of a metric over a window with the best earlier median. After a warning it starts again."""
 
     metric: str
     limit: float
@@ -66,7 +66,7 @@ class Alarm:
 
 
 class Health:
-    """Counts skipped steps and watches the metrics of a run; its state is part of a checkpoint.
+    """Counts skipped steps and watches the metrics of a run. Its state is part of a checkpoint.
 
     Args:
         folder: the batches of skipped steps are recorded here.
@@ -105,10 +105,10 @@ class Health:
 
         Args:
             batch: any part of the batch of the update that failed.
-            prompts: of the whole batch; only the main process needs them.
+            prompts: the prompts of the whole batch. Only the main process needs them.
 
         Raises:
-            UserError: too many in a row.
+            UserError: too many steps in a row were skipped.
         """
         self.skipped += 1
         self.in_a_row += 1
@@ -127,12 +127,12 @@ class Health:
             )
 
     def state_dict(self) -> dict[str, object]:
-        """Counts, and what the alarms have seen."""
+        """Return the counts and the state of the alarms."""
         seen = {alarm.metric: [alarm.best, alarm.recent] for alarm in self.alarms}
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "seen": seen}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore the result of :meth:`state_dict`."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         for alarm in self.alarms:
             alarm.best, recent = state["seen"][alarm.metric]

@@ -1,4 +1,4 @@
-"""Rollouts that are longer than what is scored, that go on from update to update, or that start from an image.
+"""Rollouts that are longer than the scored window, continue from update to update, or start from an image.
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width.
 """
@@ -36,7 +36,7 @@ class LongRollout(Generation):
         check_frames(config, longest)
 
     def length(self, micro_batch: MicroBatch) -> int:
-        """Latent frames of the rollout, the same for all samples of an update."""
+        """Return the latent frames of the rollout. They are the same for all samples of an update."""
         config = self.config
         return draw_length(
             config.video.num_frames,
@@ -55,7 +55,7 @@ class LongRollout(Generation):
 
 
 def first_chunk(config: Config) -> int:
-    """Frames of the first chunk of a clip."""
+    """Return the number of frames in the first chunk of a clip."""
     return 1 if config.rollout.independent_first_frame else config.rollout.frames_per_chunk
 
 
@@ -70,15 +70,15 @@ class Past(NamedTuple):
 
 @dataclass
 class Continuation:
-    """A rollout that goes on from update to update. It can be saved."""
+    """A rollout that continues from update to update. It can be saved."""
 
     micro_batch: int
     """Samples of a pass."""
     device: torch.device
     window: int = 0
-    """The window that is made next, or is being made; 0 begins a new rollout."""
+    """The number of the current or next window. 0 begins a new rollout."""
     open: bool = False
-    """Whether a window was begun and its update was not applied."""
+    """True if a window was begun but its update was not applied."""
     prompts: tuple[range, range] = (range(0), range(0))
     """Data indices of the first prompts, and of the prompts after the switch."""
     past: dict[int, Past] = field(default_factory=dict)
@@ -107,16 +107,16 @@ class Continuation:
 
 
 class ContinuedRollout(Generation):
-    """LongLive: every update makes the next window of a rollout, whoever learns from it, generator or critic.
+    """LongLive: every update, of the generator or of the critic, makes the next window of a rollout.
 
-    The first window has ``video.num_frames`` frames. A later one adds new frames to the last ``long.overlap`` ones, so
-    that the scores see ``video.num_frames`` again; only the new frames count in the losses. After ``long.windows``
-    windows a new rollout begins. Before a random window the prompt changes.
+    The first window has ``video.num_frames`` frames. A later window adds new frames to the last ``long.overlap``
+    frames, so the scores again see ``video.num_frames``. Only the new frames count in the losses. After
+    ``long.windows`` windows a new rollout begins. The prompt changes before a random window.
 
-    The frames that the next chunk sees are encoded anew at the start of every window, with the weights and the prompt
-    of now, at positions that count within them. So the cache holds nothing stale, it is no larger than a window and
-    what is added to it, and it need not be saved. (The official code keeps the cache from window to window and encodes
-    it anew at the switch only.)
+    At the start of every window, the frames that the next chunk sees are encoded again, with the current weights and
+    prompt. Their positions are counted from the first of them. So the cache has no stale entries, its size is limited
+    to the visible frames and the window, and it is not saved. (The official code keeps the cache from window to window
+    and encodes it again only at the switch.)
     """
 
     def __init__(self, config: Config, denoiser: Denoiser, codec: VideoCodec, device: torch.device) -> None:
@@ -133,16 +133,16 @@ class ContinuedRollout(Generation):
 
     @staticmethod
     def overlap(config: Config) -> int:
-        """Frames of a window that the window before has made already."""
+        """Return how many frames of a window come from the window before it."""
         return first_chunk(config) if config.long.overlap is None else config.long.overlap
 
     def stateful(self) -> dict[str, Stateful]:
         return {"continuation": self.progress}
 
     def next_prompts(self, data: TrainingOrder, count: int, stream: Callable[..., torch.Generator]) -> Prompts:
-        """Return the first prompts of the rollout, or the second ones from the switch on; begin a new rollout if due.
+        """Return the first prompts of the rollout, or the second ones after the switch. Begin a new rollout if due.
 
-        A rollout whose last update was skipped is not continued: its frames may not be finite.
+        If the last update of a rollout was skipped, the rollout ends, because its frames may not be finite.
         """
         progress, long = self.progress, self.config.long
         if progress.open or progress.window == 0:
@@ -191,7 +191,7 @@ class ContinuedRollout(Generation):
 
 
 class ImageRollout(Generation):
-    """Videos that go on from a given first latent, which the loss leaves out."""
+    """Videos that continue a given first latent. The loss ignores that latent."""
 
     contents = Contents.first_frames
 

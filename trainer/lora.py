@@ -1,4 +1,4 @@
-"""Low-rank training (LoRA): small trainable matrices beside frozen linear layers, added to a model from outside.
+"""Low-rank training (LoRA): adds small trainable matrices to the frozen linear layers of an existing model.
 
 Letters: r rank, I inputs and O outputs of a layer.
 """
@@ -70,7 +70,7 @@ class _AddDifference:
 
 
 def take_lora(state: dict[str, Tensor]) -> LoRA:
-    """Remove the low-rank tensors from a state dict and return them; the frozen network's tensors stay."""
+    """Remove the low-rank tensors from a state dict and return them. The tensors of the frozen network stay."""
     lora = LoRA()
     for key in [key for key in state if key.endswith(f".{DOWN}")]:
         name = key.removesuffix(f".{DOWN}")

@@ -1,4 +1,4 @@
-"""What the generator and the critic learn from generated videos: distribution matching, a GAN, a regression.
+"""The losses of generator and critic on generated videos: distribution matching, a GAN, a regression.
 
 Each part computes one term of a loss. A method is a sum of such terms (see :data:`trainer.self_forcing.METHODS`).
 Shapes: B batch, F latent frames, C channels, H W latent height and width, L E text.
@@ -32,7 +32,7 @@ class Term(NamedTuple):
     """One term of a loss."""
 
     loss: Tensor
-    """Scalar with gradient, its weight applied."""
+    """A weighted scalar with gradient."""
     metrics: dict[str, Tensor]
     """Detached scalars to log."""
 
@@ -47,7 +47,7 @@ class LossTerm(Protocol):
 
 @dataclass(frozen=True)
 class Networks:
-    """What the terms read."""
+    """The networks and settings that the terms use."""
 
     config: Config
     denoiser: Denoiser
@@ -62,7 +62,7 @@ class Networks:
     """Makes a seed for a purpose, the same on every process."""
 
     def score_noise(self, micro_batch: MicroBatch, purpose: str, video: Video) -> dict[str, Tensor]:
-        """Draw a noise level a video [B 1] and the noise [B F C H W], the arguments of every loss."""
+        """Draw a noise level for each video [B 1] and the noise [B F C H W]. Every loss takes these arguments."""
         dmd = self.config.dmd
         drawn = sample_score_timesteps(
             micro_batch.total,
@@ -78,7 +78,7 @@ class Networks:
 
 
 def counted(video: Video, uncounted: int) -> Tensor | None:
-    """Return which frames count in a loss, [F] bool; None is all of them."""
+    """Return which frames count in a loss, [F] bool. None: all of them."""
     return later_frames(video.latents.shape[1], video.latents.device, uncounted=uncounted) if uncounted else None
 
 
@@ -127,7 +127,7 @@ class AdversarialMatching:
 
 
 class TrajectoryRegression:
-    """A regression to stored trajectories, weighted with ``dmd.regression_weight``. It does not look at the videos."""
+    """A regression to stored trajectories, weighted with ``dmd.regression_weight``. It does not use the videos."""
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
@@ -157,7 +157,7 @@ class CriticDenoising:
 
 
 class Discrimination:
-    """The discriminator's loss: ``discriminator_weight`` times that of the logits, plus half of both penalties."""
+    """The discriminator's loss: ``discriminator_weight`` times the logit loss, plus half of both penalties."""
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
@@ -191,5 +191,5 @@ def discriminator_on(
 
 
 def critic_module(networks: Networks) -> nn.Module:
-    """Return what the optimizer of the critic trains: the fake score, and the heads of the discriminator if any."""
+    """Return the module that the critic's optimizer trains: the fake score, and any heads of the discriminator."""
     return networks.fake_score if networks.discriminator is None else networks.discriminator

@@ -1,4 +1,4 @@
-"""How a global batch is divided over processes and passes, and random numbers that do not depend on it."""
+"""Divides a global batch over processes and passes. Random numbers do not depend on the division."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class MicroBatch:
     """
 
     seed: int
-    """Seed of the update."""
+    """The seed of the update."""
     batch: range
     """Indices of the whole global batch in the training data."""
     number: int
-    """Number of this pass among those of the process."""
+    """The number of this pass among the passes of the process."""
     start: int
-    """Place of the first sample in the global batch."""
+    """The place of the first sample in the global batch."""
     size: int
     """Number of samples."""
 
@@ -42,11 +42,11 @@ class MicroBatch:
 
     @property
     def indices(self) -> range:
-        """Indices of these samples in the training data."""
+        """The indices of these samples in the training data."""
         return self.of(self.batch)
 
     def of(self, whole: Rows) -> Rows:
-        """The rows of this micro-batch, of a global batch's [total ...]."""
+        """Return the rows of this micro-batch from the rows [total ...] of the global batch."""
         return whole[self.start : self.start + self.size]
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -59,11 +59,11 @@ class MicroBatch:
         return [torch.Generator().manual_seed(derive_seed(self.seed, purpose, place)) for place in places]
 
     def randn(self, purpose: str, like: Tensor) -> Tensor:
-        """Standard normal [size ...] in the shape, device and dtype of ``like``."""
+        """Draw standard normal noise [size ...] in the shape, device and dtype of ``like``."""
         return randn(like.shape, self.generators(purpose), like)
 
     def each(self, draw: Callable[[Tensor, torch.Generator], Tensor], purpose: str, samples: Tensor) -> Tensor:
-        """``draw(samples[i : i + 1], generator of sample i)`` for every sample, joined."""
+        """Join the results of ``draw(samples[i : i + 1], generator of sample i)`` for every sample i."""
         pairs = zip(samples.split(1), self.generators(purpose), strict=True)
         return torch.cat([draw(sample, generator) for sample, generator in pairs])
 
@@ -92,16 +92,16 @@ class BatchPlan:
 
     @property
     def local(self) -> int:
-        """Samples of each process."""
+        """The number of samples of each process."""
         return self.micro * self.passes
 
     @property
     def total(self) -> int:
-        """Samples of the global batch."""
+        """The number of samples in the global batch."""
         return self.local * self.ranks.world_size
 
     def divide(self, batch: range, seed: int) -> list[MicroBatch]:
-        """The passes of this process over a global batch, in the update whose streams come from ``seed``."""
+        """Return the passes of this process over a global batch. ``seed`` gives the random streams of the update."""
         first = self.ranks.rank * self.local
         return [
             MicroBatch(seed, batch, number, first + number * self.micro, self.micro) for number in range(self.passes)
@@ -109,10 +109,10 @@ class BatchPlan:
 
 
 def plan_batches(micro: int, total: int | None, ranks: Ranks) -> BatchPlan:
-    """Divide a global batch of ``total`` samples (None: one pass a process) into passes of ``micro``.
+    """Divide a global batch of ``total`` samples into passes of ``micro``. None: one pass for each process.
 
     Raises:
-        UserError: it does not divide.
+        UserError: the batch is not a multiple of the samples in one pass of all processes.
     """
     at_once = micro * ranks.world_size
     total = at_once if total is None else total

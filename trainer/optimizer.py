@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, or Muon on matrices with AdamW on the rest; learning-rate schedule; clipping."""
+"""Optimizers (AdamW, or Muon for matrices and AdamW for the rest), learning-rate schedule, and clipping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.bounds import NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, require
 
 
 class OptimizerKind(Enum):
-    """Which rule updates matrices."""
+    """The rule that updates matrices."""
 
     adamw = "adamw"
     muon = "muon"
@@ -24,10 +24,10 @@ class OptimizerKind(Enum):
 
 @dataclass
 class OptimizerConfig:
-    """How a network is updated."""
+    """The settings of a network's optimizer."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """AdamW everywhere, or Muon on the matrices of blocks and the kernels of 2-d convolutions."""
+    """AdamW for all weights, or Muon for the matrices of blocks and the kernels of 2-d convolutions."""
     lr: float = 2e-6
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
@@ -37,9 +37,9 @@ class OptimizerConfig:
     clip_norm: float = 10.0
     """Largest gradient norm."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly."""
+    """The number of first steps in which the learning rate rises linearly."""
     decay_fraction: float = 0.0
-    """Last share of the run over which it falls linearly to a twentieth."""
+    """The last share of the run, in which the learning rate falls linearly to a twentieth."""
 
     def __post_init__(self) -> None:
         require(self, POSITIVE, "lr", "clip_norm")
@@ -51,7 +51,7 @@ class OptimizerConfig:
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrices, batched: [K M N] -> [K M N] (Jordan, Muon)."""
+    """Move matrices [K M N] towards the nearest orthogonal ones by Newton-Schulz iteration (Jordan, Muon)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -62,9 +62,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, scaled to the RMS of an AdamW update (arXiv 2502.16982), in the gradient's own dtype.
+    """Orthogonalises the momentum and scales it to the RMS of an AdamW update (arXiv 2502.16982).
 
-    torch.optim.Muon (torch >= 2.9) iterates in bfloat16, which a CPU without bfloat16 units runs ten times slower.
+    It computes in the dtype of the gradient. torch.optim.Muon (torch >= 2.9) iterates in bfloat16, which is ten times
+    slower on a CPU without bfloat16 units.
     """
 
     def __init__(
@@ -100,10 +101,10 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """The optimizers of one module, stepped together under one learning-rate schedule.
+    """The optimizers of one module. They step together and share one learning-rate schedule.
 
     Args:
-        module: its parameters that require gradient are updated.
+        module: the module. Its parameters that require gradient are updated.
         config: rule and hyper-parameters.
         total_steps: updates in the whole run, for the schedule.
     """
@@ -117,7 +118,7 @@ class Optimizer:
         matrices = _matrices(module) if config.kind is OptimizerKind.muon else []
         chosen = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in self.named.values() if id(parameter) not in chosen]
-        # No optimizer takes sharded and ordinary parameters together.
+        # No optimizer accepts sharded and ordinary parameters together.
         groups = [[p for p in rest if is_sharded(p)], [p for p in rest if not is_sharded(p)]]
         betas = tuple(config.betas)
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -130,7 +131,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
+        """The learning rate of the next step."""
         config, done = self.config, self.steps_done
         rise = min(1.0, (done + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         decay_steps = config.decay_fraction * self.total_steps
@@ -154,7 +155,7 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """``steps_done``, and ``<parameter>/<field>`` for whatever the rules keep of each parameter."""
+        """Return ``steps_done``, and the optimizer state of each parameter as ``<parameter>/<field>``."""
         names = {parameter: name for name, parameter in self.named.items()}
         fields = {
             f"{names[parameter]}/{field}": value
@@ -165,18 +166,18 @@ class Optimizer:
         return {"steps_done": self.steps_done, **fields}
 
     def room_for(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Empty tensors for the fields of a saved state, described on the meta device; sharded as parameters are."""
+        """Return empty tensors for a saved state that is given on the meta device, sharded like the parameters."""
         room = {}
         for key, described in saved.items():
             if (parameter := self.named.get(key.rpartition("/")[0])) is None:
-                continue  # a checkpoint of another network: it is refused by name and shape
+                continue  # a checkpoint of another network: names and shapes are checked later
             fits = described.shape == parameter.shape
             like = parameter.detach() if fits else torch.empty(described.shape, device=parameter.device)
             room[key] = torch.zeros_like(like, dtype=described.dtype)
         return room
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore the result of :meth:`state_dict`."""
         self.steps_done = state["steps_done"]
         owners = {
             parameter: optimizer
@@ -193,10 +194,10 @@ class Optimizer:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scale gradients, of sharded and of ordinary parameters together, to a norm of at most ``largest``.
+    """Scale the gradients of all parameters, sharded or not, so that their joint norm is at most ``largest``.
 
     Returns:
-        their norm before, the same on every process.
+        the norm before scaling, the same on every process.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [[g for g in gradients if is_sharded(g)], [g for g in gradients if not is_sharded(g)]]
@@ -212,7 +213,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers inside blocks and of 2-d convolutions."""
+    """Return the weights of the linear layers inside blocks and of 2-d convolutions."""
     return [
         layer.weight
         for name, layer in module.named_modules()

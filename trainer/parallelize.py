@@ -1,7 +1,8 @@
-"""Spreading a model over processes, from outside it: FSDP2, mixed precision, compilation, offload.
+"""Distributes an existing model over processes: FSDP2, mixed precision, compilation, offload.
 
-Every transformer block and the transformer around them are units whose weights are whole only while they run. Small
-modules (codec, text encoder, discriminator heads) stay replicated; their gradients are averaged before the step.
+Every transformer block is a unit, and so is the rest of the transformer. The weights of a unit are gathered only while
+it runs. Small modules (codec, text encoder, discriminator heads) are replicated. Their gradients are averaged before
+the step.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from utils.errors import UserError
 
 @dataclass
 class ParallelConfig:
-    """How models are spread over processes, and in what precision they compute."""
+    """How models are distributed over processes, and in which precision they compute."""
 
     shard_size: int | None = None
-    """Processes that hold one copy of the weights between them; null is all of them, fewer is hybrid sharding."""
+    """The number of processes that together hold one copy of the weights. null: all. Fewer: hybrid sharding."""
     precision: str = "auto"
     """Precision of forward and backward passes: auto (bfloat16 on CUDA, else float32), bfloat16 or float32.
     Trained weights, their gradients' sums and the optimizers stay in float32."""
@@ -74,15 +75,15 @@ class Parallelism:
 
     @property
     def loading_device(self) -> torch.device:
-        """Where weights are read to: sharding moves them on, block by block."""
+        """The device to which weights are read. Sharding then moves them, block by block."""
         return torch.device("cpu") if self.active else self.device
 
     def loading_dtype(self, dtype: torch.dtype, *, merges: bool) -> torch.dtype | None:
-        """The dtype to read weights in that will have ``dtype``; None is the stored one.
+        """Return the dtype in which to read weights that will have ``dtype``. None: the stored dtype.
 
-        Weights as stored stay in their file, which all processes of a machine read from the same memory. Sharding then
-        converts them block by block, so that a process never holds a whole model. ``merges``: a LoRA is merged into
-        them, which needs the full precision.
+        Weights in their stored dtype are memory-mapped, and all processes of a machine share this memory. Sharding
+        converts them block by block, so a process never holds a whole model. ``merges``: a LoRA is merged into the
+        weights, which needs full precision.
         """
         return None if self.active and not merges else dtype
 
@@ -117,15 +118,15 @@ class Parallelism:
         options = {
             "mesh": self.mesh,
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
-            # The outermost unit too: left whole after a pass without gradient, it would miss the next update.
+            # The outermost unit too. If it stayed gathered after a pass without grad, it would miss the next update.
             "reshard_after_forward": True,
         }
         inner = MixedPrecisionPolicy(**precision)
-        # It warns of changing keys and values in place; they are only read.
+        # The warning is about changing keys and values in place. They are only read.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for block in transformer.blocks:
             block.to(dtype)
-            text = block.cross_attn  # its keys and values of a prompt are made outside the block, once for all chunks
+            text = block.cross_attn  # keys and values of a prompt are made outside the block, once for all chunks
             fully_shard([text.k, text.norm_k, text.v], mp_policy=inner, **options)
             fully_shard(block, mp_policy=inner, **options)
         for name, part in transformer.named_children():
@@ -141,7 +142,7 @@ def _to_weight_dtype(layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor
 
 
 def synchronise_gradients(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward passes sum gradients over processes, or keep them for a later one that does."""
+    """Set whether the next backward passes sum gradients over processes. If not, a later pass sums them."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():
@@ -162,7 +163,7 @@ def average_replicated(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a process's part of a larger one."""
+    """Return whether a tensor is sharded over processes."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -174,7 +175,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on every process; an ordinary one as it is. Every process must call it."""
+    """Gather a sharded tensor on every process. An ordinary tensor is returned unchanged. All processes must call."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -189,12 +190,12 @@ def shard_rows(rows: Tensor) -> Tensor:
 
 
 def own_shape(rows: Tensor) -> tuple[int, ...]:
-    """Shape of this process's equal share of the rows of [B ...]."""
+    """Return the shape of this process's equal share of the rows of [B ...]."""
     return (len(rows) // (dist.get_world_size() if dist.is_initialized() else 1), *rows.shape[1:])
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process holds whole, sharded as ``like`` is; as it is if ``like`` is not."""
+    """Shard a tensor, which every process holds whole, like ``like``. No change if ``like`` is not sharded."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
