@@ -11,7 +11,7 @@ __all__ = ["SelfForcingPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline when it is first asked for: it imports torch, and ``--help`` must not wait for that."""
+    """Import the pipeline at its first use, because it imports torch and ``--help`` must not wait for that."""
     if name not in __all__:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     from pipeline.pretrained import SelfForcingPipeline

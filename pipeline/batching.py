@@ -1,4 +1,4 @@
-"""Passes of several rollouts run as one batch, while each keeps a cache of its own and may come and go.
+"""Runs passes of several rollouts as one batch. Each rollout has its own cache and may join or leave at any time.
 
 Shapes: B lanes of a batch, F frames of a chunk, T tokens a frame, N heads, D head dim, L text tokens, S keys seen.
 """
@@ -19,7 +19,7 @@ from pipeline.rollout import Pass
 
 @dataclass(frozen=True)
 class JoinedChunk:
-    """The :class:`ChunkSlots` of samples that have a cache each."""
+    """The :class:`ChunkSlots` of several samples, each with its own cache."""
 
     lanes: list[ChunkSlots]
     frames: int
@@ -27,19 +27,19 @@ class JoinedChunk:
 
 @dataclass(frozen=True)
 class JoinedLayer:
-    """The :class:`LayerCache` of samples that have a cache each."""
+    """The :class:`LayerCache` of several samples, each with its own cache."""
 
     lanes: list[LayerCache]
 
     def extend(self, k: Tensor, v: Tensor, chunk: JoinedChunk) -> tuple[Tensor, Tensor]:
-        """As :meth:`LayerCache.extend`, sample by sample; all samples see equally many keys, [B S N D]."""
+        """Like :meth:`LayerCache.extend`, for each sample. All samples see the same number of keys, [B S N D]."""
         rows = zip(self.lanes, k.split(1), v.split(1), chunk.lanes, strict=True)
         keys, values = zip(*(lane.extend(*row) for lane, *row in rows), strict=True)
         return torch.cat(keys), torch.cat(values)
 
 
 class JoinedCache:
-    """The caches of several samples, as the transformer reads the cache of a batch."""
+    """The caches of several samples, in the form of one cache of a batch."""
 
     def __init__(self, lanes: Sequence[Pass]) -> None:
         self.caches: list[KVCache] = [lane.cache for lane in lanes]
@@ -47,17 +47,17 @@ class JoinedCache:
 
     @property
     def layers(self) -> list[JoinedLayer]:
-        """As :attr:`KVCache.layers`."""
+        """Like :attr:`KVCache.layers`."""
         return [JoinedLayer(list(lanes)) for lanes in zip(*(cache.layers for cache in self.caches), strict=True)]
 
     def open(self, layout: KeyLayout, start_frame: Sequence[int], frames: int) -> JoinedChunk:
-        """As :meth:`KVCache.open`, with a start frame for each sample."""
+        """Like :meth:`KVCache.open`, with a start frame for each sample."""
         lane = layout._replace(batch=1)
         starts = zip(self.caches, start_frame, strict=True)
         return JoinedChunk([cache.open(lane, start, frames) for cache, start in starts], frames)
 
     def text(self, prompt_embeds: Tensor, compute: Callable[[], list[CachedText]]) -> list[CachedText]:
-        """As :meth:`KVCache.text`; each lane keeps its own rows, and all are computed where one has none."""
+        """Like :meth:`KVCache.text`. Each lane stores its own rows. If one lane has none, all are computed."""
         computed: list[CachedText] = []
 
         def row(index: int) -> list[CachedText]:
@@ -73,7 +73,7 @@ class JoinedCache:
 
 
 def run_together(denoiser: Denoiser, passes: Sequence[Pass]) -> list[Tensor]:
-    """x0 of each pass, [1 f C H W]; those of one timestep and shape that see equally many frames run as one batch."""
+    """Return x0 [1 f C H W] of each pass. Passes of equal timestep, shape and number of seen frames form a batch."""
     groups: dict[tuple, list[int]] = {}
     for index, one in enumerate(passes):
         shapes = one.latents.shape, one.chunk_frames, one.prompt_embeds.shape
@@ -86,13 +86,13 @@ def run_together(denoiser: Denoiser, passes: Sequence[Pass]) -> list[Tensor]:
 
 
 def _seen(one: Pass) -> int:
-    """Frames that the pass, or the first chunk of it, sees."""
+    """Return how many frames the pass, or its first chunk, sees."""
     end = one.start_frame + (one.chunk_frames or one.latents.shape[1:2])[0]
     return end if one.cache.window is None else min(end, one.cache.window)
 
 
 def _joined(lanes: Sequence[Pass]) -> Pass:
-    """One pass of several that agree."""
+    """Join several passes that agree into one."""
     if len(lanes) == 1:
         return lanes[0]
     return replace(

@@ -1,4 +1,4 @@
-"""The schema of a pipeline: what inference.py, demo.py and the scripts need to know to make a video."""
+"""The schema of a pipeline: the settings with which inference.py, demo.py and the scripts make a video."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class DenoiserConfig:
     """One denoiser: sizes, weights, schedule."""
 
     preset: str = "wan2.1-t2v-1.3b"
-    """Sizes of a model that starts from random weights. With weights, their shapes and their config.json decide; the
-    preset then fills in what neither of them says, and must agree with the rest."""
+    """Sizes of a model that starts from random weights. With weights, their shapes and their config.json decide. The
+    preset then gives only the missing sizes, and must agree with the others."""
     weights: str | None = None
     """Folder or file of weights in any format; null starts from random ones."""
     lora: Any = None
     """LoRA to merge into the weights: a path, PATH:SCALE, PATH#ADAPTER:SCALE, or a list of these (docs/weights.md)."""
     lora_scale: float = 1.0
-    """How much of the LoRA to merge: 1 is as trained. It multiplies the scale of each LoRA."""
+    """The strength of the LoRA: 1 is the trained strength. It multiplies the scale of each LoRA."""
     use_ema: bool | None = None
     """Which weights of a checkpoint that holds both: true takes the averaged ones, false the trained ones. null takes
     the trained ones to make videos, unless --use_ema asks for the average, and the averaged ones to train on."""
@@ -64,7 +64,7 @@ class DenoiserConfig:
 
 
 class CodecKind(Enum):
-    """Which video codec."""
+    """The video codec."""
 
     tiny = "tiny"
     wan = "wan"
@@ -85,27 +85,27 @@ class TextConfig:
     """The text encoder."""
 
     weights: str | None = "wan_models/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth"
-    """A saved text-encoder folder, or Wan's .pth; null starts one from nothing (training a teacher with its own)."""
+    """A saved text-encoder folder, or Wan's .pth. null starts an untrained one (to train it with a teacher)."""
     tokenizer: str | None = "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl"
-    """Tokenizer folder; null takes the one beside the weights."""
+    """Tokenizer folder. null takes the tokenizer beside the weights."""
     cache: str | None = "~/.cache/self-forcing/prompts"
-    """Folder where a run finds the embeddings of prompts that were seen before; null keeps none."""
+    """Folder in which runs store the embeddings of prompts, to use them again. null stores none."""
 
 
 @dataclass
 class VideoConfig:
-    """What a clip is."""
+    """The size and length of a clip."""
 
     height: int = 480
     """Pixels."""
     width: int = 832
     """Pixels."""
     num_frames: int = 21
-    """Latent frames of a training clip, and of a generated one unless asked otherwise."""
+    """Latent frames of a training clip, and the default length of a generated clip."""
     fps: int | float = 16
     """Frames per second of the written video, such as 16 or 23.976."""
     scale: int = 1
-    """Whole-number enlargement of the written video, for worlds of few pixels."""
+    """A whole-number factor that enlarges the written video, for worlds of few pixels."""
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "scale"):
@@ -115,23 +115,23 @@ class VideoConfig:
             raise ValueError(f"fps={self.fps} must be above 0 and at most {MAX_FPS}")
 
     def latent_shape(self, codec: VideoCodec, num_frames: int | None = None) -> tuple[int, int, int, int]:
-        """F C H W of a clip's latents; ``num_frames`` stands in for the configured length."""
+        """Return F C H W of a clip's latents. ``num_frames`` replaces the configured length."""
         height, width = self.height // codec.spatial_scale, self.width // codec.spatial_scale
         return num_frames or self.num_frames, codec.latent_channels, height, width
 
 
 @dataclass
 class InferenceConfig:
-    """What inference.py makes."""
+    """The output of inference.py."""
 
     data_path: str = "prompts/shapes.txt"
     """Prompts, one a line; with i2v, JSON lines {"image": ..., "prompt": ...}."""
     output_folder: str = "videos"
-    """Where videos go."""
+    """The folder for videos."""
     seed: int = 0
-    """With the prompt and the sample index it decides every random number; -1 draws a seed and records it."""
+    """Seed, prompt and sample index decide every random number. -1 draws a seed and records it."""
     num_samples: int = 1
-    """Videos a prompt."""
+    """Videos for each prompt."""
 
     def __post_init__(self) -> None:
         if self.seed < RANDOM_SEED:
@@ -169,14 +169,14 @@ class PipelineConfig:
     dtype: str = "auto"
     """auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16."""
     vram: float | None = None
-    """Gigabytes of the device's memory (of RAM on a CPU) that generation may take; null is what is free."""
+    """Gigabytes of the device's memory (of RAM on a CPU) that generation may use. null: all free memory."""
 
     def __post_init__(self) -> None:
         if self.vram is not None and self.vram <= 0:
             raise ValueError(f"vram={self.vram} gigabytes must be above 0")
 
     def prompts_to_embed(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that making videos of ``prompts`` embeds: with a many-step sampler, the negative one too."""
+        """Return the prompts to embed for videos of ``prompts``. A many-step sampler adds the negative prompt."""
         return [*prompts, *([] if self.sampler is Sampler.rollout else [self.sampling.negative_prompt])]
 
 
@@ -204,13 +204,13 @@ TRAINING_SECTIONS = frozenset(
         "consistency",
     ]
 )
-"""What :class:`trainer.config.Config` adds to a pipeline's configuration. One YAML file serves both."""
+"""The sections that :class:`trainer.config.Config` adds to a pipeline's configuration. One YAML file serves both."""
 
 
 def load_pipeline_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """The pipeline's part of a YAML file, with overrides such as ``rollout.window=9``.
+    """Read the pipeline's part of a YAML file, with overrides such as ``rollout.window=9``.
 
     Raises:
-        UserError: as :func:`utils.config.load_config`; also for an override of a key that only training uses.
+        UserError: the errors of :func:`utils.config.load_config`, or an override of a key that only training uses.
     """
     return load_config(PipelineConfig, path, overrides, ignored=TRAINING_SECTIONS)

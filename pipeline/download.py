@@ -1,4 +1,4 @@
-"""Fetch the files that a configuration needs from the Hugging Face hub: exactly those, with progress, resumable."""
+"""Downloads from the Hugging Face hub exactly the files that a configuration needs, with progress and resumption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Fetch:
-    """Files of one repository that are still missing."""
+    """The missing files of one repository."""
 
     source: Published
     files: dict[str, int]
@@ -31,14 +31,14 @@ class Fetch:
 
 
 def download_weights(config: PipelineConfig) -> None:
-    """Download the files that a configuration names and that are not here. Says the sizes first, then shows progress.
+    """Download the missing files of a configuration. Prints the sizes first, then shows progress.
 
-    A download that was cut off is continued. The environment variables HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN count.
+    An interrupted download is continued. The environment variables HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are used.
 
     Raises:
         UserError: a missing path that is not published, a hub that cannot be reached, or a disk that is too small.
     """
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # else it logs every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # otherwise it logs every request
     fetches = [fetch for source in _sources(config) if (fetch := _plan(source)).files]
     if not fetches:
         log.info("download: every file is here already")
@@ -54,7 +54,7 @@ def download_weights(config: PipelineConfig) -> None:
 
 
 def _sources(config: PipelineConfig) -> list[Published]:
-    """One entry for each repository and folder, with the patterns of all paths of the configuration in it."""
+    """Return one entry for each repository and folder, with the patterns of all its paths in the configuration."""
     text, generator = config.text_encoder, config.generator
     found: dict[tuple[str, Path], Published] = {}
     for path in filter(None, (generator.weights, config.codec.weights, text.weights, text.tokenizer)):
@@ -69,7 +69,7 @@ def _sources(config: PipelineConfig) -> list[Published]:
 
 
 def _plan(source: Published) -> Fetch:
-    """What is missing of a repository, or has another size here than there."""
+    """Return the files of a repository that are missing here or have another size."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
@@ -98,7 +98,7 @@ def _fetch(fetch: Fetch) -> None:
 
     source = fetch.source
     for name, size in fetch.files.items():
-        if os.path.lexists(path := source.into / name):  # the hub's client would take it for whole
+        if os.path.lexists(path := source.into / name):  # the hub's client would treat it as complete
             set_aside(path, f"has not the {size} bytes that the hub says", log)
     options = {"local_dir": source.into, "allow_patterns": list(fetch.files)}
     _reached(source, lambda: snapshot_download(source.repository, **options))
@@ -108,10 +108,10 @@ def _fetch(fetch: Fetch) -> None:
 
 
 def _reached(source: Published, call: Callable[[], T]) -> T:
-    """The result of a call to the hub; whatever goes wrong there becomes one line."""
+    """Return the result of a call to the hub. Every error becomes one line."""
     try:
         return call()
-    except Exception as error:  # the versions of huggingface_hub raise errors of different HTTP libraries
+    except Exception as error:  # versions of huggingface_hub use different HTTP libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         remedy = f"or download elsewhere with: {source.command}"
         raise UserError(f"{source.repository}: cannot be downloaded ({reason}); check the network, {remedy}") from None

@@ -1,4 +1,4 @@
-"""Whole videos, and videos frame by frame, from a stream.
+"""Makes whole videos, or videos chunk by chunk, from a stream.
 
 Shapes: B videos, F pixel frames, H W pixel size.
 """
@@ -19,14 +19,14 @@ def stream_frames(pipeline: TextToVideo, requests: Sequence[StreamRequest]) -> I
     """Make videos together, as one batch, and yield their frames chunk by chunk.
 
     Args:
-        requests: they may differ in prompt, seed, sample and given frames only.
+        requests: they may differ only in prompt, seed, sample and given frames.
 
     Yields:
         decoded frames [B F 3 H W] float32 in [-1, 1] on the CPU, each chunk as soon as it exists. A longer video begins
         with the frames of a shorter one.
 
     Raises:
-        ValueError: as :class:`Stream`.
+        ValueError: the errors of :class:`Stream`.
     """
     stream = Stream(pipeline, *requests)
     chunks = list(stream) if pipeline.decode_last else stream
@@ -35,5 +35,5 @@ def stream_frames(pipeline: TextToVideo, requests: Sequence[StreamRequest]) -> I
 
 
 def generate(pipeline: TextToVideo, requests: Sequence[StreamRequest]) -> Tensor:
-    """Whole videos [B F 3 H W]. Arguments as :func:`stream_frames`; ``num_frames`` must be finite."""
+    """Make whole videos [B F 3 H W]. Arguments are those of :func:`stream_frames`. ``num_frames`` must be finite."""
     return torch.cat(list(stream_frames(pipeline, requests)), dim=1)

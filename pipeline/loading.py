@@ -1,4 +1,4 @@
-"""From configuration to ready parts: denoisers, codecs and text encoders."""
+"""Loads the parts that a configuration names: denoisers, codecs and text encoders."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def load_transformer(
 
     Args:
         use_ema: see :meth:`DenoiserConfig.average`.
-        dtype: of the weights; None keeps the stored one.
-        streamed: the weights of the blocks wait in RAM (see :func:`stream_weights`). For inference only.
+        dtype: the dtype of the weights; None keeps the stored one.
+        streamed: keep the weights of the blocks in RAM (see :func:`stream_weights`). For inference only.
 
     Raises:
-        UserError: weights that are missing, damaged or of other sizes.
+        UserError: the weights are missing, damaged or of other sizes.
     """
     use_ema = config.average(use_ema)
-    loras = load_loras(config.lora, config.lora_scale)  # first: a mistake shows before the large files are read
+    loras = load_loras(config.lora, config.lora_scale)  # first, so that a mistake shows before the large files are read
     if config.weights is None:
         model = _random_transformer(config.preset, generator).to(device, dtype)
     else:
@@ -72,7 +72,7 @@ def _random_transformer(preset: str, generator: torch.Generator | None) -> WanTr
 
 
 def _stream_blocks(model: WanTransformer, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Let the weights of the blocks wait where they are, and move all others to the device."""
+    """Leave the weights of the blocks where they are, and move all other weights to the device."""
     for name, part in model.named_children():
         if name != "blocks":
             part.to(device, dtype)
@@ -81,14 +81,15 @@ def _stream_blocks(model: WanTransformer, device: torch.device | str, dtype: tor
 
 
 def waiting_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype in which streamed weights wait. On a CPU it is the stored one (None): they stay in their file."""
+    """Return the dtype of streamed weights while they wait. On a CPU it is the stored one (None), as in their file."""
     return None if device.type == "cpu" else dtype
 
 
 def stream_weights(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Leave the weights of a module where they are. A layer has its own on ``device``, in ``dtype``, while it computes.
+    """Leave the weights of a module where they are. A layer's weights are on ``device`` only while it computes.
 
-    Self-attention reads the weights of its parts itself (see :meth:`SelfAttention.fuse`), so they come all at once.
+    They are converted to ``dtype`` there. Self-attention reads the weights of its parts directly (see
+    :meth:`SelfAttention.fuse`), so all of them are moved together.
     """
     from accelerate import cpu_offload
 
@@ -98,17 +99,17 @@ def stream_weights(module: nn.Module, device: torch.device | str, dtype: torch.d
         state_dict=module.state_dict(),
         preload_module_classes=[SelfAttention.__name__],
     )
-    module.to(dtype)  # the parameters hold no values now; this sets the dtype that the weights are converted to
+    module.to(dtype)  # parameters have no values now; this sets the dtype to which weights are converted
 
 
 def generator_hash(config: DenoiserConfig, *, use_ema: bool | None = None) -> str:
-    """What identifies a generator: the hash of its stored weights, then the scale and the hash of each LoRA."""
+    """Return the identity of a generator: the hash of its stored weights, then the scale and hash of each LoRA."""
     digest = weights_hash(load_state_dict(config.weights, use_ema=use_ema))
     return f"{digest}{loras_hash(load_loras(config.lora, config.lora_scale))}"
 
 
 def load_denoiser(config: DenoiserConfig, **options) -> Denoiser:
-    """A :class:`Denoiser` around :func:`load_transformer`."""
+    """Load a :class:`Denoiser` with :func:`load_transformer`."""
     return Denoiser(load_transformer(config, **options), FlowMatching(config.shift))
 
 
@@ -119,7 +120,7 @@ def load_codec(
     dtype: torch.dtype = torch.float32,
     tiled: bool = False,
 ) -> VideoCodec:
-    """The video codec, frozen. ``tiled``: the Wan VAE decodes in tiles; a TinyVAE is small enough without."""
+    """Load the video codec, frozen. ``tiled``: the Wan VAE decodes in tiles. A TinyVAE does not need tiles."""
     path = Path(config.weights)
     if not path.exists():
         raise not_found(path)
@@ -143,7 +144,7 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     streamed: bool = False,
 ) -> TextEncoder:
-    """The text encoder with its tokenizer, frozen. ``streamed``: its weights wait in RAM (:func:`stream_weights`)."""
+    """Load the text encoder with its tokenizer, frozen. ``streamed``: see :func:`stream_weights`."""
     if config.weights is None:
         raise UserError("text_encoder.weights is null; name a text-encoder folder or Wan's .pth file")
     path = Path(config.weights)
@@ -154,19 +155,19 @@ def load_text_encoder(
     encoder = TextEncoder.from_files(path, tokenizer=config.tokenizer, **where)
     if streamed:
         encoder.input_device = device
-        stream_weights(encoder.model.encoder, device, dtype)  # the rest is the embedding, which it shares
+        stream_weights(encoder.model.encoder, device, dtype)  # the rest is the shared embedding
     return encoder.eval().requires_grad_(False)
 
 
 def stored_prompts(config: TextConfig, dtype: torch.dtype) -> PromptFiles | None:
-    """The embeddings that earlier runs with this text encoder left on disk. None if none are kept."""
+    """Return the embeddings that earlier runs with this text encoder stored on disk. None if nothing is stored."""
     if config.cache is None or config.weights is None:
         return None
     return open_prompt_files(config.cache, config.weights, config.tokenizer, dtype)
 
 
 def needs_text_encoder(config: PipelineConfig, prompts: Sequence[str], dtype: torch.dtype) -> bool:
-    """Whether the embedding of any prompt of these videos is missing on disk."""
+    """Return whether the embedding of any prompt of these videos is missing on disk."""
     files = stored_prompts(config.text_encoder, dtype)
     return files is None or not all(files.holds(clean_prompt(prompt)) for prompt in config.prompts_to_embed(prompts))
 
@@ -179,7 +180,7 @@ def load_prompt_cache(
     streamed: bool = False,
     keep_encoder: bool = True,
 ) -> PromptCache:
-    """The cache of embeddings. It loads the text encoder when a prompt first needs it."""
+    """Make the cache of embeddings. It loads the text encoder when a prompt first needs it."""
     return PromptCache(
         lambda: load_text_encoder(config, device=device, dtype=dtype, streamed=streamed),
         files=stored_prompts(config, dtype),

@@ -1,4 +1,4 @@
-"""How much memory making a video takes, known before anything is loaded, and what to save it on.
+"""Computes how much memory a video needs, before anything is loaded, and chooses how to save memory.
 
 Letters: T tokens of a latent frame, D model width, GB are 10^9 bytes.
 """
@@ -27,15 +27,15 @@ GB = 10**9
 VIDEO_BYTES_PER_PIXEL = 0.3
 """Bytes of an mp4 as this project writes it: blurred noise took 0.29, sharp noise 0.9; films take less."""
 CUDA_OVERHEAD = GB // 2
-"""What kernels, their workspaces and gaps between tensors are taken to need beside the tensors; not measured."""
+"""The assumed memory for kernels, their workspaces and gaps between tensors. It is not measured."""
 TAEHV = Path("checkpoints/taew2_1.pth")
-"""Where README's command puts the small decoder."""
+"""The place of the small decoder after README's download command."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what a container may use (cgroup v2)."""
+"""The files in which Linux gives the memory limit of a container (cgroup v2)."""
 
 
 class TextPlacement(Enum):
-    """Where the text encoder is; the value is how a sentence says it."""
+    """The place of the text encoder. The value is its wording in a sentence."""
 
     resident = "resident"
     first = "run first and freed"
@@ -44,16 +44,16 @@ class TextPlacement(Enum):
 
 @dataclass(frozen=True)
 class Profile:
-    """What memory is saved on."""
+    """One choice of memory savings."""
 
     card: int
-    """The smallest graphics card, in GB, on which Wan2.1-T2V-1.3B makes its 81 frames of 480x832 with it."""
+    """The smallest GPU memory, in GB, with which Wan2.1-T2V-1.3B makes its 81 frames of 480x832 in this profile."""
     text_encoder: TextPlacement = TextPlacement.resident
-    """resident; first: on the device before the other parts; streamed: its layers are there one at a time."""
+    """resident: always on the device; first: on the device before the other parts; streamed: one layer at a time."""
     tile_codec: bool = False
     """Decode in tiles."""
     decode_last: bool = False
-    """Decode once the cache is freed."""
+    """Decode after the cache is freed."""
     stream_generator: bool = False
     """The generator's blocks are on the device one layer at a time."""
 
@@ -61,7 +61,7 @@ class Profile:
         return self.describe()
 
     def describe(self, *, text: bool = True) -> str:
-        """In words; ``text``: whether a prompt has to be embedded."""
+        """Describe the profile in words. ``text``: whether a prompt has to be embedded."""
         encoder = f"text encoder {self.text_encoder.value}" if text else "prompts from disk"
         codec = "tiled" if self.tile_codec else "whole"
         generator = "streamed" if self.stream_generator else "resident"
@@ -69,7 +69,7 @@ class Profile:
         return f"{encoder}, VAE {codec}{last}, generator {generator}"
 
     def for_session(self) -> Profile:
-        """The same for prompts that come while it runs: the encoder must stay within reach, and chunks be shown."""
+        """Return the profile for prompts that come during a run: the encoder stays available, and chunks are shown."""
         text = self.text_encoder if self.text_encoder is TextPlacement.resident else TextPlacement.streamed
         return replace(self, text_encoder=text, decode_last=False)
 
@@ -82,31 +82,31 @@ PROFILES = (
     Profile(10, TextPlacement.streamed, tile_codec=True, decode_last=True),
     Profile(8, TextPlacement.streamed, tile_codec=True, decode_last=True, stream_generator=True),
 )
-"""From everything resident to frugal; the first that fits is taken."""
+"""The profiles, from the one that uses the most memory to the least. The first that fits is taken."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a part's weights, in the dtype they compute in."""
+    """The bytes of a part's weights, in the dtype in which they compute."""
 
     total: int
     layers: int
-    """Of those that can be streamed."""
+    """The bytes of the weights that can be streamed."""
     largest: int
-    """Of the largest layer among them."""
+    """The bytes of the largest layer among them."""
     waiting: int
-    """RAM that they take when streamed."""
+    """The RAM that they take when streamed."""
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, streamed: str = "") -> Weights:
-        """Sizes of a state dict whose names beginning with ``streamed`` can be streamed."""
+        """Return the sizes of a state dict. Weights whose names begin with ``streamed`` can be streamed."""
         layers: dict[str, int] = {}
         waiting = 0
         for name, tensor in state.items():
             if name.startswith(streamed):
                 layer = name.rpartition(".")[0]
                 layers[layer] = layers.get(layer, 0) + tensor.numel() * dtype.itemsize
-                if waiting_dtype(device, dtype) not in (None, tensor.dtype):  # else it stays in its file
+                if waiting_dtype(device, dtype) not in (None, tensor.dtype):  # otherwise it stays in its file
                     waiting += tensor.numel() * dtype.itemsize
         total = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
         return cls(total, sum(layers.values()), max(layers.values(), default=0), waiting)
@@ -114,7 +114,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that making one video takes, by what they are for."""
+    """The bytes that one video takes, by purpose."""
 
     text: Weights
     text_work: int
@@ -125,28 +125,28 @@ class Sizes:
     work: int
     """Activations of one pass of the generator."""
     decoder: int
-    """What the decoder remembers between chunks, and its activations."""
+    """The state of the decoder between chunks, and its activations."""
     tiled_decoder: int
     """The same for one tile."""
     waiting_tiles: int
-    """What the other tiles remember, in RAM."""
+    """The state of the other tiles, in RAM."""
     whole_clips: bool
-    """Nothing is decoded before all of a clip is sampled."""
+    """True if the whole clip is sampled before anything is decoded."""
     overhead: int
-    """What the device takes beside tensors."""
+    """The bytes that the device takes in addition to tensors."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the moment that takes most."""
+    """The largest number of bytes at any moment."""
 
     device: int
     ram: int
-    """Beside the device's memory; on a CPU, which has no other, 0."""
+    """RAM in addition to the device's memory. On a CPU there is only one memory, so it is 0."""
 
 
 def need(profile: Profile, of: Sizes, *, one_memory: bool) -> Need:
-    """What making a video with a profile takes; ``one_memory``: the device computes in RAM."""
+    """Return the need of a video with a profile. ``one_memory``: the device computes in RAM."""
     streamed = profile.text_encoder is TextPlacement.streamed
     text = of.text.largest if streamed else of.text.total
     generator = of.generator.total
@@ -170,7 +170,7 @@ def need(profile: Profile, of: Sizes, *, one_memory: bool) -> Need:
 def measure(
     config: PipelineConfig, *, device: torch.device, dtype: torch.dtype, use_ema: bool | None, text: bool
 ) -> Sizes:
-    """Sizes of everything, from the headers of the weights and the configuration.
+    """Return all sizes, from the headers of the weights and the configuration.
 
     Args:
         text: whether a prompt has to be embedded.
@@ -212,7 +212,7 @@ def sizes(
 
 
 def generator_bytes(config: PipelineConfig, transformer: WanConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """The cache, and the activations of one pass: of the feed-forward layer, or of attention with its rotation."""
+    """Return the bytes of the cache and of one pass's activations (feed-forward, or attention with rotation)."""
     rows, columns = token_size(config)
     tokens = (config.video.height // rows) * (config.video.width // columns)
     rollout, frames = config.rollout, config.video.num_frames
@@ -222,11 +222,11 @@ def generator_bytes(config: PipelineConfig, transformer: WanConfig, dtype: torch
     held = 0 if whole else min(frames, rollout.window or frames)
     token = transformer.dim * itemsize
     work = 0.0
-    if rollout.cache_dtype is CacheDtype.fp8:  # a layer's keys and values are read as new tensors, by way of float32
+    if rollout.cache_dtype is CacheDtype.fp8:  # keys and values of a layer are read as new tensors, through float32
         work += 2 * held * tokens * transformer.dim * (4 + itemsize)
         token = transformer.dim + 4 * transformer.num_heads
     cache = 2 * transformer.num_layers * (held * tokens * token + transformer.text_len * transformer.dim * itemsize)
-    # Tensors of model width at once, as counted: rotation is computed in float32, so it weighs more in half precision.
+    # Tensors of model width at once, as counted. Rotation is in float32, so it counts more in half precision.
     attention = 7.5 if itemsize == 4 else 10
     width = max(2 * transformer.ffn_dim + 4 * transformer.dim, attention * transformer.dim)
     work += (frames if whole else rollout.frames_per_chunk) * tokens * width * itemsize
@@ -234,14 +234,14 @@ def generator_bytes(config: PipelineConfig, transformer: WanConfig, dtype: torch
 
 
 def text_work_bytes(state: Mapping[str, Tensor], text_len: int, dtype: torch.dtype) -> int:
-    """Activations of the text encoder at its longest prompt: attention's scores and their bias, and the inner layer."""
+    """Return the bytes of the text encoder's activations for the longest prompt: scores, bias, inner layer."""
     ffn = next((shape[0] for shape in _shapes(state, "wi_0.weight")), 0)
     heads = next((shape[-1] for shape in _shapes(state, "relative_attention_bias.weight")), 0)
     return text_len * (3 * heads * text_len * 4 + 3 * ffn * dtype.itemsize)
 
 
 def _shapes(state: Mapping[str, Tensor], suffix: str) -> list[torch.Size]:
-    """Shapes of the tensors so called; numbers, which only a damaged file has there, are left to the loader."""
+    """Return the shapes of tensors with this suffix. Scalars occur only in damaged files, which the loader refuses."""
     return [tensor.shape for name, tensor in state.items() if name.endswith(suffix) and tensor.ndim]
 
 
@@ -265,7 +265,7 @@ def check_parts(config: PipelineConfig, transformer: WanConfig, encoder: Mapping
 def decoder_bytes(
     config: PipelineConfig, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[int, int, int]:
-    """What decoding a chunk takes whole, and in tiles, and what of the other tiles waits in a GPU's RAM."""
+    """Return the bytes to decode a chunk whole, to decode it in tiles, and of the other tiles' state in RAM."""
     size, latents = (config.video.height, config.video.width), config.rollout.frames_per_chunk
     if config.codec.kind is CodecKind.tiny:
         whole = codec_sizes(config.codec).decode_bytes(*size, latents, dtype)
@@ -287,11 +287,11 @@ def decoder_bytes(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do."""
+    """The plan of a run."""
 
     profile: Profile
     line: str
-    """What was chosen and why."""
+    """The choice and its reason, in words."""
 
 
 def plan(
@@ -309,10 +309,10 @@ def plan(
     Args:
         text: whether a prompt has to be embedded.
         interactive: prompts come while it runs.
-        processes: that share this machine's RAM.
+        processes: the number of processes that share this machine's RAM.
 
     Raises:
-        UserError: none fits, or weights that are missing or damaged.
+        UserError: no profile fits, or weights are missing or damaged.
     """
     measured = measure(config, device=device, dtype=dtype, use_ema=use_ema, text=text)
     return choose_profile(config, measured, device=device, text=text, interactive=interactive, processes=processes)
@@ -327,7 +327,7 @@ def choose_profile(
     interactive: bool = False,
     processes: int = 1,
 ) -> Plan:
-    """Choose the first profile whose need fits what is free; arguments and errors as :func:`plan`."""
+    """Choose the first profile that fits into the free memory. Arguments and errors are those of :func:`plan`."""
     memory = "VRAM" if device.type == "cuda" else "RAM"
     ram = free_ram() // processes
     free = ram if memory == "RAM" else torch.cuda.mem_get_info(device)[0]
@@ -355,7 +355,7 @@ def choose_profile(
 
 
 def check_disk(config: PipelineConfig, videos: int) -> None:
-    """Refuse an output folder whose disk does not hold the files of so many videos."""
+    """Raise UserError if the disk of the output folder has no room for the files of ``videos`` videos."""
     video, folder = config.video, config.inference.output_folder
     frames = 1 + (video.num_frames - 1) * codec_sizes(config.codec).temporal_scale
     pixels = frames * video.height * video.width * video.scale**2
@@ -368,7 +368,7 @@ def check_disk(config: PipelineConfig, videos: int) -> None:
 
 
 def free_ram() -> int:
-    """Bytes this process can still take: what the system has, within what its container may use."""
+    """Return the bytes that this process can still take, within the limits of the system and its container."""
     import psutil
 
     free = psutil.virtual_memory().available

@@ -48,7 +48,7 @@ OFFLOADED = replace(PROFILES[0], text_encoder=TextPlacement.streamed, tile_codec
 
 @dataclass
 class VideoOutput:
-    """What a call returns."""
+    """The result of a call."""
 
     frames: Any
     """``np``: array [B F H W 3] in [0, 1]; ``pil``: a list of images for each video; ``pt``: tensor [B F 3 H W] in
@@ -56,9 +56,9 @@ class VideoOutput:
 
 
 class SelfForcingPipeline:
-    """Prompts to videos, called as a pipeline of diffusers is.
+    """Turns prompts into videos, with the interface of a diffusers pipeline.
 
-    The parts load at the first call and stay. ``num_frames`` counts pixel frames, as in diffusers.
+    The parts are loaded at the first call and kept. ``num_frames`` counts pixel frames, as in diffusers.
     """
 
     def __init__(self, config: PipelineConfig, *, use_ema: bool = True) -> None:
@@ -79,7 +79,7 @@ class SelfForcingPipeline:
         overrides: Sequence[str] = (),
         **download: Any,
     ) -> SelfForcingPipeline:
-        """A pipeline from a folder or from the Hugging Face hub.
+        """Make a pipeline from a folder or from the Hugging Face hub.
 
         Args:
             name_or_path: a folder with ``pipeline.yaml`` (as :meth:`save_pretrained` writes it, or
@@ -90,7 +90,7 @@ class SelfForcingPipeline:
             download: options of :func:`huggingface_hub.snapshot_download`, such as ``revision``.
 
         Raises:
-            UserError: nothing of these is there, or a value does not fit.
+            UserError: none of these exists, or a value does not fit.
         """
         path = Path(name_or_path)
         if not path.exists():
@@ -221,7 +221,7 @@ class SelfForcingPipeline:
         num_frames: int | None = None,
         seed: int = 0,
     ) -> Iterator[Chunk]:
-        """Frames as they are made, chunk by chunk.
+        """Yield frames chunk by chunk, as soon as they are made.
 
         Without ``num_frames`` the video never ends. Leaving the loop ends it.
 
@@ -249,14 +249,14 @@ class SelfForcingPipeline:
 
 
 def _first_frame(image: str | Path | Image.Image, height: int, width: int) -> Tensor:
-    """An image file or a PIL image as [3 H W] in [-1, 1]."""
+    """Return an image file or a PIL image as [3 H W] in [-1, 1]."""
     if isinstance(image, Image.Image):
         return fit_image(image.convert("RGB"), height, width)
     return load_image(image, height, width)
 
 
 def _folder_config(folder: Path, overrides: Sequence[str]) -> PipelineConfig:
-    """The configuration of a folder, its paths made absolute."""
+    """Return the configuration of a folder, with absolute paths."""
     if (folder / PIPELINE_FILE).is_file():
         config = load_pipeline_config(folder / PIPELINE_FILE, overrides)
         for section, key in WEIGHTS:
@@ -276,7 +276,7 @@ def _folder_config(folder: Path, overrides: Sequence[str]) -> PipelineConfig:
 
 
 def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The values that are not the schema's own, section by section."""
+    """Return the values that differ from the defaults of the schema, section by section."""
     found = {}
     for key, value in values.items():
         if isinstance(value, dict) and isinstance(defaults[key], dict):
@@ -302,7 +302,7 @@ def _download(name: str, options: dict[str, Any]) -> Path:
 
 
 def _drive(stream: Stream, pipeline: SelfForcingPipeline, callback: Callable[..., Any] | None) -> Iterator[LatentChunk]:
-    """The chunks of a stream; the callback is called after each denoising pass."""
+    """Yield the chunks of a stream. The callback is called after each denoising pass."""
     count = 0
     while not stream.ended:
         pending = stream.pending
@@ -316,7 +316,7 @@ def _drive(stream: Stream, pipeline: SelfForcingPipeline, callback: Callable[...
 
 
 def _convert(parts: list[Tensor], output_type: str) -> Any:
-    """Frames [B F 3 H W] in [-1, 1] as diffusers gives them."""
+    """Convert frames [B F 3 H W] in [-1, 1] to an output type of diffusers."""
     frames = (torch.cat(parts, dim=1) / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return frames

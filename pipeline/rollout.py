@@ -1,4 +1,4 @@
-"""The autoregressive rollout: the one loop behind generation and self-forcing training (Self Forcing, Algorithms 1, 2).
+"""The autoregressive rollout: one loop for generation and self-forcing training (Self Forcing, Algorithms 1 and 2).
 
 Shapes: B batch, F latent frames of the clip, f of a chunk, C channels, H W latent height and width, L E text.
 """
@@ -32,8 +32,8 @@ class RolloutConfig:
     """How a clip is rolled out."""
 
     denoising_steps: list[Any] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
-    """Timesteps of the few-step denoiser, descending from 1000; or a list for each chunk, of which the last serves all
-    later chunks: [[1000, 750, 500, 250], [1000, 500]] takes four steps for the first chunk and two for the others."""
+    """Timesteps of the few-step denoiser, descending from 1000. Or a list for each chunk; the last list then serves all
+    later chunks. [[1000, 750, 500, 250], [1000, 500]]: four steps for the first chunk, two for the others."""
     warp_denoising_step: bool = True
     """Look the steps up in the shifted 1000-step grid."""
     frames_per_chunk: int = 3
@@ -43,9 +43,9 @@ class RolloutConfig:
     context_noise: float = 0.0
     """Timestep at which finished frames are committed to the cache; 0 commits them clean."""
     window: int | None = None
-    """Most latent frames attention sees, the current chunk included; null sees everything."""
+    """The most latent frames that attention sees, the current chunk included. null: all frames."""
     sink: int = 0
-    """First latent frames that never leave the window."""
+    """The number of first latent frames that never leave the window."""
     relative_positions: bool = False
     """Count positions within the window, so that the sink never gets further away than in training."""
     cache_dtype: CacheDtype = CacheDtype.auto
@@ -53,7 +53,7 @@ class RolloutConfig:
     recache_sink: bool = True
     """A prompt switch with recache encodes the sink anew too; false keeps the sink of the first prompt."""
     recompute: bool = False
-    """Encode the frames that the window shows anew before every chunk, as a clip that begins with its own image latent
+    """Before every chunk, encode the visible frames again, as a clip that begins with its own image latent
     (krea-ai/realtime-video). It needs a window without a sink. Training rollouts ignore it."""
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class RolloutConfig:
         return [(start + context_frames, end + context_frames) for start, end in ranges]
 
     def mask(self, num_frames: int, build: Callable[..., BlockMask] = block_causal_mask) -> BlockMask:
-        """What training on whole clips sees of them, as the cache would; ``build`` is a mask of model.attention."""
+        """Return the mask for training on whole clips that equals the cache. ``build``: a mask of model.attention."""
         return build(
             num_frames,
             self.frames_per_chunk,
@@ -88,41 +88,41 @@ class RolloutConfig:
         )
 
     def context_images(self, codec: VideoCodec) -> ContextImages | None:
-        """Return what ``recompute`` needs to encode the context of one rollout; None without that mode."""
+        """Return the helper with which ``recompute`` encodes the context of one rollout. None without this mode."""
         return ContextImages(codec, self.window) if self.recompute else None
 
     def timesteps(self, denoiser: Denoiser) -> Steps:
-        """The steps as the denoiser's schedule warps them: one list, or a list for each chunk."""
+        """Return the steps after the denoiser's schedule has warped them: one list, or a list for each chunk."""
         if not self.warp_denoising_step:
             return self.denoising_steps
         return map_steps(self.denoising_steps, denoiser.schedule.warp)
 
 
 class SwitchStyle(Enum):
-    """What becomes of the context when the prompt changes."""
+    """How the context is treated when the prompt changes."""
 
     cut = "cut"
-    """Forgotten: a new clip begins, at position 0."""
+    """The context is forgotten. A new clip begins, at position 0."""
     keep = "keep"
-    """Kept as it is."""
+    """The context is kept without a change."""
     recache = "recache"
-    """Encoded anew with the new prompt: the frames attention sees, in one pass (LongLive, arXiv 2509.22622)."""
+    """The visible frames are encoded again with the new prompt, in one pass (LongLive, arXiv 2509.22622)."""
     blend = "blend"
-    """Kept, while the caller moves the embeddings over to the new prompt in several chunks."""
+    """The context is kept. The caller moves the embeddings to the new prompt over several chunks."""
 
 
 @dataclass(frozen=True)
 class ChunkInput:
-    """What one chunk is made from."""
+    """The inputs of one chunk."""
 
     latents: Tensor
     """Noise [B f C H W], or a video noised to the timestep of ``first_step``."""
     first_step: int = 0
     """Index of the first step taken; more than 0 makes video to video."""
     prompt_embeds: Tensor | None = None
-    """The prompt from this chunk on [B L E]; None goes on with the last."""
+    """The prompt from this chunk on [B L E]. None keeps the last prompt."""
     style: SwitchStyle = SwitchStyle.keep
-    """What becomes of the context if ``prompt_embeds`` is given."""
+    """How the context is treated if ``prompt_embeds`` is given."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ class FinishedChunk:
 
 
 class Stage(Enum):
-    """What a pass is for."""
+    """The purpose of a pass."""
 
     denoise = "denoise"
     context = "context"
@@ -143,7 +143,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the denoiser that a rollout asks for."""
+    """One run of the denoiser, as a rollout requests it."""
 
     stage: Stage
     latents: Tensor
@@ -151,7 +151,7 @@ class Pass:
     prompt_embeds: Tensor
     cache: KVCache
     start_frame: int | tuple[int, ...]
-    """Position in the cache; in a batch of passes there may be one for each sample."""
+    """The position in the cache. In a batch of passes there may be one for each sample."""
     chunk_frames: tuple[int, ...] | None = None
     """Sizes of the chunks if the pass covers several."""
     with_grad: bool = False
@@ -171,7 +171,7 @@ class Pass:
 
 
 def randn(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
-    """Standard normal [B ...] in the device and dtype of ``like``; with a list, sample b draws from generator b.
+    """Draw standard normal noise [B ...] in the device and dtype of ``like``. With a list, sample b uses generator b.
 
     The numbers are drawn in float32 on the generator's device: a CPU generator gives the same ones for every device.
     """
@@ -192,12 +192,12 @@ def rollout(
     config: RolloutConfig,
     **options,
 ) -> Iterator[FinishedChunk]:
-    """Generate chunk after chunk, each denoised in a few steps over the cache of the chunks before it.
+    """Generate a video chunk by chunk. Each chunk is denoised in a few steps over the cache of earlier chunks.
 
     Arguments are those of :func:`rollout_passes`.
 
     Yields:
-        finished chunks, each before its context pass, which runs only when another chunk follows.
+        finished chunks. The context pass of a chunk runs later, and only if another chunk follows.
     """
     passes = rollout_passes(config.timesteps(denoiser), noise, prompt_embeds, cache, config, **options)
     event = next(passes, None)
@@ -224,28 +224,29 @@ def rollout_passes(
     denoise_chunk: Callable[[Tensor, int], Tensor] | None = None,
     images: ContextImages | None = None,
 ) -> Generator[Pass | FinishedChunk, Tensor | None, None]:
-    """The loop itself, which runs nothing: it yields each pass and is sent its x0; it yields finished chunks too.
+    """The loop of a rollout. It does not run the denoiser: it yields each pass and receives the x0 of the pass.
 
-    So whoever drives it may wait or stop between two passes, time them, or run those of several rollouts as a batch.
+    It also yields finished chunks. The caller can wait or stop between two passes, measure their time, or run passes
+    of several rollouts as one batch.
 
     Args:
-        timesteps: of the denoising steps, descending; or a list for each chunk.
-        noise: [B F C H W], split into chunks; or chunks from an iterable that may never end, each taken when the one
-            before is finished: noise [B f C H W], or a :class:`ChunkInput`, which can change the prompt.
+        timesteps: the timesteps of the denoising steps, descending; or a list for each chunk.
+        noise: [B F C H W], which is split into chunks. Or an iterable, which may be endless, of noise [B f C H W] or
+            :class:`ChunkInput`, which can change the prompt. An entry is taken when the chunk before it is finished.
         prompt_embeds: [B L E].
-        cache: reset here; with gradients it must be ``append_only``.
+        cache: the cache, which is reset here. With gradients it must be ``append_only``.
         context_latents: given clean frames [B F' C H W] (an image or a video) before the first chunk.
-        exit_steps: for training, the index of the step at which each chunk stops, or its last step if it has fewer;
+        exit_steps: for training, the index of the step at which each chunk stops, or its last step if it has fewer.
             None runs every step.
-        grad_start_frame: first frame whose chunk's exit pass carries gradient; None carries none anywhere.
+        grad_start_frame: from the chunk of this frame on, exit passes carry gradient. None: no gradient.
         generator: for the fresh noise between steps; see :func:`randn`.
         num_frames: length of the clip, given frames included, if ``noise`` does not show it; it sizes the cache.
-        denoise_chunk: another way to turn the noise [B f C H W] of a chunk at a position in the cache into x0, such
-            as a many-step solver over the same cache; None is the few-step denoiser.
-        images: decodes what is finished, for ``config.recompute``; None keeps the cache from chunk to chunk.
+        denoise_chunk: another function from the noise [B f C H W] of a chunk and its position in the cache to x0, such
+            as a many-step solver over the same cache. None is the few-step denoiser.
+        images: decodes finished frames for ``config.recompute``. None keeps the cache from chunk to chunk.
 
     Raises:
-        ValueError: frames that do not divide into chunks, or an ``exit_steps`` of the wrong length.
+        ValueError: the frames do not fill whole chunks, or ``exit_steps`` has the wrong length.
     """
     start = 0 if context_latents is None else context_latents.shape[1]
     if isinstance(noise, Tensor):
@@ -282,7 +283,7 @@ def rollout_passes(
 
 
 def _denoise(first: Pass, timesteps: Sequence[float], generator: Generators) -> Generator[Pass, Tensor, Tensor]:
-    """Predict x0 at each timestep and noise it anew to the next; only the last pass may carry gradient."""
+    """Predict x0 at each timestep and noise it again to the next one. Only the last pass may carry gradient."""
     latents = first.latents
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
         last = following is None
@@ -293,9 +294,10 @@ def _denoise(first: Pass, timesteps: Sequence[float], generator: Generators) -> 
 
 
 class _Context:
-    """The finished frames: how they reach the cache, and the visible ones themselves, for a recache.
+    """The finished frames. It writes them to the cache, and stores the visible ones for a recache.
 
-    Latents are small beside keys and values. Positions are those of the cache: a cut and a recache count anew.
+    Latents are small compared with keys and values. Positions are those of the cache: after a cut or a recache they
+    are counted from the new beginning.
     """
 
     def __init__(
@@ -326,7 +328,7 @@ class _Context:
             self.images.add(latents)
 
     def add(self, latents: Tensor) -> None:
-        """Take in a finished chunk [B f C H W]; it enters the cache when it is known what follows."""
+        """Add a finished chunk [B f C H W]. It is written to the cache when the next chunk is known."""
         self.frames |= dict(enumerate(latents.unbind(1), self.end))
         self.end += latents.shape[1]
         self.uncommitted = latents
@@ -334,7 +336,7 @@ class _Context:
         self.frames = {position: frame for position, frame in self.frames.items() if position in visible}
 
     def settle(self, prompt_embeds: Tensor, following: ChunkInput) -> Iterator[Pass]:
-        """Passes that make the cache ready for the next chunk."""
+        """Yield the passes that prepare the cache for the next chunk."""
         style = SwitchStyle.keep if following.prompt_embeds is None else following.style
         if style is SwitchStyle.cut:
             self._begin_anew(0)
@@ -357,7 +359,7 @@ class _Context:
             yield Pass(Stage.context, latents, self.config.context_noise, prompt_embeds, self.cache, start)
 
     def _recompute(self, prompt_embeds: Tensor, following: int) -> Iterator[Pass]:
-        """Encode the latest frames anew, at the first positions of the same cache, which a chunk then follows."""
+        """Encode the latest frames again, at the first positions of the same cache. The next chunk follows them."""
         latest = sorted(self.frames)[-(self.config.window - following) :]
         if not latest:
             return
@@ -368,7 +370,7 @@ class _Context:
         yield from self.encode(latents, prompt_embeds, self.config.context_noise)
 
     def encode(self, latents: Tensor, prompt_embeds: Tensor, timestep: float) -> Iterator[Pass]:
-        """Commit frames [B F C H W] in one pass, in chunks as if generated; the first takes what is left over."""
+        """Commit frames [B F C H W] in one pass, in chunks as if generated. The first one takes the remainder."""
         size, alone = self.config.frames_per_chunk, int(self.config.independent_first_frame and self.end == 0)
         first = alone + (latents.shape[1] - alone) % size
         sizes = (first,) * (first > 0) + (size,) * ((latents.shape[1] - first) // size)
@@ -378,13 +380,13 @@ class _Context:
         self.uncommitted = None
 
     def _begin_anew(self, kept: int) -> None:
-        """A cache of the first ``kept`` frames; the old one may still be needed, by passes recomputed in backward."""
+        """Begin a cache with the first ``kept`` frames. Backward may still need the old cache, so it is not changed."""
         self.cache = self.cache.restarted(keep_sink=kept > 0)
         self.frames = {position: self.frames[position] for position in range(kept)}
         self.end, self.uncommitted = kept, None
 
     def _visible(self, following: int = 0) -> list[int]:
-        """Positions that a chunk of ``following`` frames sees, its own included."""
+        """Return the positions that a chunk of ``following`` frames sees, its own included."""
         ranges = visible_frames(self.end + following, self.cache.window, self.cache.sink)
         return [position for low, high in ranges for position in range(low, high)]
 
@@ -396,5 +398,5 @@ class _Context:
 
 
 def full_timesteps(timestep: float, latents: Tensor) -> Tensor:
-    """One timestep for all frames of latents [B F ...]: [B 1] float32, filled on the device without a copy."""
+    """Return one timestep for all frames of latents [B F ...]: [B 1] float32, filled on the device without a copy."""
     return torch.full((latents.shape[0], 1), timestep, dtype=torch.float32, device=latents.device)
