@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import AttentionBackend, BlockMask, FlexMask, attention
-from model.fused import can_fuse
 from model.kv_cache import CachedText
 from model.layer_cache import ChunkSlots, LayerCache
 from model.rope import apply_rotary
@@ -65,10 +64,6 @@ class LayerNorm(nn.LayerNorm):
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Return ``norm(x) (1 + scale) + shift``: x [B F T C], shift and scale [B f 1 C]. The norm has no weights."""
-        if can_fuse(x):
-            from model.triton_kernels import layer_norm_modulate
-
-            return layer_norm_modulate(x, shift, scale, eps=self.eps)
         if shift.numel() == x.shape[-1]:  # equal for all tokens: use them as the weights, in one operation
             weight, bias = (1 + scale).float().flatten(), shift.float().flatten()
             return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
@@ -139,11 +134,6 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split the product qkv [B F T 3C] into q, k, v [B F T N D]. Norm q and k by their weights [2 C]; rotate both."""
     parts = qkv.unflatten(-1, (3, -1))
-    if can_fuse(qkv) and qkv.is_contiguous():
-        from model.triton_kernels import norm_rotary
-
-        q, k = norm_rotary(parts, norm, rotary, num_heads=num_heads, eps=eps)
-        return q, k, parts[..., 2, :].unflatten(-1, (num_heads, -1))
     qk = parts[..., :2, :].float()
     mean_square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square() / qk.shape[-1]
     qk = (qk * (mean_square + eps).rsqrt()).to(qkv.dtype) * norm

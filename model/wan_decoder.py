@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.fused import can_fuse
 from model.fused_ops import add_shortcut, norm_silu
 
 Memory = dict[str, Tensor]
@@ -137,12 +136,7 @@ def activate(norm: ChannelNorm, conv: CausalConv, x: Tensor, memory: Memory, *, 
         return norm_silu(x, bias, norm.gamma.flatten(), conv.past(x, memory), NORM_FLOOR)
     x = x if bias is None else x + bias
     buffer = conv.buffer(x, memory)
-    if can_fuse(x) and x.is_contiguous():
-        from model.triton_kernels import rms_silu
-
-        rms_silu(x, norm.gamma.flatten(), buffer[conv.kept :], floor=NORM_FLOOR)
-    else:
-        F.silu(norm(x, out=buffer[conv.kept :]), inplace=True)
+    F.silu(norm(x, out=buffer[conv.kept :]), inplace=True)
     conv.keep(buffer, memory)
     return buffer
 

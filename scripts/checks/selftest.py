@@ -15,8 +15,8 @@ from threading import Thread
 import torch
 import torch.nn.functional as F
 
+from model import fused_ops
 from model.attention import attention, block_causal_mask, flex_mask
-from model.fused import can_fuse
 from model.kernels import AttentionBackend, missing, resolve_backend, run_kernel
 from model.layers import LayerNorm
 from model.wan_decoder import CausalConv, ChannelNorm, activate
@@ -137,17 +137,18 @@ def check_kernel(device: torch.device, backend: AttentionBackend) -> str:
 
 
 def check_triton(device: torch.device) -> str:
-    """Norms of the denoiser and of the Wan VAE by Triton kernels, against the CPU."""
+    """Norms of the denoiser and of the Wan VAE by the opt-in Triton kernels, against the plain ones on the CPU."""
     norm, conv = LayerNorm(1536, 1e-6, elementwise_affine=False), CausalConv(96, 96)
     x, signals, frames = random(1, 3, 40, 1536), random(1, 3, 2, 1536, seed=1), random(2, 6, 8, 96, seed=2)
     shift, scale = signals[:, :, :, None].unbind(2)
     rms = ChannelNorm(96, ndim=3)
     with torch.no_grad():
-        if not can_fuse(x.to(device)):
-            raise Skipped("needs a CUDA device and the package triton")
+        if lacking := fused_ops.missing(device):
+            raise Skipped(f"needs {lacking}")
         expected = norm.modulated(x, shift, scale), activate(rms, conv, frames, {})
+        rms.fused = True
         made = (
-            norm.modulated(*(tensor.to(device) for tensor in (x, shift, scale))),
+            fused_ops.norm_modulated(*(tensor.to(device) for tensor in (x, shift, scale)), norm.eps),
             activate(rms.to(device), conv.to(device), frames.to(device), {}),
         )
     worst = max(difference(mine.cpu(), other) for mine, other in zip(made, expected, strict=True))
