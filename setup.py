@@ -27,10 +27,9 @@ setup(
     extras_require={
         "flash": ["flash-attn-4"],  # FlashAttention-4: Hopper and later, no compiler needed
         "gguf": ["gguf>=0.17"],  # reads .gguf weights
-        "kernels": ["triton>=3"],  # torch for CUDA brings it; on a CPU only the tests of the kernels use it
         "wandb": ["wandb>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
-        "triton": ["triton>=3.2"],  # optimize.kernels=triton; torch brings it on Linux with CUDA
+        "triton": ["triton>=3.2"],  # optimize.kernels=triton; torch for CUDA brings it, on a CPU only tests use it
         "quant": ["torchao>=0.10"],
         "dev": requirements("requirements-dev.txt"),
     },
