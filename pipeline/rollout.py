@@ -226,8 +226,7 @@ def rollout_passes(
 ) -> Generator[Pass | FinishedChunk, Tensor | None, None]:
     """The loop of a rollout. It does not run the denoiser: it yields each pass and receives the x0 of the pass.
 
-    It also yields finished chunks. The caller can wait or stop between two passes, measure their time, or run passes
-    of several rollouts as one batch.
+    It also yields finished chunks. The caller can stop between passes, time them, or batch those of several rollouts.
 
     Args:
         timesteps: the timesteps of the denoising steps, descending; or a list for each chunk.
@@ -296,8 +295,7 @@ def _denoise(first: Pass, timesteps: Sequence[float], generator: Generators) -> 
 class _Context:
     """The finished frames. It writes them to the cache, and stores the visible ones for a recache.
 
-    Latents are small compared with keys and values. Positions are those of the cache: after a cut or a recache they
-    are counted from the new beginning.
+    Latents are small compared with keys and values. A cut or a recache starts to count positions again from 0.
     """
 
     def __init__(

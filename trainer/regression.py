@@ -29,12 +29,12 @@ from utils.errors import UserError
 
 
 class PairRegression:
-    """The loss of the stored trajectories that the indices of a micro-batch point to.
+    """The regression loss on stored trajectories. The indices of a micro-batch choose the trajectories.
 
     A state at timestep 0 carries no loss. CausVid draws it too, Causal Forcing does not.
 
     Raises:
-        UserError: there are none, or their length does not divide into chunks.
+        UserError: there are no trajectories, or they do not fill whole chunks.
     """
 
     def __init__(self, config: Config, seed: int) -> None:
@@ -69,7 +69,7 @@ class PairRegression:
 
 
 class RegressionTrainer(Trainer):
-    """One regression update a step on stored trajectories."""
+    """Makes one regression update a step on stored trajectories."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)

@@ -41,27 +41,27 @@ THUMBNAIL_PIXELS = 160
 
 @dataclass
 class Run:
-    """What a log folder holds."""
+    """The contents of a log folder."""
 
     name: str
     curves: dict[str, list[Point]]
-    """Metric -> (step, value), in order; a value that was not finite is None."""
+    """Metric -> (step, value), in order. The value is None if it was not finite."""
     config: dict[str, Any]
-    """As config.yaml says, empty without one."""
+    """The values of config.yaml; empty if there is none."""
     config_text: str
     samples: list[tuple[int, list[Path]]]
     """(step, videos), in order."""
     updated: float | None
-    """When the last metrics were written, in seconds since 1970."""
+    """The time of the last metrics, in seconds since 1970."""
 
     @property
     def step(self) -> int:
-        """The last step logged."""
+        """The last logged step."""
         return max((points[-1][0] for points in self.curves.values()), default=0)
 
 
 def read_run(logdir: str | Path) -> Run:
-    """Read a log folder; of a step that was done twice, after an interruption, the last line counts.
+    """Read a log folder. If a step was done twice, after an interruption, its last line counts.
 
     Raises:
         UserError: there is no such folder.
@@ -84,7 +84,7 @@ def read_run(logdir: str | Path) -> Run:
 
 
 def parse_config(text: str, path: Path) -> dict[str, Any]:
-    """The values of a config.yaml; nothing, with one warning, if it is damaged."""
+    """Return the values of a config.yaml. If it is damaged, warn once and return nothing."""
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -96,7 +96,7 @@ def parse_config(text: str, path: Path) -> dict[str, Any]:
 
 
 def to_curves(lines: Sequence[Mapping[str, float | None]]) -> dict[str, list[Point]]:
-    """Metric -> points. If a step was logged twice, its last line counts."""
+    """Return the points of each metric. If a step was logged twice, its last line counts."""
     steps = {int(line["step"]): line for line in lines}
     curves: dict[str, list[Point]] = {}
     for step, line in sorted(steps.items()):
@@ -107,7 +107,7 @@ def to_curves(lines: Sequence[Mapping[str, float | None]]) -> dict[str, list[Poi
 
 
 def write_report(logdir: str | Path) -> Path:
-    """Write report.html and metrics.csv into a log folder; returns the page's path."""
+    """Write report.html and metrics.csv into a log folder. Returns the path of the page."""
     run = read_run(logdir)
     path = Path(logdir) / "report.html"
     atomic_write_text(path, render(run))
@@ -127,7 +127,7 @@ def _write_csv(path: Path, curves: dict[str, list[Point]]) -> None:
 
 
 def render(run: Run) -> str:
-    """The page."""
+    """Return the HTML of the page."""
     objective = run.config.get("objective", "")
     sections = [_tiles(run), _curves(run), _phases(run), _samples(run), _config(run)]
     return (
@@ -143,7 +143,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _tiles(run: Run) -> str:
-    """The figures of the run as a row of tiles."""
+    """Return the figures of the run as a row of tiles."""
     seconds = [value for _, value in run.curves.get(SECONDS, []) if value]
     loop = run.config.get("trainer", {})
     total = loop.get("steps")
@@ -175,14 +175,14 @@ def _curves(run: Run) -> str:
 
 
 def _chart_order(name: str) -> int:
-    """Losses first, then what else the objective logs, then what every run does."""
+    """Sort losses first, then other metrics of the objective, then the metrics of every run."""
     if "loss" in name:
         return 0
     return 2 if name.endswith("lr") or name == SECONDS or "memory" in name else 1
 
 
 def _phases(run: Run) -> str:
-    """Mean seconds of each phase of a step, as one stacked bar with its legend."""
+    """Return the mean seconds of each phase of a step, as one stacked bar with its legend."""
     phases = {
         name.removeprefix(PHASE): statistics.fmean([value for _, value in points if value is not None] or [0.0])
         for name, points in run.curves.items()
@@ -206,7 +206,7 @@ def _phases(run: Run) -> str:
 
 
 def _samples(run: Run) -> str:
-    """A strip for each fixed prompt: its samples at several steps, as small looping pictures."""
+    """Return a strip for each fixed prompt: its samples at several steps, as small looping pictures."""
     if not run.samples:
         return ""
     chosen = [run.samples[index] for index in evenly_spaced(len(run.samples), SHOWN_STEPS)]
@@ -232,7 +232,7 @@ def _prompts(run: Run) -> list[str]:
 
 
 def _thumbnail(video: Path, fps: float) -> str:
-    """A video as a data URI of a small looping WebP; an empty one if it cannot be read."""
+    """Return a video as a data URI of a small looping WebP. It is empty if the video cannot be read."""
     from PIL import Image
 
     try:

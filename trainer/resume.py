@@ -1,4 +1,4 @@
-"""Where a run starts: after a checkpoint of an earlier start, or anew."""
+"""Decides where a run starts: from a checkpoint of an earlier run, or from the beginning."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from utils.distributed import Ranks, broadcast_value
 from utils.errors import UserError
 
 CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints in the folder of a run."""
+"""The name of the checkpoint folder inside the folder of a run."""
 MADE_BY_RUNS = ("model", "model.pt", "samples")
-"""What a run that starts anew keeps under another name, besides checkpoints and metrics."""
+"""Files that a new run renames, in addition to checkpoints and metrics."""
 
 
 def find_checkpoint(logdir: Path, objective: Objective, ranks: Ranks, *, anew: bool) -> tuple[Path | None, int]:
-    """The verified checkpoint that a run in ``logdir`` goes on from, and its step. All processes call it.
+    """Return the verified checkpoint from which a run in ``logdir`` continues, and its step. All processes call it.
 
-    A run that starts anew, because ``anew`` asks for it or there is no checkpoint, renames what an earlier run left.
+    With ``anew``, or without a checkpoint, the run starts from the beginning, and files of an earlier run are renamed.
 
     Raises:
-        UserError: no checkpoint is good, or they are of another objective.
+        UserError: all checkpoints are damaged, or they belong to another objective.
     """
     folder = logdir / CHECKPOINTS
     path = None if anew else find_good_checkpoint(folder, ranks)
@@ -30,7 +30,7 @@ def find_checkpoint(logdir: Path, objective: Objective, ranks: Ranks, *, anew: b
         if ranks.is_main:
             for name in (CHECKPOINTS, *MADE_BY_RUNS) if anew else MADE_BY_RUNS:
                 put_away(logdir / name)
-        broadcast_value(None)  # nobody makes anything there before
+        broadcast_value(None)  # no process writes there before this
         return None, 0
     about = read_about(path)
     if (other := about.get("config", {}).get("objective")) != objective.value:

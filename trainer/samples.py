@@ -1,4 +1,4 @@
-"""The videos that training shows of a few fixed prompts, made by all processes together.
+"""Makes the sample videos of training, for a few fixed prompts. All processes share the work.
 
 Shapes: b videos of one batch, F pixel frames, H W pixel size.
 """
@@ -15,10 +15,10 @@ from utils.distributed import Ranks
 
 
 def shared_rounds(count: int, ranks: Ranks, batch: int) -> list[list[int]]:
-    """The indices that this process makes, round by round.
+    """Return the indices that this process makes, round by round.
 
-    Every process makes equally many batches of equal size, as sharded weights need it. Indices of ``count`` and above
-    only fill the last round up.
+    Every process makes the same number of batches of the same size, because sharded weights need this. Indices from
+    ``count`` on only fill the last round.
     """
     together = ranks.world_size * batch
     starts = range(ranks.rank * batch, -(-count // together) * together, together)
@@ -26,11 +26,11 @@ def shared_rounds(count: int, ranks: Ranks, batch: int) -> list[list[int]]:
 
 
 def make_together(make: Callable[[list[int]], Tensor], count: int, ranks: Ranks, *, batch: int) -> list[Tensor]:
-    """Make ``count`` videos [F 3 H W], float32 on the CPU, in order. The main process gets them, the others nothing.
+    """Make ``count`` videos [F 3 H W], float32 on the CPU, in order. Only the main process gets them.
 
     Args:
-        make: indices to videos [b F 3 H W]; a video must not depend on the batch it is in.
-        batch: the most prompts that a process makes at once, which bounds its memory.
+        make: turns indices into videos [b F 3 H W]. A video must not depend on the other videos of its batch.
+        batch: the most videos that a process makes at once. It limits the memory.
     """
     batch = min(batch, -(-count // ranks.world_size))
     videos: list[Tensor] = []
@@ -41,7 +41,7 @@ def make_together(make: Callable[[list[int]], Tensor], count: int, ranks: Ranks,
 
 
 def _gathered(clips: Tensor, ranks: Ranks) -> list[Tensor]:
-    """The clips of every process, in the order of the processes, on the main one."""
+    """Return the clips of every process, in the order of the processes, on the main process."""
     if ranks.world_size == 1:
         return list(clips)
     parts = [torch.empty_like(clips) for _ in range(ranks.world_size)] if ranks.is_main else None

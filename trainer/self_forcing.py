@@ -63,12 +63,12 @@ class Method:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a term reads the real score."""
+        """True if a term uses the real score."""
         return self.matching != (AdversarialMatching,)
 
     @property
     def has_discriminator(self) -> bool:
-        """Whether a term reads a discriminator."""
+        """True if a term uses a discriminator."""
         return AdversarialMatching in self.matching
 
 
@@ -88,7 +88,7 @@ METHODS: dict[Objective, Method] = {
 
 
 class Replay(deque[Rollouts]):
-    """The latest rollouts. They can be saved: their prompts and real videos are found again by the data's indices."""
+    """The latest rollouts. They can be saved: data indices are enough to find their prompts and real videos again."""
 
     def __init__(self, length: int, micro_batch: int, device: torch.device) -> None:
         super().__init__(maxlen=length)
@@ -96,7 +96,7 @@ class Replay(deque[Rollouts]):
         self.device = device
 
     def state_dict(self) -> dict[str, Tensor | list]:
-        """Return what each rollout is about, and its videos, sharded over the processes."""
+        """Return the prompts of each rollout, and its videos, sharded over the processes."""
         videos = {str(index): shard_rows(torch.cat(each.videos)) for index, each in enumerate(self)}
         about = [
             [each.prompts.indices.start, len(each.prompts.indices), int(each.prompts.second), *astuple(each.facts)]
@@ -118,7 +118,7 @@ class Replay(deque[Rollouts]):
 
 
 class SelfForcingTrainer(Trainer):
-    """One generator update and several critic updates a step (Self Forcing, Algorithm 1)."""
+    """Makes one generator update and several critic updates a step (Self Forcing, Algorithm 1)."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         method = METHODS[config.objective]
@@ -164,7 +164,7 @@ class SelfForcingTrainer(Trainer):
         )
 
     def _sample_images(self) -> Tensor | None:
-        """First latents of the sample videos, if the videos start from images; their prompts come from the data too."""
+        """Return the first latents of the sample videos if they start from images, and set their prompts too."""
         if self.generation.contents is not Contents.first_frames:
             return None
         shown = self.data.read(range(SAMPLE_VIDEOS))
@@ -175,7 +175,7 @@ class SelfForcingTrainer(Trainer):
         return super().stateful() | {"replay": self.replay} | self.generation.stateful()
 
     def batch(self, micro_batch: MicroBatch, *, second_prompts: bool = False) -> Batch:
-        """The prompts of a micro-batch, and the real videos or images that the method reads."""
+        """Return the prompts of a micro-batch, and the real videos or images that the method needs."""
         samples = self.data.read(micro_batch.indices)
         prompts = samples.second_prompts if second_prompts and samples.second_prompts else samples.prompts
         reads_videos = self.generation.contents is not Contents.prompts
@@ -192,7 +192,7 @@ class SelfForcingTrainer(Trainer):
         return done
 
     def update_generator(self) -> Updated:
-        """Update the generator on new videos, and keep them for the critic if the update was applied."""
+        """Update the generator on new videos. If the update was applied, keep the videos for the critic."""
         prompts = self.next_prompts()
         passes = self.micro_batches(prompts.indices)
         done = self.update(self.updater, partial(self.generator_loss, prompts), passes)
@@ -214,11 +214,11 @@ class SelfForcingTrainer(Trainer):
         return done
 
     def next_prompts(self) -> Prompts:
-        """What the next rollout is about."""
+        """Choose the prompts of the next rollout."""
         return self.generation.next_prompts(self.data, self.plan.total, self.stream)
 
     def generator_loss(self, prompts: Prompts, micro_batch: MicroBatch) -> Loss:
-        """Generate videos with gradient and score them as a whole; the output is the videos without gradient."""
+        """Generate videos with gradient and score them as a whole. The output is the videos without gradient."""
         with self.clock.phase("data"):
             batch = self.batch(micro_batch, second_prompts=prompts.second)
         with self.clock.phase("rollout"):
@@ -230,7 +230,7 @@ class SelfForcingTrainer(Trainer):
         return Loss(total, {"generator_loss": total.detach(), **metrics, "sample_variance": variance}, made)
 
     def critic_loss(self, rollouts: Rollouts, micro_batch: MicroBatch) -> Loss:
-        """The critic's loss on generated videos."""
+        """Return the critic's loss on generated videos."""
         with self.clock.phase("data"):
             batch = self.batch(micro_batch, second_prompts=rollouts.prompts.second)
         with self.clock.phase("critic"):
@@ -239,7 +239,7 @@ class SelfForcingTrainer(Trainer):
         return Loss(total, {"critic_loss": total.detach(), **metrics})
 
     def roll_out(self) -> Rollouts:
-        """Generate videos for the critic alone."""
+        """Generate videos only for the critic."""
         prompts = self.next_prompts()
         with self.clock.phase("rollout"):
             videos = [
@@ -249,7 +249,7 @@ class SelfForcingTrainer(Trainer):
         return Rollouts(prompts, [video.latents for video in videos], videos[0].facts)
 
     def replayed(self, number: int) -> int:
-        """Which rollouts critic update ``number`` of this step reads."""
+        """Return the place of the rollouts that critic update ``number`` of this step uses."""
         return int(torch.randint(len(self.replay), (), generator=self.stream("replay", self.step, number)))
 
     def sample_frames(self, indices: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ Size = Annotated[int, Field(gt=0, le=2**20)]
 
 
 class AboutVideos(TypedDict):
-    """What all videos of a folder of encode_videos.py have in common."""
+    """The common properties of all videos in a folder of encode_videos.py."""
 
     num_frames: Size
     """Latent frames."""
@@ -34,14 +34,14 @@ class AboutVideos(TypedDict):
 
 
 class AboutPairs(TypedDict):
-    """What all trajectories of a folder of make_ode_pairs.py have in common."""
+    """The common properties of all trajectories in a folder of make_ode_pairs.py."""
 
     timesteps: Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=2)]
     causal: bool
 
 
 class AboutEmbeddings(TypedDict):
-    """What all embeddings of a folder of cache_embeddings.py have in common."""
+    """The common properties of all embeddings in a folder of cache_embeddings.py."""
 
     dim: Size
     text_len: Size
@@ -51,7 +51,7 @@ class VideoData:
     """Videos that scripts/encode_videos.py has encoded, cut to their first ``num_frames`` latent frames.
 
     Raises:
-        UserError: they are of another size, or shorter.
+        UserError: the videos have another size, or are too short.
     """
 
     def __init__(self, folder: str | Path, video: VideoConfig, num_frames: int) -> None:
@@ -73,36 +73,36 @@ class VideoData:
         return len(self.shards)
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
-        """Prompts and latents [B F C H W]."""
+        """Return prompts and latents [B F C H W]."""
         latents = [self.shards.read(draw.item, "latents", shape=self.shape) for draw in draws]
         latents = torch.stack([item[: self.num_frames].float() for item in latents])
         return Samples([self.prompts[draw.item] for draw in draws], latents=latents)
 
 
 class ODEData:
-    """Trajectories that scripts/make_ode_pairs.py has stored: ``states``, and ``latents`` where the context was given.
+    """Trajectories that scripts/make_ode_pairs.py has stored: ``states``, and ``latents`` if the context was given.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder contains none.
     """
 
     def __init__(self, folder: str | Path) -> None:
         remedy = "make pairs with scripts/make_ode_pairs.py"
         self.shards = Shards(folder, key="ode.pairs", remedy=remedy, about=AboutPairs)
         self.timesteps: list[float] = self.shards.about["timesteps"]
-        """Of the S states; the last is 0."""
+        """The timesteps of the S states. The last is 0."""
         self.causal: bool = self.shards.about["causal"]
-        """Whether every chunk was solved after the clean chunks before it, which are the samples' ``latents``."""
+        """True if every chunk was solved after the earlier clean chunks, which are the ``latents`` of the samples."""
         self.prompts = self.shards.prompts()
         self.shape = len(self.timesteps), *self.shards.shape(0, "states")[1:]
         self.num_frames: int = self.shape[1]
-        """Latent frames of every trajectory."""
+        """The number of latent frames of every trajectory."""
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
-        """Prompts, states [B S F C H W], and latents [B F C H W] if causal."""
+        """Return prompts, states [B S F C H W], and latents [B F C H W] if causal."""
         states = self._stacked("states", draws, self.shape)
         clean = self._stacked("clean", draws, self.shape[1:]) if self.causal else None
         return Samples([self.prompts[draw.item] for draw in draws], states=states, latents=clean)
@@ -112,10 +112,10 @@ class ODEData:
 
 
 class StoredEmbeddings:
-    """Prompt embeddings that scripts/cache_embeddings.py has stored, in place of a text encoder.
+    """Prompt embeddings that scripts/cache_embeddings.py has stored. They replace a text encoder.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder contains none.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
@@ -129,7 +129,7 @@ class StoredEmbeddings:
         self.device = torch.device(device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B L D] float32 of B prompts, zero past each prompt's own length.
+        """Return the embeddings [B L D] float32 of B prompts, with zeros after the end of each prompt.
 
         Raises:
             UserError: a prompt is not stored.

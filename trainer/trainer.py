@@ -1,4 +1,4 @@
-"""The loop every trainer shares: accumulate, clip, step, average, log, sample, save."""
+"""The loop that all trainers share: accumulate, clip, step, average, log, sample, save."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class RunContext:
     ranks: Ranks
     tracker: Tracker
     checkpoint: Path | None = None
-    """To resume from."""
+    """The checkpoint to resume from."""
 
 
 class Trainer(ABC):
-    """Trains modules, keeps the average of some, and leaves them to inference.
+    """Trains modules, averages some of them, and exports them for inference.
 
     A subclass builds its parts and :attr:`data` in ``__init__``, names them with :meth:`track`, :meth:`keep` and
     :meth:`optimize`, and implements :meth:`updates`, :meth:`sample_frames` and :meth:`export`. It computes losses; this
@@ -97,15 +97,15 @@ class Trainer(ABC):
             save_config(config, context.logdir / "config.yaml")
 
     def seed(self, *parts: int | str) -> int:
-        """A seed for each purpose, the same on every process."""
+        """Return a seed for a purpose. It is the same on every process."""
         return derive_seed(self.config.trainer.seed, *parts)
 
     def stream(self, *parts: int | str) -> torch.Generator:
-        """A random stream for each purpose, the same on every process."""
+        """Return a random stream for a purpose. It is the same on every process."""
         return torch.Generator().manual_seed(self.seed(*parts))
 
     def load_trained(self, config: DenoiserConfig, lora: LoRAConfig | None = None) -> Denoiser:
-        """A denoiser to be trained, in float32, spread over the processes; ``lora`` replaces the run's own."""
+        """Load a denoiser to train, in float32, distributed over the processes. ``lora`` replaces the run's own."""
         device, lora = self.parallelism.loading_device, lora or self.config.lora
         dtype = self.parallelism.loading_dtype(torch.float32, merges=config.lora is not None)
         denoiser = load_denoiser(config, device=device, dtype=dtype, generator=self.stream("weights"))
@@ -114,7 +114,7 @@ class Trainer(ABC):
         return self.parallelism.trained(denoiser)
 
     def load_frozen(self, config: DenoiserConfig) -> Denoiser:
-        """A denoiser that is not trained, in the precision it computes in, spread over the processes."""
+        """Load a denoiser that is not trained, in the dtype of its passes, distributed over the processes."""
         dtype = self.parallelism.loading_dtype(self.parallelism.dtype, merges=config.lora is not None)
         return self.parallelism.frozen(load_denoiser(config, device=self.parallelism.loading_device, dtype=dtype))
 
@@ -131,12 +131,12 @@ class Trainer(ABC):
         self.trained |= modules
 
     def optimize(self, name: str, module: nn.Module, config: OptimizerConfig, steps: int) -> Optimizer:
-        """Make the optimizer of a module, saved as ``name``."""
+        """Make the optimizer of a module. It is saved as ``name``."""
         self.optimizers[name] = Optimizer(module, config, steps)
         return self.optimizers[name]
 
     def stateful(self) -> dict[str, Stateful]:
-        """Everything a resumed run needs besides the step, by name. Random streams are functions of the step."""
+        """Return all state that a resumed run needs except the step, by name. Random streams depend on the step."""
         return {
             **{f"model.{name}": module for name, module in self.trained.items()},
             **{f"optimizer.{name}": optimizer for name, optimizer in self.optimizers.items()},
@@ -149,13 +149,13 @@ class Trainer(ABC):
         """The passes of this process in the next update, with new random numbers and, by default, new data.
 
         Args:
-            batch: data indices of a global batch seen before.
+            batch: the data indices of an earlier global batch.
         """
         seed = self.seed("update", self.step, next(self._numbers))
         return self.plan.divide(self.data.draw(self.plan.total) if batch is None else batch, seed)
 
     def chunks_of(self, frames: int) -> list[tuple[int, int]]:
-        """Frame ranges of a clip's chunks. Raises UserError if the frames do not divide into chunks."""
+        """Return the frame ranges of a clip's chunks. UserError if the frames do not fill whole chunks."""
         try:
             return self.config.rollout.chunks(frames)
         except ValueError as error:
@@ -180,9 +180,9 @@ class Trainer(ABC):
 
     @abstractmethod
     def sample_frames(self, indices: Sequence[int]) -> Tensor:
-        """Sample videos of ``sample_prompts`` with the weights as they are: [B F 3 H W] in [-1, 1].
+        """Make videos of ``sample_prompts`` with the present weights: [B F 3 H W] in [-1, 1].
 
-        A video depends on its index alone, not on the others; see :meth:`sample_noise`.
+        A video depends only on its index, not on the other videos; see :meth:`sample_noise`.
         """
 
     @abstractmethod
@@ -190,7 +190,7 @@ class Trainer(ABC):
         """Write the averaged modules as folders that :mod:`pipeline.loading` reads."""
 
     def train(self) -> None:
-        """Run the whole training, or what is left of it.
+        """Run the training from the current step to its end.
 
         A signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) to any process ends it early: the step is finished and saved.
         """
@@ -228,7 +228,7 @@ class Trainer(ABC):
         """Write the trained models for inference.
 
         Raises:
-            UserError: they cannot be written.
+            UserError: the models cannot be written.
         """
         folder = self.context.logdir / "model"
         try:
@@ -244,14 +244,14 @@ class Trainer(ABC):
         log.info("model written to %s", folder)
 
     def resume(self) -> None:
-        """Go on from the checkpoint of the context, if there is one."""
+        """Continue from the checkpoint of the context, if there is one."""
         if self.context.checkpoint is None:
             return
         self.step = load_checkpoint(self.context.checkpoint, self.stateful(), self.context.ranks)["step"]
         log.info("resuming after step %d from %s", self.step, self.context.checkpoint)
 
     def train_step(self) -> dict[str, float]:
-        """Make all updates of a step, move the average, and return what to log."""
+        """Make all updates of a step, update the average, and return the metrics to log."""
         self._numbers = count()
         updates = self.updates()
         self.step += 1
@@ -289,7 +289,7 @@ class Trainer(ABC):
             log.info("step %d/%d  %s  %.2f s/step  %s left", self.step, loop.steps, values, seconds, left)
 
     def sample(self) -> None:
-        """Write one video a fixed prompt and a contact sheet of all. All processes share the work."""
+        """Write one video for each fixed prompt and a contact sheet. All processes share the work."""
         count, ranks = len(self.sample_prompts), self.context.ranks
         with self.ema.applied(), torch.no_grad():
             clips = make_together(self.sample_frames, count, ranks, batch=self.config.trainer.batch_size)
@@ -310,18 +310,18 @@ class Trainer(ABC):
 
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
-        """A file that cannot be written is no reason to end a training."""
+        """Continue the training with a warning if a file cannot be written."""
         try:
             yield
         except OSError as error:
             log.warning("%s of step %d not written: %s; training goes on", what, self.step, error.strerror or error)
 
     def sample_embeds(self, text_encoder: PromptCache | StoredEmbeddings, indices: Sequence[int]) -> Tensor:
-        """Embeddings [B L E] of ``sample_prompts``."""
+        """Return the embeddings [B L E] of ``sample_prompts``."""
         return text_encoder.encode([self.sample_prompts[index] for index in indices])
 
     def sample_noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        """Noise [B ...] of sample videos; that of an index is always the same."""
+        """Return the noise [B ...] of sample videos. An index always has the same noise."""
         drawn = [torch.randn(shape, generator=self.stream("samples", index)) for index in indices]
         return send(torch.stack(drawn), self.device)
 
@@ -334,11 +334,11 @@ class Trainer(ABC):
         *,
         context: Tensor | None = None,
     ) -> Tensor:
-        """Few-step videos [B F 3 H W], from the same noise for an index at every call.
+        """Make few-step videos [B F 3 H W]. An index has the same noise at every call.
 
         Args:
-            prompt_embeds: of the prompts of these indices [B L E].
-            context: given first latents [B f C H W], which are shown too.
+            prompt_embeds: the embeddings of the prompts of these indices [B L E].
+            context: given first latents [B f C H W]. They are part of the video.
         """
         shown = [] if context is None else [context]
         frames = self.config.video.num_frames - sum(part.shape[1] for part in shown)
@@ -368,12 +368,12 @@ class Trainer(ABC):
             save_torch(path, {"step": self.step, "config": to_dict(self.config), **states})
 
     def averaged(self, name: str) -> dict[str, Tensor]:
-        """State dict of a trained module with averaged parameters, on the main process; all must call it."""
+        """Return the state dict of a trained module with averaged parameters, on the main process. All must call it."""
         with self.ema.applied():
             return full_state(self.trained[name], keep=self.is_main)
 
     def export_transformer(self, folder: Path, name: str = "generator") -> None:
-        """Write the averaged transformer called ``name``, and what a LoRA changed of it as a folder for peft."""
+        """Write the averaged transformer called ``name``. If it was trained by LoRA, also write the LoRA for peft."""
         state = self.averaged(name)
         if not self.is_main:
             return

@@ -1,4 +1,4 @@
-"""One update of one optimizer: gradients of all passes and processes, clipped and applied, or skipped as a whole."""
+"""One update of one optimizer. The gradients of all passes and processes are clipped and applied, or all skipped."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Loss(NamedTuple):
     """The result of one pass."""
 
     total: Tensor
-    """Scalar, a mean over the samples, with gradient."""
+    """A scalar with gradient, the mean over the samples."""
     metrics: dict[str, Tensor]
-    """Scalars to log, without gradient; they are averaged as the loss is."""
+    """Scalars to log, without gradient. They are averaged like the loss."""
     output: Any = None
-    """What later parts of the step need, such as the generated videos, without gradient."""
+    """The output for later parts of the step, such as the generated videos, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Updated:
     """The result of an update."""
 
     metrics: dict[str, float]
-    """Means over all passes of all processes, then the gradient norm and the learning rate."""
+    """The means over all passes of all processes, the gradient norm and the learning rate."""
     outputs: list[Any]
     """:attr:`Loss.output` of each pass of this process."""
     micro_batches: list[MicroBatch]
     """The passes of this process."""
     is_applied: bool
-    """False if a loss or a gradient was not finite on any process; then no weight has changed."""
+    """False if a loss or a gradient was not finite on any process. Then no weight has changed."""
 
 
 def make_update(
@@ -51,13 +51,13 @@ def make_update(
     prefix: str = "",
     reduce_every_pass: bool = False,
 ) -> Updated:
-    """Take the gradient of the mean loss, clip it, and step once, unless something is not finite.
+    """Compute the gradient of the mean loss, clip it, and step once. Skip the step if something is not finite.
 
     Args:
         loss: computes the loss of one pass.
         micro_batches: the passes of this process.
         clock: counts the phases "backward" and "optimizer".
-        prefix: what the names of the gradient norm and of the learning rate begin with.
+        prefix: the prefix of the names of the gradient norm and of the learning rate.
         reduce_every_pass: sum gradients over processes after every pass instead of once; needs less memory.
     """
     metrics, outputs = _accumulate(optimizer, loss, micro_batches, clock, reduce_every_pass)
@@ -76,7 +76,7 @@ def _accumulate(
     clock: Stopwatch,
     reduce_every_pass: bool,
 ) -> tuple[dict[str, float], list[Any]]:
-    """Add up the gradients of all passes; returns the means of the metrics, and the outputs."""
+    """Add the gradients of all passes. Returns the means of the metrics, and the outputs."""
     sums: dict[str, Tensor] = {}
     outputs = []
     share = 1 / len(micro_batches)
@@ -95,7 +95,7 @@ def _accumulate(
 
 
 def mean_metrics(updates: Sequence[Updated]) -> dict[str, float]:
-    """The mean of each metric over the updates of a step that have it, in the order of first appearance."""
+    """Return the mean of each metric over the updates that have it, in the order of first appearance."""
     values: dict[str, list[float]] = {}
     for update in updates:
         for name, value in update.metrics.items():

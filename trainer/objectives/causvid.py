@@ -1,6 +1,6 @@
-"""CausVid (arXiv 2412.07772, Section 4.2): the generator denoises real videos, each chunk noised on its own.
+"""CausVid (arXiv 2412.07772, Section 4.2): the generator denoises real videos. Each chunk has its own noise level.
 
-One block-causal pass takes the place of the rollout of Self Forcing. Its x0 goes to the same losses (``dmd_loss``,
+One block-causal pass replaces the rollout of Self Forcing. Its x0 goes to the same losses (``dmd_loss``,
 ``critic_loss``). The generator sees noised real context, never its own output.
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width, L E text.

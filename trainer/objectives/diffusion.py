@@ -55,7 +55,7 @@ def flow_matching_loss(
     The MSE of the flow weights the error of x0 by ``1 / sigma^2``. The floor bounds that weight at low noise.
 
     Args:
-        prediction: what the denoiser says about the latents noised to ``timesteps``.
+        prediction: the denoiser's prediction for the latents noised to ``timesteps``.
         x0: clean latents [B F C H W].
         timesteps: [B F].
         weights: a weight for each frame [B F].
