@@ -36,9 +36,9 @@ FP8_CAPABILITY = (8, 9)
 COMPILE_SECONDS = 30
 """Seconds that compiling one graph for all blocks takes, on the high side; all of them as one graph took 207 s."""
 COMPILED_GAIN = 0.13
-"""Share of the denoiser's time that compiling saves; measured on an H200."""
+"""The share of the denoiser's time that compiling saves, measured on an H200."""
 PLAIN_FLOPS = 430e12
-"""FLOPs a second of a denoiser that is not compiled; measured on an H200."""
+"""FLOPs per second of a denoiser that is not compiled, measured on an H200."""
 COMPILE_LIMIT = 64
 """Graphs a process may compile, some five for each resolution, batch size and window it meets; torch's default is 8."""
 
@@ -47,32 +47,32 @@ class CompileMode(Enum):
     """How the blocks are compiled."""
 
     auto = "auto"
-    """As default on a CUDA device if the work ahead takes longer than compiling saves; else not at all."""
+    """Like default on a CUDA device if the planned work is long enough to repay compilation; else no compilation."""
     off = "off"
-    """Not at all."""
+    """No compilation."""
     default = "default"
-    """By torch.compile, one graph for all blocks."""
+    """torch.compile, one graph for all blocks."""
     cudagraphs = "cudagraphs"
-    """Also recorded as CUDA graphs, one for each length of the context."""
+    """Like default, and recorded as CUDA graphs, one for each length of the context."""
     autotune = "autotune"
-    """As cudagraphs, with kernels chosen by trial: minutes to start."""
+    """Like cudagraphs, with kernels chosen by trial. The start takes minutes."""
 
 
 class Quantization(Enum):
-    """Precision of the blocks' matrix products."""
+    """The precision of the blocks' matrix products."""
 
     off = "off"
-    """That of the model."""
+    """The precision of the model."""
     int8 = "int8"
     """Weights in 8-bit integers: half the memory of bfloat16, any device."""
     int8_dynamic = "int8_dynamic"
     """Weights and activations in 8-bit integers."""
     fp8 = "fp8"
-    """Weights and activations in 8-bit floats, a scale for each row; NVIDIA Ada, Hopper and later."""
+    """Weights and activations in 8-bit floats with a scale for each row. NVIDIA Ada, Hopper and later."""
 
 
 class Kernels(Enum):
-    """Who computes norms, rotations, residuals and the codec's activations."""
+    """Which code computes norms, rotations, residuals and the codec's activations."""
 
     torch = "torch"
     """torch, or what its compiler makes of it."""
@@ -82,7 +82,7 @@ class Kernels(Enum):
 
 @dataclass
 class OptimizeConfig:
-    """What to do to a denoiser before inference."""
+    """The optimizations of a denoiser before inference."""
 
     fuse_qkv: bool = True
     """Project q, k and v of self-attention in one product."""
@@ -95,7 +95,7 @@ class OptimizeConfig:
     codec_winograd: bool = False
     """Let the Wan VAE convolve over time by Winograd's F(2, 3) on a GPU too, as it always does on a CPU. Unmeasured."""
     sequence_parallel: bool = False
-    """Under torchrun, all processes make one stream together, each with part of the tokens of every frame."""
+    """Under torchrun, all processes make one stream together. Each computes a part of the tokens of every frame."""
 
 
 def optimize(
@@ -104,12 +104,12 @@ def optimize(
     """Prepare a transformer, in place, for inference.
 
     Args:
-        flops_ahead: work of all passes to come, which decides whether compiling pays; infinite for a stream without
-            an end.
+        flops_ahead: the work of all coming passes. It decides if compiling is worth its time. Infinite for an endless
+            stream.
         streamed: the blocks' weights have no values between passes, so products are fused and nothing else is done.
 
     Raises:
-        UserError: 8-bit floats on a device that has none, or torchao is missing.
+        UserError: the device does not support 8-bit floats, or torchao is missing.
     """
     transformer.requires_grad_(False)
     if config.fuse_qkv or config.kernels is Kernels.triton:
@@ -132,7 +132,7 @@ def optimize(
 
 
 def choose_mode(device: torch.device, flops_ahead: float) -> tuple[CompileMode, str]:
-    """Whether to compile, and why in words.
+    """Decide whether to compile. Returns the mode and the reason in words.
 
     The rate and the gain were measured on an H200 (four steps of the sixth chunk: 344 ms, compiled 300 ms). A slower
     device gains more seconds, so the choice is cautious there.
@@ -149,7 +149,7 @@ def choose_mode(device: torch.device, flops_ahead: float) -> tuple[CompileMode, 
 
 
 def rollout_flops(transformer: WanTransformer, rollout: RolloutConfig, *, frames: int, tokens: int) -> float:
-    """FLOPs of the passes of one video of ``frames`` latent frames, each of ``tokens`` tokens."""
+    """Return the FLOPs of the passes of one video of ``frames`` latent frames, each of ``tokens`` tokens."""
     sizes, size = transformer.config, rollout.frames_per_chunk
     ends = range(size, frames + size, size)
     seen = sum(min(end, rollout.window or end) for end in ends) * tokens
@@ -223,7 +223,7 @@ def compile_blocks(transformer: WanTransformer, mode: CompileMode, *, backend: s
     Args:
         backend: compiler of torch.compile.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED_FOLDER))  # a later run compiles nothing again
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED_FOLDER))  # later runs reuse the compiled code
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILE_LIMIT)
     transformer.static_cache = True
     if mode is CompileMode.default:

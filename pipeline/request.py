@@ -1,4 +1,4 @@
-"""What is asked of a pipeline: a prompt, a size, a seed, given frames and changes of the prompt.
+"""A request to a pipeline: a prompt, a size, a seed, given frames and changes of the prompt.
 
 Shapes: F pixel frames, H W pixel size.
 """
@@ -52,19 +52,19 @@ class StreamRequest:
     """Pixels."""
     seed: int = 0
     sample: int = 0
-    """Number of the video among those of the same prompt and seed."""
+    """The number of the video among the videos of the same prompt and seed."""
     num_frames: int | None = None
     """Latent frames, given ones included. None: the video never ends."""
     denoising_steps: list[float] | None = None
-    """As in RolloutConfig. None: the pipeline's own."""
+    """The steps, as in RolloutConfig. None: the pipeline's own."""
     context_frames: Tensor | None = None
     """Given first frames [F 3 H W] in [-1, 1]: an image, or the end of a video."""
     source: Iterable[Tensor | None] | None = None
     """Video to video: frames [F 3 H W] in [-1, 1], in pieces of any length; None means that no frame has come yet.
     The stream ends with its source. The last chunk is filled up with copies of the last frame."""
     strength: float = 0.6
-    """How far video to video may go from its source, in (0, 1]. A chunk starts from its noised source, at the first
-    denoising step that is at most 1000 strength."""
+    """How much video to video may change its source, in (0, 1]. A chunk starts from its noised source, at the first
+    denoising step that is at most 1000 * strength."""
     switches: tuple[PromptSwitch, ...] = ()
     """Changes of the prompt that are known beforehand, in the order of their frames."""
 
@@ -78,7 +78,7 @@ class StreamRequest:
             raise ValueError(f"switches at the frames {frames} are not in their order")
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A random generator on the CPU. Each purpose ("noise", "steps") has one of its own."""
+        """Return a random generator on the CPU. Each purpose ("noise", "steps") has its own."""
         key = f"{self.seed}\n{self.sample}\n{purpose}\n{self.prompt}".encode()
         digest = hashlib.sha256(key).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -295,7 +295,7 @@ def _denoise(first: Pass, timesteps: Sequence[float], generator: Generators) -> 
 class _Context:
     """The finished frames. It writes them to the cache, and stores the visible ones for a recache.
 
-    Latents are small compared with keys and values. A cut or a recache starts to count positions again from 0.
+    Latents are small compared with keys and values. After a cut or a recache, positions are counted again.
     """
 
     def __init__(

@@ -24,12 +24,12 @@ UNIPC_FIRST_LEVEL = 0.999
 
 
 class Solver(Enum):
-    """Which integrator of the probability-flow ODE."""
+    """The integrator of the probability-flow ODE."""
 
     euler = "euler"
     """The Euler method, order 1."""
     unipc = "unipc"
-    """UniPC (arXiv 2302.04867), order 2; Wan's own."""
+    """UniPC (arXiv 2302.04867), order 2. Wan uses it."""
     dpm = "dpm++"
     """DPM-Solver++ (arXiv 2211.01095), order 2, multistep."""
 
@@ -43,7 +43,7 @@ class SamplingConfig:
     solver: Solver = Solver.unipc
     """euler, unipc or dpm++."""
     guidance_scale: float = 6.0
-    """Classifier-free guidance ``u + g (c - u)``; 1 is none."""
+    """Classifier-free guidance ``u + g (c - u)``. 1 is no guidance."""
     negative_prompt: str = ""
     """Prompt of the unconditional half."""
 
@@ -52,9 +52,9 @@ class SamplingConfig:
             raise ValueError(f"steps={self.steps} must be at least 1")
 
     def timesteps(self, schedule: FlowMatching) -> Tensor:
-        """Timesteps [S] of the solver's steps; the final 0 is not part of them.
+        """Return the timesteps [S] of the solver's steps, without the final 0.
 
-        Pure noise has an infinite log-SNR, so UniPC starts just below it, where Wan's own sampler does.
+        The log-SNR of pure noise is infinite, so UniPC starts just below pure noise, like Wan's own sampler.
         """
         if self.solver is not Solver.unipc:
             return schedule.grid(self.steps)
@@ -63,13 +63,13 @@ class SamplingConfig:
 
 
 def integrate(flow: FlowFunction, noise: Tensor, timesteps: Tensor, solver: Solver) -> Iterator[Tensor]:
-    """States of the ODE ``dx = v dsigma`` from noise to data, one after each step.
+    """Yield the states of the ODE ``dx = v dsigma`` from noise to data, one after each step.
 
     Args:
         flow: ``(latents, timestep) -> v``.
-        noise: [B C ...], the state at ``timesteps[0]``. ``flow`` gets latents of its dtype; the sum over the steps is
-            kept in float32 or better, because many small steps would be lost in half precision.
-        timesteps: [S] descending in (0, 1000]; the final 0 is added here.
+        noise: [B C ...], the state at ``timesteps[0]``. ``flow`` gets latents of its dtype. The sum over the steps is
+            in float32 or better, because half precision would lose many small steps.
+        timesteps: [S] descending in (0, 1000]. The final 0 is added here.
     """
     solve = {Solver.euler: _euler, Solver.unipc: _unipc, Solver.dpm: _dpm}[solver]
     precise = torch.promote_types(noise.dtype, torch.float32)
@@ -88,7 +88,7 @@ def _euler(flow: FlowFunction, latents: Tensor, timesteps: Tensor) -> Iterator[T
 
 
 def _dpm(flow: FlowFunction, latents: Tensor, timesteps: Tensor) -> Iterator[Tensor]:
-    """DPM-Solver++ (2M) of order 2; its first and its last step have order 1.
+    """DPM-Solver++ (2M) of order 2. Its first and its last step have order 1.
 
     With ``lambda = log((1 - sigma) / sigma)``, ``h`` its step and D the predicted x0, extrapolated from the last two:
     ``x' = (sigma' / sigma) x + (1 - sigma') (1 - exp(-h)) D``.
@@ -114,12 +114,12 @@ def _log_snr(sigma: float) -> float:
 
 
 def _unipc(flow: FlowFunction, noise: Tensor, timesteps: Tensor) -> Iterator[Tensor]:
-    """UniPC (arXiv 2302.04867) of order 2; as in Wan's sampler the network is told whole timesteps, rounded down."""
+    """UniPC (arXiv 2302.04867) of order 2. As in Wan's sampler, the network gets timesteps rounded down to integers."""
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     scheduler.set_timesteps(sigmas=(timesteps / MAX_TIMESTEP).numpy())
-    scheduler.set_begin_index(0)  # steps are counted: looked up, timesteps that round to the same would be confused
+    scheduler.set_begin_index(0)  # count steps; a lookup would confuse timesteps that round to the same value
     latents = noise
     for timestep in scheduler.timesteps:
         latents = scheduler.step(flow(latents, float(timestep)), timestep, latents, return_dict=False)[0]
@@ -134,7 +134,7 @@ def sample(
     negative_embeds: Tensor,
     config: SamplingConfig,
 ) -> Tensor:
-    """Bidirectional sampling of whole clips: noise [B F C H W], embeds [B L E] -> latents [B F C H W]."""
+    """Sample whole clips bidirectionally: noise [B F C H W], embeds [B L E] -> latents [B F C H W]."""
     *_, latents = trajectory(denoiser, noise, prompt_embeds, negative_embeds, config)
     return latents
 
@@ -147,7 +147,7 @@ def trajectory(
     negative_embeds: Tensor,
     config: SamplingConfig,
 ) -> list[Tensor]:
-    """All S + 1 states of a bidirectional sampling, the noise first, each [B F C H W]."""
+    """Return all S + 1 states of a bidirectional sampling, each [B F C H W], beginning with the noise."""
 
     def flow(latents: Tensor, timestep: float) -> Tensor:
         doubled, embeds = _double(latents, prompt_embeds, negative_embeds, config)
@@ -166,9 +166,9 @@ def sample_causal(
     *,
     context_latents: Tensor | None = None,
 ) -> Iterator[FinishedChunk]:
-    """Autoregressive sampling of a many-step causal denoiser, chunk by chunk over a cache; yields finished chunks.
+    """Sample a many-step causal denoiser autoregressively over a cache. Yields finished chunks.
 
-    With guidance the batch is doubled, so that conditional and unconditional context share one cache.
+    With guidance the batch is doubled, so the conditional and the unconditional context share one cache.
     """
     batch = noise.shape[0]
     doubled_noise, embeds = _double(noise, prompt_embeds, negative_embeds, config)
@@ -209,11 +209,11 @@ def many_step_chunks(
     causal: bool,
     context_latents: Tensor | None = None,
 ) -> Iterator[FinishedChunk]:
-    """Finished chunks of a many-step sampler: autoregressive if ``causal``, else whole clips cut into chunks.
+    """Yield finished chunks of a many-step sampler: autoregressive if ``causal``, else whole clips cut into chunks.
 
     Args:
-        noise: of the whole clip [B F C H W].
-        context_latents: given latents [B f C H W] before it; a bidirectional sampler takes none.
+        noise: the noise of the whole clip [B F C H W].
+        context_latents: given latents [B f C H W] before it. A bidirectional sampler does not accept them.
     """
     if causal:
         options = {"context_latents": context_latents}

@@ -1,8 +1,8 @@
 """Several processes denoise one stream, each with part of every frame's tokens (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-A process computes everything but attention for its tokens. Before the products of self-attention it trades the tokens
-of all heads for all tokens of its heads, and back after: two exchanges a layer, and a cache of its heads only. Applied
-from outside, by hooks. Every process must be given the same inputs; every one has the whole output.
+Outside self-attention, a process computes its part of the tokens, with all heads. Inside self-attention it computes
+all tokens, but only its part of the heads. So there are two exchanges in each layer, and the cache holds only the
+process's heads. Hooks do the exchanges. Every process must get the same inputs, and each gets the whole output.
 
 Shapes: P processes, B batch, F frames, T tokens a frame, N heads, D head dim, C model dim.
 """
@@ -17,10 +17,10 @@ from model.transformer import WanTransformer
 
 
 def shard_sequence(transformer: WanTransformer) -> None:
-    """Share the work of a transformer's passes among all processes, in place; for inference.
+    """Divide the work of a transformer's passes among all processes, in place. For inference.
 
     Raises:
-        ValueError: heads that do not divide among the processes.
+        ValueError: the number of heads is not a multiple of the number of processes.
     """
     processes, heads = dist.get_world_size(), transformer.config.num_heads
     if heads % processes:
@@ -43,7 +43,7 @@ def _take_tokens(blocks: nn.Module, args: tuple) -> tuple:
 
 
 def _gather_tokens(blocks: nn.Module, args: tuple, outputs: list[Tensor]) -> list[Tensor]:
-    """Hidden states [B F T/P C] of all processes, joined to [B F T C]."""
+    """Join the hidden states [B F T/P C] of all processes to [B F T C]."""
     return [_gather(x) if x.shape[1] else x for x in outputs]
 
 
@@ -54,19 +54,19 @@ def _gather(x: Tensor) -> Tensor:
 
 
 def _to_heads(core: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """q, k, v [B F T/P N D] -> [B F T N/P D], in one exchange."""
+    """Exchange q, k, v [B F T/P N D] to [B F T N/P D], all three at once."""
     parts = torch.stack(args).unflatten(4, (dist.get_world_size(), -1)).movedim(4, 0)
     return _exchange(parts).movedim(0, 3).flatten(3, 4).unbind(0)
 
 
 def _to_tokens(core: nn.Module, args: tuple, out: Tensor) -> Tensor:
-    """[B f T N/P D] -> [B f T/P N D]."""
+    """Exchange [B f T N/P D] to [B f T/P N D]."""
     parts = out.unflatten(2, (dist.get_world_size(), -1)).movedim(2, 0)
     return _exchange(parts).movedim(0, 3).flatten(3, 4) if out.shape[1] else out
 
 
 def _exchange(parts: Tensor) -> Tensor:
-    """Send row p of [P ...] to process p; row p of the result came from it."""
+    """Send row p of [P ...] to process p. Row p of the result comes from process p."""
     received = torch.empty_like(parts, memory_format=torch.contiguous_format)
     dist.all_to_all_single(received, parts.contiguous())
     return received

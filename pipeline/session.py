@@ -1,4 +1,4 @@
-"""Streaming sessions: an endless video that is paused, steered, stopped and started again while it is made.
+"""Streaming sessions: an endless video that can be paused, steered, stopped and restarted while it is made.
 
 Shapes: F pixel frames, H W pixel size, f latent frames of a chunk, C latent channels, h w latent size.
 """
@@ -27,7 +27,7 @@ SOURCE_POLL_SECONDS = 0.01
 
 
 class SessionState(Enum):
-    """What a session is doing."""
+    """The state of a session."""
 
     running = "running"
     paused = "paused"
@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What a viewer gets."""
+    """A decoded chunk for a viewer."""
 
     index: int
     start_frame: int
@@ -49,7 +49,7 @@ class Chunk:
     frames: Tensor
     """uint8 [F H W 3] on the CPU."""
     prompt: str
-    """The prompt it was denoised for."""
+    """The prompt of the chunk."""
     timings: dict[str, float]
     """Seconds by stage: text, source (encoding of given frames), denoise, context, decode. The server adds more."""
 
@@ -77,12 +77,12 @@ class StreamSession:
 
     @property
     def state(self) -> SessionState:
-        """What the session is doing."""
+        """The state of the session."""
         return self._state
 
     @property
     def prompt(self) -> str:
-        """The prompt that was last asked for."""
+        """The latest requested prompt."""
         return self._prompt
 
     def pause(self) -> None:
@@ -90,7 +90,7 @@ class StreamSession:
         self._move(SessionState.paused, SessionState.running)
 
     def resume(self) -> None:
-        """Continue where it paused."""
+        """Continue after a pause."""
         self._move(SessionState.running, SessionState.paused)
 
     def stop(self) -> None:
@@ -104,10 +104,10 @@ class StreamSession:
                 self._drop()
 
     def restart(self, request: StreamRequest | None = None) -> None:
-        """Begin again with a new request or with the same one. Any state allows it.
+        """Begin again with a new request or with the same one. This is possible in any state.
 
         Raises:
-            ValueError: as the constructor. The session then continues as it was.
+            ValueError: the errors of the constructor. The session then continues without a change.
         """
         with self._changed:
             request = self._request if request is None else request
@@ -119,7 +119,7 @@ class StreamSession:
             self._changed.notify_all()
 
     def switch(self, prompt: str, style: SwitchStyle = SwitchStyle.recache, *, blend_chunks: int = 4) -> None:
-        """Ask for another prompt from the next chunk on.
+        """Request another prompt from the next chunk on.
 
         Raises:
             ValueError: an empty prompt, or ``blend_chunks`` below 1.
@@ -142,7 +142,7 @@ class StreamSession:
                 return chunk
 
     def decode(self, block: LatentChunk) -> Chunk:
-        """The frames of a chunk. Chunks are decoded in their order.
+        """Return the frames of a chunk. Chunks must be decoded in order.
 
         Raises:
             Stopped: the stream of the chunk was stopped or restarted.
@@ -153,9 +153,9 @@ class StreamSession:
         return Chunk(block.index, block.start_frame, frames, block.prompt, block.timer.seconds())
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Chunks as they come. While one chunk is decoded on a thread of its own, the next one is denoised.
+        """Yield chunks. While a thread decodes one chunk, the next one is denoised.
 
-        The first chunk is decoded before the second one begins, because somebody waits for it. Leaving the loop stops
+        The first chunk is decoded before the second one begins, because a viewer waits for it. Leaving the loop stops
         the session.
         """
         if self.pipeline.decode_last:
@@ -205,7 +205,7 @@ class StreamSession:
             stream.close()
             return None
         if stream is not self._stream:
-            stream.close()  # whoever replaced it could not, while this thread was inside it
+            stream.close()  # the thread that replaced it could not close it while this thread used it
             return None
         if stream.ended:
             self._move(SessionState.finished, SessionState.running, SessionState.paused)
@@ -227,14 +227,14 @@ class StreamSession:
             stream.close()
 
     def _runnable(self, wait: bool) -> Stream | None:
-        """The stream to continue, or None. With ``wait``, a pause is waited for."""
+        """Return the stream to continue, or None. With ``wait``, wait for the end of a pause."""
         with self._changed:
             while wait and self._state is SessionState.paused:
                 self._changed.wait()
             return self._stream if self._state is SessionState.running else None
 
     def _pixels(self, block: LatentChunk) -> Tensor:
-        """Frames uint8 [F H W 3] on the CPU. On CUDA a stream of its own decodes them beside the denoising."""
+        """Return frames uint8 [F H W 3] on the CPU. On CUDA a separate stream decodes them during denoising."""
         if self._decode_stream is None:
             with block.timer("decode"):
                 return to_uint8(block.stream.decode(block)[0]).cpu().contiguous()
@@ -255,11 +255,11 @@ class StreamSession:
 
 
 def denoise_together(sessions: Sequence[StreamSession]) -> list[LatentChunk | None]:
-    """The next chunk of each session, as their ``denoise(wait=False)``; passes that are alike run as one batch.
+    """Return the next chunk of each session, like ``denoise(wait=False)``. Passes that are alike run as one batch.
 
-    All sessions share one pipeline. Each makes the chunk it would make alone, up to rounding. Passes are alike if their
-    shapes, their timesteps and the number of frames they see agree. That is so for sessions that began together, and
-    for sessions whose windows are full.
+    All sessions share one pipeline. Each makes the same chunk as without the others, up to rounding. Passes are alike
+    if their shapes, timesteps and numbers of seen frames agree. This is the case for sessions that began together, and
+    for sessions with full windows.
     """
     chunks: dict[StreamSession, LatentChunk] = {}
     while True:
@@ -273,7 +273,7 @@ def denoise_together(sessions: Sequence[StreamSession]) -> list[LatentChunk | No
 
 
 def _run_round(streams: dict[StreamSession, Stream]) -> dict[StreamSession, Tensor | None]:
-    """x0 of the passes to run next. Context passes come first, so that the denoising steps of all sessions meet."""
+    """Return x0 of the next passes. Context passes run first, so that denoising steps of all sessions can be joined."""
     beginning = {one: None for one, stream in streams.items() if stream.pending is None}
     if beginning:
         return beginning
@@ -283,5 +283,5 @@ def _run_round(streams: dict[StreamSession, Stream]) -> dict[StreamSession, Tens
         for one in due:
             timers.enter_context(streams[one].timer(streams[one].pending.stage.value))
         x0 = run_together(due[0].pipeline.denoiser, [streams[one].pending for one in due])
-    streams[due[0]].timer.throttle()  # the passes of all were queued together
+    streams[due[0]].timer.throttle()  # the passes of all sessions were queued together
     return dict(zip(due, x0, strict=True))

@@ -1,4 +1,4 @@
-"""Sizes that are known before any weight is loaded, from the configurations beside the weights."""
+"""Reads sizes before any weight is loaded, from the configurations beside the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def transformer_config(path: Path | None, preset: str) -> WanConfig:
-    """What is known before weights load: the config.json with them, else the preset."""
+    """Return the sizes known before weights are loaded: those of their config.json, else the preset."""
     declared = None if path is None else read_declared_config(path)
     if declared is None:
         return PRESETS[preset]
@@ -27,7 +27,7 @@ def transformer_config(path: Path | None, preset: str) -> WanConfig:
 
 
 def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
-    """Sizes of a TinyVAE, known before weights load; of the Wan VAE those it shares with the published TAEHV."""
+    """Return the sizes of a TinyVAE. For the Wan VAE, those that it shares with the published TAEHV."""
     from model.tiny_vae_config import TinyVAEConfig, read_tiny_config
 
     path = Path(config.weights)
@@ -35,7 +35,7 @@ def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
 
 
 def token_size(config: PipelineConfig) -> tuple[int, int]:
-    """Pixel rows and columns of a token, from the configurations beside the weights: known before weights load."""
+    """Return the pixel rows and columns of a token, from the configurations beside the weights."""
     sizes = codec_sizes(config.codec)
     scale = sizes.spatial_scale
     generator = Path(config.generator.weights) if config.generator.weights else None

@@ -1,4 +1,4 @@
-"""The video that a video-to-video stream follows: its frames are handed on and encoded chunk by chunk.
+"""The source of a video-to-video stream: its frames are collected and encoded chunk by chunk.
 
 Shapes: F pixel frames, H W pixel size, f latent frames of a chunk, C latent channels, h w latent size.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class SourceFrames:
-    """Frames [F 3 H W] that come in pieces of any length, taken in chunks."""
+    """Takes frames [F 3 H W] in pieces of any length, and returns them in chunks."""
 
     def __init__(self, pieces: Iterable[Tensor | None]) -> None:
         self._pieces = iter(pieces)
@@ -20,7 +20,7 @@ class SourceFrames:
         self._ended = False
 
     def fill(self, count: int) -> bool:
-        """Take pieces until ``count`` frames are there. Whether they are, or no more will ever come."""
+        """Take pieces until ``count`` frames are there. True if they are, or if the source has ended."""
         while not self._ended and (self._frames is None or len(self._frames) < count):
             try:
                 piece = next(self._pieces)
@@ -33,7 +33,7 @@ class SourceFrames:
         return True
 
     def take(self, count: int) -> Tensor | None:
-        """The next frames [count 3 H W], the last chunk filled up with its last frame. None at the end."""
+        """Return the next frames [count 3 H W]. Copies of the last frame fill the last chunk. None at the end."""
         self.fill(count)
         if self._frames is None or len(self._frames) == 0:
             return None
@@ -42,25 +42,25 @@ class SourceFrames:
 
 
 class SourceEncoder:
-    """Encodes the chunks of a source one after the other."""
+    """Encodes the chunks of a source in order."""
 
     def __init__(self, encode: Callable[[Tensor], Tensor], temporal_scale: int) -> None:
         """
         Args:
-            encode: frames [1 F 3 H W] to latents [1 f C h w].
-            temporal_scale: pixel frames of every latent frame but the first.
+            encode: turns frames [1 F 3 H W] into latents [1 f C h w].
+            temporal_scale: pixel frames of every latent frame except the first.
         """
         self._encode, self._kept = encode, 1 + temporal_scale
         self._past: Tensor | None = None
 
     def __call__(self, frames: Tensor, latent_frames: int, *, begins: bool) -> Tensor:
-        """Latents [1 f C h w] of the next chunk [F 3 H W].
+        """Return the latents [1 f C h w] of the next chunk [F 3 H W].
 
-        The first latent frame of an encoding stands for one pixel frame alone. A chunk that continues a clip is
-        therefore encoded behind the last frames before it, and the latents of those are dropped.
+        The first latent frame of an encoding codes only one pixel frame. A chunk that continues a clip is therefore
+        encoded together with the last frames before it. The latents of those frames are dropped.
 
         Args:
-            begins: a clip begins with this chunk, so nothing comes before it.
+            begins: True if a clip begins with this chunk.
         """
         past = None if begins else self._past
         self._past = frames[-self._kept :]

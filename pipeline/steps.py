@@ -10,35 +10,35 @@ from itertools import pairwise
 from typing import Any
 
 Steps = Sequence[float] | Sequence[Sequence[float]]
-"""Timesteps for all chunks, or for the first chunk, the second, ...; the last list serves all chunks after it."""
+"""Timesteps for all chunks, or one list for each chunk. The last list is used for all later chunks too."""
 
 
 def steps_of_chunk(steps: Steps, index: int) -> list[float]:
-    """The timesteps of the generated chunk ``index``, descending."""
+    """Return the timesteps of the generated chunk ``index``, descending."""
     if not isinstance(steps[0], Sequence):
         return list(steps)
     return list(steps[min(index, len(steps) - 1)])
 
 
 def most_steps(steps: Steps) -> int:
-    """The largest number of steps that a chunk takes."""
+    """Return the largest number of steps of a chunk."""
     return max(len(each) for each in _lists(steps))
 
 
 def map_steps(steps: Steps, change: Callable[[Sequence[float]], list[float]]) -> Steps:
-    """Change every list of timesteps."""
+    """Apply ``change`` to every list of timesteps."""
     return [change(each) for each in steps] if isinstance(steps[0], Sequence) else change(steps)
 
 
 def checked_steps(name: str, steps: Any) -> list:
-    """The steps as floats.
+    """Return the steps as floats.
 
     Raises:
-        ValueError: they are no list of numbers or of such lists, or a list does not descend within (0, 1000].
+        ValueError: they are not a list of numbers or of such lists, or a list does not descend within (0, 1000].
     """
     for each in _lists(steps):
         numbers = all(isinstance(step, int | float) and not isinstance(step, bool) for step in each)
-        inside = numbers and all(0 < step <= 1000 for step in each)  # which a NaN is not
+        inside = numbers and all(0 < step <= 1000 for step in each)  # false for NaN
         if not each or not inside or any(a <= b for a, b in pairwise(each)):
             raise ValueError(
                 f"{name}={steps} must descend within (0, 1000], such as [1000, 750, 500, 250], or be a list for each "

@@ -1,4 +1,4 @@
-"""Storyboards: which prompt comes when, from the command line or a YAML file."""
+"""Storyboards: prompts with their times, from the command line or a YAML file."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class TimedPrompt:
 
 
 def parse_switch(text: str, style: SwitchStyle) -> TimedPrompt:
-    """Read a timed prompt that is written as ``"12s: a cat"`` or ``"1:05: a cat"``.
+    """Read a timed prompt such as ``"12s: a cat"`` or ``"1:05: a cat"``.
 
     Raises:
-        UserError: it is written in another way.
+        UserError: the text has another form.
     """
     time, colon, prompt = text.partition(": ")
     seconds = parse_seconds(time)
@@ -51,7 +51,7 @@ def read_storyboard(path: str | Path, style: SwitchStyle) -> list[TimedPrompt]:
     """Read a YAML list of ``{at: 12s, prompt: a cat, style: recache}``. An entry without a style gets ``style``.
 
     Raises:
-        UserError: the file cannot be read, or an entry is wrong; names the entry, counted from 1.
+        UserError: the file cannot be read, or an entry is wrong. The error names the entry, counted from 1.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""One video being made, pass by pass: prompts, noise, given frames and switches go in, chunks of latents come out.
+"""Makes one video, pass by pass, from prompts, noise, given frames and switches. The results are chunks of latents.
 
 Shapes: F pixel frames, H W pixel size, f latent frames of a chunk, B videos, C latent channels, h w latent size.
 """
@@ -35,14 +35,14 @@ class LatentChunk(FinishedChunk):
 
     index: int
     prompt: str
-    """The prompt it was denoised for."""
+    """The prompt of the chunk."""
     begins: bool
-    """A clip begins with this chunk: at the start of the stream, and after a cut."""
+    """True if a clip begins with this chunk: at the start of the stream, and after a cut."""
     timer: StageTimer = field(repr=False)
     stream: Stream = field(repr=False)
     """The stream it belongs to."""
     finished: torch.cuda.Event | None = None
-    """On CUDA, the event after which its latents are there."""
+    """On CUDA, the event after which its latents are complete."""
 
 
 class Abandoned(Exception):
@@ -50,13 +50,13 @@ class Abandoned(Exception):
 
 
 class Stream:
-    """A request that is being fulfilled. One thread at a time drives it, pass by pass.
+    """Carries out a request. One thread at a time runs it, pass by pass.
 
-    Several requests that differ only in prompt, seed, sample and given frames are fulfilled as one batch. A switch then
-    changes the prompt of all of them.
+    Several requests that differ only in prompt, seed, sample and given frames run as one batch. A switch then changes
+    the prompt of all of them.
 
     Raises:
-        ValueError: sizes, lengths or steps that do not fit, or requests that do not make a batch.
+        ValueError: sizes, lengths or steps do not fit, or the requests cannot form one batch.
     """
 
     def __init__(self, pipeline: TextToVideo, *requests: StreamRequest) -> None:
@@ -94,20 +94,20 @@ class Stream:
         self._advancing = threading.Lock()
 
     def switch(self, switch: PromptSwitch) -> None:
-        """Change the prompt with the next chunk. Of several changes before it, the last one counts.
+        """Change the prompt with the next chunk. If there are several changes before it, the last one counts.
 
         Any thread may call this.
         """
         self.asked.append(switch)
 
     def ready(self) -> bool:
-        """Whether :meth:`step` can continue. It cannot while frames of the source have yet to come."""
+        """Return whether :meth:`step` can continue. It cannot while frames of the source are missing."""
         if self.source is None or self.pending is not None or (noise := self._upcoming()) is None:
             return True
         return self.source.fill(self._pixel_frames(noise))
 
     def step(self) -> LatentChunk | None:
-        """Run at most one pass. Returns a chunk if the pass finished one; ``ended`` tells that none will follow."""
+        """Run at most one pass. Returns a chunk if the pass finished one. ``ended`` is True after the last one."""
         if self.pending is None:
             return self.advance(None)
         with self.timer(self.pending.stage.value):
@@ -116,7 +116,7 @@ class Stream:
         return self.advance(x0)
 
     def advance(self, x0: Tensor | None) -> LatentChunk | None:
-        """Like :meth:`step`, but the x0 of the pending pass is known already."""
+        """Like :meth:`step`, but with the x0 of the pending pass given."""
         self.pending = None
         try:
             with self._advancing:
@@ -135,9 +135,9 @@ class Stream:
         return chunk
 
     def close(self) -> None:
-        """Let the caches and the given frames be freed as soon as nobody holds the stream. Any thread may call this.
+        """Free the caches and the given frames when the stream is no longer used. Any thread may call this.
 
-        A many-step sampler gives up before its next pass. The running generator holds its stream, and the stream holds
+        A many-step sampler stops before its next pass. The running generator holds its stream, and the stream holds
         the generator: without this call, both wait for a garbage collection. If another thread is inside
         :meth:`advance`, that thread has to call this again afterwards.
         """
@@ -149,13 +149,13 @@ class Stream:
                 self._advancing.release()
 
     def __iter__(self) -> Iterator[LatentChunk]:
-        """The chunks to come."""
+        """Yield the remaining chunks."""
         while not self.ended:
             if (chunk := self.step()) is not None:
                 yield chunk
 
     def decode(self, chunk: LatentChunk) -> Tensor:
-        """Frames [B F 3 H W] in [-1, 1] of the next chunk. Another thread may decode while one denoises."""
+        """Decode the next chunk to frames [B F 3 H W] in [-1, 1]. One thread may decode while another denoises."""
         if chunk.begins:
             self.decoder.reset()
         with torch.no_grad():
@@ -199,7 +199,7 @@ class Stream:
         )
 
     def _check_length(self, given: int) -> None:
-        """Refuse a length that does not divide into chunks after ``given`` latent frames."""
+        """Raise an error if the length after ``given`` latent frames does not fill whole chunks."""
         request, sampler = self.request, self.pipeline.sampler
         if sampler is Sampler.rollout:
             if request.num_frames is not None:
@@ -215,7 +215,7 @@ class Stream:
             raise ValueError(f"sampler {sampler.value} takes no given frames")
 
     def _chunk_sizes(self, given: int) -> Iterable[int]:
-        """Latent frames of each chunk after ``given`` latent frames."""
+        """Return the latent frames of each chunk after ``given`` latent frames."""
         num_frames = self.request.num_frames
         if num_frames is None:
             first = [1] if self.config.independent_first_frame and not given else []
@@ -225,7 +225,7 @@ class Stream:
         return [end - start for start, end in self.config.chunks(num_frames - given, given)]
 
     def _inputs(self) -> Iterator[ChunkInput]:
-        """What each chunk is made from, decided when its turn comes."""
+        """Yield the inputs of each chunk. They are decided when the chunk begins."""
         for chunk in itertools.count():
             if (latents := self._upcoming()) is None:
                 return
@@ -245,13 +245,13 @@ class Stream:
             yield ChunkInput(latents, first_step, embeds, style)
 
     def _upcoming(self) -> Tensor | None:
-        """Noise [B f C h w] of the next chunk. None at the end."""
+        """Return the noise [B f C h w] of the next chunk. None at the end."""
         if self.next_noise is None:
             self.next_noise = next(self.noise, None)
         return self.next_noise
 
     def _next_prompt(self) -> tuple[Tensor | None, SwitchStyle]:
-        """The prompt embeddings of the next chunk if they change with it, else None."""
+        """Return the prompt embeddings of the next chunk if they change, else None."""
         switch = self.asked.pop() if self.asked else None
         while self.scheduled and self.scheduled[0].at_frame <= self.frames:
             switch = self.scheduled.popleft()
@@ -268,12 +268,12 @@ class Stream:
         return self.embeds, style
 
     def _pixel_frames(self, latents: Tensor) -> int:
-        """Number of pixel frames of the next chunk, whose latents are [B f C h w]."""
+        """Return the number of pixel frames of the next chunk, whose latents are [B f C h w]."""
         frames, codec = latents.shape[1], self.pipeline.codec
         return codec.num_frames(frames) if self.begins else frames * codec.temporal_scale
 
     def _first_step(self, chunk: int) -> int:
-        """Index of a chunk's first denoising step that is at most 1000 strength; the last step if none is."""
+        """Return the index of the first denoising step that is at most 1000 * strength; the last step if none is."""
         steps = steps_of_chunk(self.config.denoising_steps, chunk)
         return next((i for i, step in enumerate(steps) if step <= 1000 * self.request.strength), len(steps) - 1)
 
@@ -281,7 +281,7 @@ class Stream:
 def initial_noise(
     requests: Sequence[StreamRequest], chunk_sizes: Iterable[int], codec: VideoCodec, like: Tensor
 ) -> Iterator[Tensor]:
-    """Initial noise [B f C h w] of each chunk. Each video draws from a generator of its own."""
+    """Yield the initial noise [B f C h w] of each chunk. Each video has its own generator."""
     scale, request = codec.spatial_scale, requests[0]
     shape = codec.latent_channels, request.height // scale, request.width // scale
     generators = [each.generator("noise") for each in requests]
@@ -291,12 +291,12 @@ def initial_noise(
 
 @torch.no_grad()
 def encode(codec: VideoCodec, like: Tensor, frames: Tensor) -> Tensor:
-    """Frames [B F 3 H W] in [-1, 1] to latents [B f C h w], on the device and in the dtype of ``like``."""
+    """Encode frames [B F 3 H W] in [-1, 1] to latents [B f C h w], on the device and in the dtype of ``like``."""
     return codec.encode(frames.to(like)).to(like)
 
 
 class _Watched:
-    """The denoiser of a stream, for samplers that run many passes in a row: no pass begins once it is abandoned."""
+    """The denoiser of a stream, for samplers that run many passes. After the stream is abandoned, no pass begins."""
 
     def __init__(self, denoiser: Denoiser, stream: Stream) -> None:
         self.denoiser, self.stream = denoiser, stream
@@ -309,7 +309,7 @@ class _Watched:
 
 
 def _common(requests: Sequence[StreamRequest]) -> StreamRequest:
-    """The first request, if all of them can be fulfilled together."""
+    """Return the first request, if all of them can run as one batch."""
     first = requests[0]
     for other in requests[1:]:
         if other.source is not None or first.source is not None:

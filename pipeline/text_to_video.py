@@ -1,4 +1,4 @@
-"""The loaded parts of a pipeline: text encoder, denoiser and codec, and how they work together."""
+"""The loaded parts of a pipeline: text encoder, denoiser and codec."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pipeline.sizes import token_size
 
 @dataclass(frozen=True, eq=False)
 class TextToVideo:
-    """Everything that turns prompts into videos, loaded and ready."""
+    """All loaded parts that turn prompts into videos."""
 
     denoiser: Denoiser
-    """A few-step causal, a bidirectional or a many-step causal one, as the sampler needs it."""
+    """A few-step causal, a bidirectional or a many-step causal denoiser. The sampler decides which."""
     text_encoder: PromptCache
     codec: VideoCodec
     config: RolloutConfig
@@ -36,15 +36,15 @@ class TextToVideo:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Options of the many-step samplers."""
     decode_last: bool = False
-    """Decode a clip when all its latents are there and the cache is freed, instead of chunk by chunk."""
+    """True: decode a clip after all its latents are complete and the cache is freed. False: chunk by chunk."""
 
     @cached_property
     def decode_stream(self) -> torch.cuda.Stream:
-        """The CUDA stream in which chunks are decoded: one for all sessions, because each stream has its own memory."""
+        """The CUDA stream that decodes chunks. All sessions share it, because each stream has its own memory."""
         return torch.cuda.Stream(next(self.denoiser.parameters()).device)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError if the codec and the patch do not divide a size in pixels."""
+        """Raise ValueError if a size in pixels is not a multiple of codec scale times patch size."""
         _, rows, columns = self.denoiser.transformer.config.patch_size
         down, across = self.codec.spatial_scale * rows, self.codec.spatial_scale * columns
         if height % down or width % across:
@@ -63,13 +63,13 @@ def load_pipeline(
     """Load every part that the configuration names.
 
     Args:
-        profile: what to save memory on; see :mod:`pipeline.memory`.
-        prompts: all prompts that will be asked for, if they are known. They are embedded now. The text encoder is not
-            loaded if all embeddings are on disk, and it is freed afterwards unless it is resident. None: the text
-            encoder is loaded now and stays.
+        profile: how to save memory; see :mod:`pipeline.memory`.
+        prompts: all prompts of the run, if they are known. They are embedded now. The text encoder is not loaded if
+            all embeddings are on disk. It is freed afterwards unless it is resident. None: the text encoder is loaded
+            now and kept.
     """
     options = {"device": device, "dtype": dtype}
-    resolve_backend(config.generator.attention, device, dtype)  # first: a mistake shows before large files are read
+    resolve_backend(config.generator.attention, device, dtype)  # before large files are read
     text_encoder = _prepare_text(config, profile, prompts, **options)
     denoiser = load_denoiser(config.generator, use_ema=use_ema, streamed=profile.stream_generator, **options)
     denoiser.eval().requires_grad_(False)
@@ -93,7 +93,7 @@ def load_pipeline(
 
 
 def _flops_ahead(config: PipelineConfig, denoiser: Denoiser, prompts: Sequence[str] | None) -> float:
-    """Work of the denoiser for a video of each prompt; infinite if prompts come while it runs."""
+    """Return the FLOPs of the denoiser for a video of each prompt. Infinite if prompts come during the run."""
     if prompts is None:
         return math.inf
     rows, columns = token_size(config)
@@ -110,7 +110,7 @@ def _prepare_text(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PromptCache:
-    """The text encoder, or the embeddings of all prompts with the memory of the encoder free again."""
+    """Return the text encoder, or the embeddings of all prompts after the encoder is freed."""
     text_encoder = load_prompt_cache(
         config.text_encoder,
         streamed=profile.text_encoder is TextPlacement.streamed,
@@ -123,5 +123,5 @@ def _prepare_text(
     else:
         text_encoder.prepare(config.prompts_to_embed(prompts))
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the memory of a freed text encoder, for the parts to come
+        torch.cuda.empty_cache()  # give the memory of the freed text encoder to the next parts
     return text_encoder
