@@ -11,6 +11,7 @@
 """
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def copy(tmp_path_factory) -> Path:
             if prompts.is_file():
                 prompts.write_text("".join(prompts.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
 
-    return made_once(tmp_path_factory, "docs", write)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")  # one program at a time writes into a folder of videos
+    return made_once(tmp_path_factory, f"docs {worker}", write)
 
 
 def without_launcher(words: list[str]) -> list[str]:
