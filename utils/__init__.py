@@ -1,1 +1,1 @@
-"""Configuration, files, tracking, video and the Shapes world: what every other package may use."""
+"""Configuration, files, tracking, video and the Shapes world. Every other package may use this one."""

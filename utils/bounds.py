@@ -1,4 +1,4 @@
-"""Bounds of the numbers in configuration schemas, said once and checked in `__post_init__`."""
+"""Bounds of the numbers in configuration schemas. They are defined once here and checked in `__post_init__`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ POSITIVE, NOT_NEGATIVE, AT_LEAST_1, SHARE, SHARE_BELOW_1 = BOUNDS
 
 
 def require(config: Any, bound: str, *names: str) -> None:
-    """Check fields of a dataclass; None passes, and of a list every number is checked.
+    """Check fields of a dataclass. None passes. For a list, every number is checked.
 
     Raises:
-        ValueError: a number is out of the bound, or not finite; names the field and quotes the value.
+        ValueError: a number is out of the bound, or not finite. The error names the field and quotes the value.
     """
     for name in names:
         value = getattr(config, name)

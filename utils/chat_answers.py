@@ -1,4 +1,4 @@
-"""Take the text that was asked for out of the answer of a chat model, without its thoughts and remarks."""
+"""Extracts the requested text from the answer of a chat model, without its thoughts and remarks."""
 
 import re
 
@@ -38,12 +38,12 @@ def clean_answer(answer: str) -> str:
     """Return the text in an answer as one line, without thoughts, remarks, code fences, quotation marks or bold type.
 
     Raises:
-        ValueError: nothing is left, or what is left still holds a mark of the model's own format.
+        ValueError: nothing is left, or the rest still contains a mark of the model's own format.
     """
     text = answer
     for opening, closing in THOUGHTS:
         text = re.sub(rf"{opening}.*?{closing}", "", text, flags=re.DOTALL | re.IGNORECASE)
-        text = re.split(closing, text, flags=re.IGNORECASE)[-1]  # an answer may hold the closing mark alone
+        text = re.split(closing, text, flags=re.IGNORECASE)[-1]  # an answer may contain only the closing mark
         text = re.split(opening, text, flags=re.IGNORECASE)[0]  # a thought without an end
     text = FENCE.sub(r"\n\n\1\n\n", FRAME_MARK.sub("", text)).replace("**", "")
     paragraphs = (_without_remarks(paragraph) for paragraph in re.split(r"\n\s*\n", text))

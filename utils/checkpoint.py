@@ -1,9 +1,9 @@
 """Checkpoints of a run: save named objects, and restore them.
 
-`checkpoints/step_00000200/` is written beside its place as `.step_00000200.unfinished`, flushed to the disk, renamed,
-and only then named by the file `latest`. Older checkpoints are removed last. So a power cut at any moment costs at most
-the steps since the last checkpoint. The format is in `utils.checkpoint_files`; `utils.checkpoint_search` finds the
-checkpoint to go on from.
+`checkpoints/step_00000200/` is first written as `.step_00000200.unfinished`, flushed to the disk and renamed. Only then
+is its name written into the file `latest`. Older checkpoints are removed last. So a power cut at any moment costs at
+most the steps since the last checkpoint. The format is in `utils.checkpoint_files`; `utils.checkpoint_search` finds the
+checkpoint from which a run continues.
 """
 
 import json
@@ -49,34 +49,34 @@ UNFINISHED = re.compile(r"\.step_\d{8,}\.unfinished")
 
 
 class Stateful(Protocol):
-    """What can be saved. A state is flat: tensors, sharded or the same on every process, and values JSON can hold."""
+    """An object that can be saved. Its state is flat: tensors (sharded, or equal on every process) and JSON values."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The state now."""
+        """Return the present state."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Any:
-        """Go on from a state that :meth:`state_dict` gave."""
+        """Restore a state that :meth:`state_dict` returned."""
         ...
 
 
 @runtime_checkable
 class Growing(Protocol):
-    """A stateful object that makes its tensors while it works, so it may hold fewer than were saved."""
+    """A stateful object that makes its tensors while it works. It may have fewer tensors than were saved."""
 
     def room_for(self, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors to read saved ones into; `saved` describes those on the meta device."""
+        """Return tensors into which saved ones are read. `saved` describes the saved ones on the meta device."""
         ...
 
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """Which checkpoints stay."""
+    """The checkpoints to keep."""
 
     last: int
-    """How many of the newest."""
+    """The number of newest checkpoints to keep."""
     every: int = 0
-    """Checkpoints of steps that are multiples of this stay too; 0 is none."""
+    """Keep also the checkpoints of steps that are multiples of this. 0 keeps none of them."""
 
 
 @dataclass
@@ -108,8 +108,8 @@ class Checkpoints:
 
         Args:
             step: number of the step.
-            objects: by names that stay the same from run to run.
-            about: more for `state.json`: what :func:`load_checkpoint` returns.
+            objects: the objects, by names that do not change from run to run.
+            about: more entries for `state.json`. :func:`load_checkpoint` returns them.
         """
         self.finish()
         tensors, values = _collect(objects, self.ranks.rank)
@@ -133,7 +133,7 @@ class Checkpoints:
         self.finish()
 
     def finish(self, *, wait: bool = True) -> None:
-        """Put the checkpoint that is being written in its place: now if it is complete, or after a `wait` for it."""
+        """Rename the checkpoint that is being written to its final name, if it is complete. `wait` waits for that."""
         if self._writing is None or not (wait or all_processes(self._writing.tensors.done())):
             return
         writing, self._writing = self._writing, None
@@ -161,7 +161,7 @@ class Checkpoints:
         return self.folder / f".{checkpoint_name(step)}.unfinished"
 
     def _begin(self, step: int, state: Mapping[str, Any]) -> tuple[Checksum | None, str | None]:
-        """Make the unfinished folder with its `state.json`; returns the file's checksum, or what is wrong."""
+        """Make the unfinished folder with its `state.json`. Returns the file's checksum, or the problem in words."""
         try:
             if self.folder.is_dir():
                 for left in self.folder.iterdir():  # by a run that was killed
@@ -175,7 +175,7 @@ class Checkpoints:
             return None, _reason(error)
 
     def _commit(self, step: int, files: Mapping[str, Checksum]) -> None:
-        """Everything reaches the disk before `latest` names it, and `latest` before anything older goes."""
+        """Flush everything before `latest` names it, and flush `latest` before older checkpoints are removed."""
         place, unfinished = self._place(step), self._unfinished(step)
         write_manifest(unfinished, Manifest(step, dict(files)))
         fsync_folder(unfinished)
@@ -209,10 +209,10 @@ class Checkpoints:
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
-    """What `state.json` of a checkpoint holds: "step", "versions", "values" and what the caller added.
+    """Read `state.json` of a checkpoint: "step", "versions", "values" and the entries of the caller.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         return read_state(Path(folder))
@@ -221,15 +221,15 @@ def read_about(folder: str | Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful], ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Restore objects from a checkpoint, whatever the number of processes that wrote it. All processes call it.
+    """Restore objects from a checkpoint that any number of processes wrote. All processes call it.
 
-    The files should have been verified: :func:`utils.checkpoint_search.find_good_checkpoint` does it.
+    The files should be verified before: :func:`utils.checkpoint_search.find_good_checkpoint` does it.
 
     Returns:
         what :func:`read_about` returns.
 
     Raises:
-        UserError: the checkpoint is of other objects, or of other sizes, or damaged.
+        UserError: the checkpoint contains other objects or sizes, or is damaged.
     """
     about = read_about(folder)
     stored = _describe(folder)
@@ -258,7 +258,7 @@ def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful], ranks: 
 
 
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole, as `<object>/<key>`."""
+    """Read every tensor of a checkpoint, whole, as `<object>/<key>`."""
     stored = _describe(folder)
     tensors = {key: torch.empty_like(described, device="cpu") for key, described in _on_meta(stored).items()}
     _read(folder, stored, tensors, rank=0)
@@ -273,7 +273,7 @@ def _describe(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def _on_meta(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Stored tensors without their content."""
+    """Return stored tensors without their content."""
     return {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in stored.items()}
 
 
@@ -289,7 +289,7 @@ def _unreadable(folder: str | Path, error: Exception) -> UserError:
 
 
 def _collect(objects: Mapping[str, Stateful], rank: int) -> tuple[dict[str, Rows], dict[str, dict[str, Any]]]:
-    """The tensors that this process writes as `<object>/<key>`, and the other values of each object."""
+    """Return the tensors that this process writes, as `<object>/<key>`, and the other values of each object."""
     tensors: dict[str, Rows] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, item in objects.items():

@@ -52,12 +52,12 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint is not what was written; the message is one line that names the file."""
+    """A checkpoint differs from what was written. The message is one line that names the file."""
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a file must be."""
+    """The expected size and content of a file."""
 
     bytes: int
     """Its size."""
@@ -67,7 +67,7 @@ class Checksum:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says."""
+    """The content of `manifest.json`."""
 
     step: int
     files: dict[str, Checksum]
@@ -76,7 +76,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a tensor [N ...] that one process holds. A tensor without rows (a scalar) is held whole."""
+    """The rows of a tensor [N ...] that one process holds. Of a scalar, every process holds the whole."""
 
     local: Tensor
     """Rows [n ...]."""
@@ -85,7 +85,7 @@ class Rows:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     is_copy: bool
-    """Whether another process writes the same rows."""
+    """True if another process writes the same rows."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the headers of a checkpoint say about one tensor."""
+    """The facts about one tensor in the headers of a checkpoint."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -108,7 +108,7 @@ class StoredTensor:
 
 
 def rows_of(tensor: Tensor, rank: int) -> Rows:
-    """The part of a tensor that this process holds.
+    """Return the part of a tensor that this process holds.
 
     Raises:
         ValueError: the tensor is sharded along another dimension than the first.
@@ -131,12 +131,12 @@ def rows_of(tensor: Tensor, rank: int) -> Rows:
 
 
 def tensor_file(rank: int) -> str:
-    """Name of the file a process writes."""
+    """Return the name of the file that a process writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Checksum:
-    """Write bytes-like `chunks`, flush them to the disk and return the checksum of what was given."""
+    """Write bytes-like `chunks`, flush them to the disk and return their checksum."""
     size, checksum = 0, 0
     with open(path, "xb") as file:
         for chunk in chunks:
@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`.
 
     Raises:
-        DamagedCheckpoint: it is missing, or not exactly what :func:`write_manifest` writes.
+        DamagedCheckpoint: the file is missing, or differs from the output of :func:`write_manifest`.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -204,7 +204,7 @@ def verify(folder: Path, manifest: Manifest, ranks: Ranks = Ranks()) -> None:  #
     """Compare this process's share of the files with the manifest.
 
     Raises:
-        DamagedCheckpoint: a file is missing, of another size, or of another content.
+        DamagedCheckpoint: a file is missing, or has another size or content.
     """
     if STATE_FILE not in manifest.files:
         raise DamagedCheckpoint(f"{MANIFEST_FILE} does not list {STATE_FILE}")
@@ -228,7 +228,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read `state.json`.
 
     Raises:
-        DamagedCheckpoint: it is missing or holds something else than an object.
+        DamagedCheckpoint: the file is missing or does not contain a JSON object.
     """
     path = folder / STATE_FILE
     try:
@@ -242,10 +242,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def describe(folder: Path, manifest: Manifest) -> dict[str, StoredTensor]:
-    """Name, shape and place of every tensor, from the headers alone.
+    """Return name, shape and place of every tensor, from the headers only.
 
     Raises:
-        DamagedCheckpoint: a header lies: its parts do not make up the tensor it promises.
+        DamagedCheckpoint: a header is wrong: the parts do not form the tensor that it describes.
     """
     found: dict[str, StoredTensor] = {}
     for file in sorted(set(manifest.files) - {STATE_FILE}):
@@ -265,7 +265,7 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, StoredTensor]:
 
 
 def read_tensors_into(folder: Path, stored: Mapping[str, StoredTensor], targets: Mapping[str, Rows]) -> None:
-    """Read the rows that `targets` hold, by name, into them. Every file is opened once.
+    """Read rows into `targets`, by name. Every file is opened once.
 
     Raises:
         DamagedCheckpoint: a file cannot be read.
@@ -281,7 +281,7 @@ def read_tensors_into(folder: Path, stored: Mapping[str, StoredTensor], targets:
 
 
 def _read_part(tensors: Any, name: str, part: StoredPart, target: Rows) -> None:
-    """Copy the rows that a part of an open file and `target` share."""
+    """Copy the rows that are in both a part of an open file and `target`."""
     if not target.shape:
         target.local.copy_(tensors.get_tensor(name))
         return
@@ -292,7 +292,7 @@ def _read_part(tensors: Any, name: str, part: StoredPart, target: Rows) -> None:
 
 
 def _manifest_text(manifest: Manifest) -> str:
-    """The one text of a manifest; its own CRC-32 is that of the same text with 0 in its place."""
+    """Return the text of a manifest. Its own CRC-32 is that of the same text with 0 instead of the CRC-32."""
     values: dict[str, Any] = {
         "format": FORMAT,
         "step": manifest.step,
@@ -304,7 +304,7 @@ def _manifest_text(manifest: Manifest) -> str:
 
 
 def _check_complete(name: str, stored: StoredTensor) -> None:
-    """The parts, one after the other, are the whole tensor: so no header asks for more memory than its file has."""
+    """Check that the parts form the whole tensor. So no header can ask for more memory than its file has."""
     end = 0
     for part in sorted(stored.parts, key=lambda part: (part.start, part.count)):
         if part.start != end:
@@ -315,7 +315,7 @@ def _check_complete(name: str, stored: StoredTensor) -> None:
 
 
 class _opened:
-    """A .safetensors file to read; whatever is wrong with it is a DamagedCheckpoint."""
+    """An open .safetensors file. Every error in it becomes a DamagedCheckpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -334,7 +334,7 @@ class _opened:
 
 
 def _read_own_file(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes, never through a symbolic link."""
+    """Read a regular file of at most `limit` bytes. Symbolic links are not followed."""
     size = _size(path)
     if not 0 <= size <= limit:
         raise DamagedCheckpoint(
@@ -347,7 +347,7 @@ def _read_own_file(path: Path, limit: int) -> bytes:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file; -1 if it is missing or something else."""
+    """Return the bytes of a regular file; -1 if it is missing or not a regular file."""
     try:
         return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
     except OSError:

@@ -1,7 +1,7 @@
-"""Which folders are checkpoints of this program, and which of them a run goes on from.
+"""Finds the checkpoints of this program, and the one from which a run continues.
 
 A folder counts as a checkpoint of this program only if its name is exactly `step_` and eight or more digits and it
-holds a manifest of the same step. Everything else belongs to somebody else: it is never deleted.
+holds a manifest of the same step. Everything else belongs to other programs or people, and is never deleted.
 """
 
 import logging
@@ -34,19 +34,19 @@ ALONE = Ranks()
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the folder of a step."""
+    """Return the name of the folder of a step."""
     return f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a folder's name gives; None if it is not the name of a checkpoint."""
+    """Return the step in a folder's name; None if it is not the name of a checkpoint."""
     match = NAME.fullmatch(folder.name)
     step = int(match[1]) if match else None
     return step if step is not None and checkpoint_name(step) == folder.name else None
 
 
 def is_own(folder: Path) -> bool:
-    """Whether this program made the folder: it is named as a checkpoint and holds a manifest of the same step."""
+    """Return whether this program made the folder: it has a checkpoint's name and a manifest of the same step."""
     if not _is_candidate(folder):
         return False
     try:
@@ -56,20 +56,20 @@ def is_own(folder: Path) -> bool:
 
 
 def own_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; their files are not verified."""
+    """Return the checkpoints in a folder, oldest first. Their files are not verified."""
     return [each for each in _candidates(Path(folder)) if is_own(each)]
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that `latest` names, or else the newest one, not verified; None if there is none."""
+    """Return the checkpoint that `latest` names, else the newest one, else None. It is not verified."""
     named, own = _named_by_latest(Path(folder)), own_checkpoints(folder)
     return next((each for each in own if each.name == named), own[-1] if own else None)
 
 
 def find_good_checkpoint(folder: str | Path, ranks: Ranks = ALONE) -> Path | None:
-    """The checkpoint to go on from, with all its files verified; None if there is none at all. All processes call it.
+    """Return the checkpoint to continue from, with verified files; None if there is none. All processes call it.
 
-    It is the one that `latest` names. If that one is damaged, or `latest` is, it is the newest good one; then one
+    It is the one that `latest` names. If this checkpoint or `latest` is damaged, it is the newest good one. Then one
     warning names both, and the damaged checkpoint is renamed.
 
     Raises:
@@ -111,7 +111,7 @@ def put_away(folder: str | Path) -> None:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, oldest first."""
+    """Return the folders with the name of a checkpoint, oldest first."""
     try:
         found = [each for each in folder.iterdir() if _is_candidate(each)]
     except OSError:
@@ -124,7 +124,7 @@ def _is_candidate(folder: Path) -> bool:
 
 
 def _named_by_latest(folder: Path) -> str | None:
-    """What `latest` says; None if there is no such file."""
+    """Return the content of `latest`; None if there is no such file."""
     try:
         return (folder / LATEST).read_bytes()[:100].decode(errors="replace").strip()
     except OSError:
@@ -132,9 +132,9 @@ def _named_by_latest(folder: Path) -> str | None:
 
 
 def _order_to_try(folder: Path) -> tuple[str | None, list[str]]:
-    """What `latest` says, and the names of the folders to try, the best first.
+    """Return the content of `latest`, and the names of the folders to try, the best first.
 
-    A folder that is named as a checkpoint but holds no file of one is somebody else's.
+    A folder that has a checkpoint's name but no file of a checkpoint is not ours, and is not tried.
     """
     named = _named_by_latest(folder)
     candidates = [each.name for each in reversed(_candidates(folder)) if _looks_own(each)]
@@ -142,7 +142,7 @@ def _order_to_try(folder: Path) -> tuple[str | None, list[str]]:
 
 
 def _looks_own(folder: Path) -> bool:
-    """Whether a folder holds a file of a checkpoint, or nothing at all."""
+    """Return whether a folder contains a file of a checkpoint, or is empty."""
     try:
         return any(os.path.lexists(folder / name) for name in OWN_FILES) or not any(folder.iterdir())
     except OSError:
@@ -150,7 +150,7 @@ def _looks_own(folder: Path) -> bool:
 
 
 def _problem(folder: Path, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint, the same answer on every process; each verifies its share of the files."""
+    """Return the problem of a checkpoint, the same on every process. Each verifies its share of the files."""
     problem = _first_problem(lambda: _check_content(folder, ranks))
     if problem is None:
         problem = _first_problem(lambda: _check_meaning(folder) if ranks.is_main else None)
@@ -158,7 +158,7 @@ def _problem(folder: Path, ranks: Ranks) -> str | None:
 
 
 def _first_problem(check: Callable[[], None]) -> str | None:
-    """The message of the first process whose check finds a damage; None if all are content."""
+    """Return the message of the first process whose check finds damage; None if no process finds any."""
     problem = None
     try:
         check()
@@ -184,7 +184,7 @@ def _check_meaning(folder: Path) -> None:
 
 
 def _tell(folder: Path, good: str, named: str | None, problems: Mapping[str, str]) -> None:
-    """Warn once if the run does not go on from the checkpoint it should, and set damaged ones aside."""
+    """Warn once if the run continues from another checkpoint than intended, and rename damaged ones."""
     for name, reason in problems.items():
         set_aside(folder / name, f"is damaged ({reason}), and training goes on from {good}", log)
     if named is not None and named != good and named not in problems:

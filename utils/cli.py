@@ -1,4 +1,4 @@
-"""What every command line shares."""
+"""The common part of every command line program."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from utils.errors import UserError
 USER_ERROR = 2
 SHOWN_PATH = 200
 INTERRUPTED = 130
-"""What a shell gives for a program that Ctrl-C has ended."""
+"""The exit code of a program that Ctrl-C has ended, as in a shell."""
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run a command. Every program ends here, and leaves the job it has joined, if any, in order.
+    """Run a command and return the exit code. Before, leave the distributed job, if the command has joined one.
 
     Returns:
-        0 at its end; 2 and one line on stderr for a mistake of the user's or a file that the system refuses; 130 and
-        one line for Ctrl-C.
+        0 for success. 2, with one line on stderr, for a mistake of the user or a file that the system refuses. 130,
+        with one line, for Ctrl-C.
     """
     try:
         try:
@@ -29,7 +29,7 @@ def exit_code(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
-        if error.filename is None:  # nothing that a user can mend: a fault of the program
+        if error.filename is None:  # no user can correct this: it is an error in the program
             raise
         path = str(error.filename)
         shown = path if len(path) <= SHOWN_PATH else f"{path[: SHOWN_PATH - 3]}..."
@@ -42,7 +42,7 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def _leave_job() -> None:
-    """Leave the process group, if the command has loaded what could join one: loading it takes seconds."""
+    """Leave the process group. Only if the command has already imported the module, which takes seconds."""
     distributed = sys.modules.get("utils.distributed")
     if distributed is not None:
         distributed.shutdown_distributed()

@@ -58,12 +58,12 @@ def load_config(
 
 
 def from_dict(schema: type[T], values: Mapping[str, Any], source: str) -> T:
-    """The inverse of `to_dict`: every text is taken as it stands. `source` is what errors name. Raises UserError."""
+    """The inverse of `to_dict`. Text is used literally. Errors name `source`. Raises UserError."""
     return _build(schema, [(source, _literal(values))], source)
 
 
 def to_dict(config: Any) -> Any:
-    """A schema instance as plain dicts, lists and scalars (enums by name, paths as text), for checkpoints and JSON."""
+    """Convert a schema instance to dicts, lists and scalars (enums by name, paths as text), as JSON can hold them."""
     if is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
     if isinstance(config, Mapping):
@@ -76,7 +76,7 @@ def to_dict(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """A schema instance as YAML that `load_config` reads back."""
+    """Convert a schema instance to YAML that `load_config` can read."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config))))
 
 
@@ -86,12 +86,12 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def _read_layers(path: Path, known: Collection[str], included_by: tuple[Path, ...]) -> dict[str, dict]:
-    """Source name -> values, in the order to merge them; a file that several others include counts once, first."""
+    """Return source name -> values, in merge order. A file that several others include is merged once, first."""
     path = Path(os.path.normpath(path))
     if path in included_by:
         raise UserError(f"{included_by[-1]}: defaults form a cycle: {' -> '.join(map(str, (*included_by, path)))}")
     values = _read_yaml(path)
-    refuse_official_keys(values, known, path)  # before its defaults, which such a file means otherwise
+    refuse_official_keys(values, known, path)  # before its defaults, which have another meaning in such a file
     defaults = values.pop("defaults", [])
     if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
         raise UserError(f"{path}: defaults={_show(defaults)} is not a list of file names")
@@ -121,7 +121,7 @@ def _read_yaml(path: Path) -> dict:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8") from error
     except OSError as error:
-        if error.strerror is None:  # omegaconf's own: the file holds a single scalar
+        if error.strerror is None:  # raised by omegaconf: the file contains only a scalar
             raise UserError(f"{path}: holds no key: value pairs") from error
         similar = _did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}{similar}") from error
@@ -131,7 +131,7 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _parse_override(schema: type, text: str) -> dict[str, Any]:
-    """`a.b=value` -> {"a": {"b": value}}. The value is YAML; a text field takes any text as it stands, ${...} too."""
+    """Parse `a.b=value` to {"a": {"b": value}}. The value is YAML. A text field takes text literally, also ${...}."""
     match = OVERRIDE.fullmatch(text)
     if match is None:
         raise UserError(f"{COMMAND_LINE}: {text!r} is not an override of the form section.key=value")
@@ -195,13 +195,13 @@ def _merge(
 
 
 def _has_infinity(value: Any) -> bool:
-    """Whether a value holds nan or an infinity. No key of any schema means something by them."""
+    """Return whether a value contains nan or an infinity. They are not valid for any key."""
     numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     return any(isinstance(number, float) and not math.isfinite(number) for number in numbers)
 
 
 def _literal(value: Any) -> Any:
-    """The same values for omegaconf, with nothing in a text that it would replace: ${...} is written as \\${...}."""
+    """Escape text for omegaconf, so that it replaces nothing: ${...} becomes \\${...}."""
     if isinstance(value, Mapping):
         return {key: _literal(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -212,7 +212,7 @@ def _literal(value: Any) -> Any:
 
 
 def _enum_member(kind: Any, value: Any) -> Any:
-    """The member of the enum `kind` whose name or value is `value` in any case; other values pass unchanged."""
+    """Return the member of the enum `kind` whose name or value is `value` in any case. Other values are unchanged."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str)):
         return value
     matching = (m for m in kind if value.casefold() in (m.name.casefold(), str(m.value).casefold()))
@@ -220,7 +220,7 @@ def _enum_member(kind: Any, value: Any) -> Any:
 
 
 def _failing_section(config: DictConfig, prefix: str = "") -> str:
-    """Dotted name of the innermost section whose __post_init__ refuses its values; "" is the whole configuration."""
+    """Return the dotted name of the innermost section whose __post_init__ fails; "" is the whole configuration."""
     for name in config:
         if not OmegaConf.is_dict(config[name]) or OmegaConf.get_type(config[name]) is dict:
             continue
@@ -237,7 +237,7 @@ def _field_hints(schema: type) -> dict[str, Any]:
 
 
 def _hint_at(schema: Any, key: str) -> Any:
-    """Type of the dotted `key`, or None if there is no such key."""
+    """Return the type of the dotted `key`, or None if there is no such key."""
     for part in key.split("."):
         section = _without_none(schema)
         schema = _field_hints(section).get(part) if is_dataclass(section) else None
@@ -262,7 +262,7 @@ def _dotted_names(schema: type, prefix: str = "") -> list[str]:
 
 
 def _did_you_mean(name: str, valid: Sequence[str]) -> str:
-    """The nearest (dotted) name as a question, by the whole name or else by its last part; "" if none is near."""
+    """Return a question with the nearest name, compared as a whole or by its last part; "" if none is near."""
     by_name = {candidate.casefold(): candidate for candidate in valid}
     by_last_part = {candidate.rpartition(".")[2]: by_name[candidate] for candidate in reversed(by_name)}
     for wanted, known in ((name.casefold(), by_name), (name.casefold().rpartition(".")[2], by_last_part)):
@@ -287,5 +287,5 @@ def _show(value: Any) -> str:
 
 
 def _one_line(error: object) -> str:
-    """The text of an error without omegaconf's `full_key` lines."""
+    """Return the text of an error without omegaconf's `full_key` lines."""
     return " ".join(line.strip() for line in str(error).partition("\n    full_key:")[0].split("\n"))

@@ -1,9 +1,9 @@
 """Processes, devices and seeds. Everything works in a single process too, without a process group.
 
-Started by torchrun, each process learns its place from the environment when `init_distributed` is called, not before.
+Under torchrun, each process reads its rank from the environment when `init_distributed` is called, not before.
 
-Waiting has no limit while the other processes live: a rank may make samples, export or write videos for hours while
-the others wait. What ends a job is a rank that fails or disappears; `utils.heartbeat` notices that within seconds.
+Waiting has no time limit while the other processes live: a rank may make samples, export or write videos for hours
+while the others wait. A job ends if a rank fails or disappears. `utils.heartbeat` notices this within seconds.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RENDEZVOUS = timedelta(minutes=30)
-"""How long the processes of a job may take to find each other."""
+"""The time limit for the processes of a job to find each other."""
 UNLIMITED = timedelta(days=365)
-"""For a collective operation: the heartbeat ends a job that hangs, not a clock."""
+"""The time limit of a collective operation. It is very long, because the heartbeat ends a job that hangs."""
 BARRIER_POLL = 0.2
 """Seconds."""
 
@@ -48,7 +48,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes logs, samples and shared files."""
+        """True if this process writes logs, samples and shared files."""
         return self.rank == 0
 
 
@@ -78,21 +78,21 @@ def init_distributed(device: str) -> Ranks:
 
 
 def is_launched() -> bool:
-    """Whether torchrun is the parent of this process."""
+    """Return whether torchrun is the parent of this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def stop_signals() -> StopSignals:
-    """The signals that end a training in order: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which Slurm can send).
+    """Return the signals that end a training cleanly: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which Slurm can send).
 
-    torchrun passes on a Ctrl-C that every process of the terminal has received already; that one counts once.
+    torchrun forwards a Ctrl-C that the terminal has already sent to every process. It is counted once.
     """
     more = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
     return StopSignals(more=more, repeat_within=2.0 if is_launched() else 0.0)
 
 
 def device_mesh(device: torch.device, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """All processes as a mesh of `shape`; one process without a group gets one for itself."""
+    """Return all processes as a mesh of `shape`. A single process gets its own group."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
     return init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -110,14 +110,14 @@ def shutdown_distributed() -> None:
     if dist.get_world_size() > 1:
         if error is not None:
             publish_failure(dist.get_rank(), error)
-            return  # another process may be inside a collective operation: leaving in order would wait for it
-        with suppress(RuntimeError):  # torchrun has ended, and its store with it
+            return  # a normal exit would wait for processes inside a collective operation
+        with suppress(RuntimeError):  # torchrun and its store have ended
             barrier()
     dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Wait until every process is here, however long the others work."""
+    """Wait until every process is here, without a time limit."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     store = _store()
@@ -128,12 +128,12 @@ def barrier() -> None:
 
 
 def broadcast_value(value: T, source: int = 0) -> T:
-    """The `value` of process `source`, in every process: whatever JSON holds. No pickle crosses the network."""
+    """Return the `value` of process `source` on every process. It must be a JSON value: no pickle is sent."""
     return gather_values(value)[source]
 
 
 def gather_values(value: Any) -> list[Any]:
-    """The `value` of every process by rank, in every process: None, or whatever JSON holds."""
+    """Return the `value` of every process, by rank, on every process. Each must be a JSON value."""
     if not dist.is_initialized():
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -147,10 +147,10 @@ def gather_values(value: Any) -> list[Any]:
 
 @contextmanager
 def only_one(resource: AbstractContextManager, ranks: Ranks) -> Iterator[None]:
-    """Enter `resource` (such as a lock) in the main process, for all of them; no process enters if the main one cannot.
+    """Enter `resource` (such as a lock) in the main process, for all. If the main process cannot, no process enters.
 
     Raises:
-        UserError: the main process's; the others end with exit code 2 and say nothing.
+        UserError: the error of the main process. The others end with exit code 2 without a message.
     """
     with ExitStack() as stack:
         problem = None
@@ -165,16 +165,16 @@ def only_one(resource: AbstractContextManager, ranks: Ranks) -> Iterator[None]:
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
-    """Mean of `values` over the processes, as a new tensor of the same shape, dtype and device."""
+    """Return the mean of `values` over the processes, as a new tensor of the same shape, dtype and device."""
     mean = values.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(mean)  # a sum: gloo has no mean
+        dist.all_reduce(mean)  # a sum, because gloo has no mean
         mean /= dist.get_world_size()
     return mean
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process, in every process."""
+    """Return on every process whether `flag` is true on any process."""
     votes = torch.tensor(float(flag))
     if dist.is_initialized():
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
@@ -182,33 +182,33 @@ def any_process(flag: bool) -> bool:
 
 
 def all_processes(flag: bool) -> bool:
-    """Whether `flag` is true in every process, in every process."""
+    """Return on every process whether `flag` is true on all of them."""
     return not any_process(not flag)
 
 
 def share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """The items of process `rank`, dealt like cards: over all ranks every item comes exactly once."""
+    """Return every `world_size`-th item, from item `rank` on. Over all ranks every item occurs exactly once."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} is not in [0, world_size={world_size})")
     return items[rank::world_size]
 
 
 def processes_here(ranks: Ranks) -> int:
-    """How many processes of the job share this machine and its RAM; all of them, if the launcher does not say it."""
+    """Return how many processes of the job share this machine's RAM. If the launcher does not tell, all of them."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(here) if here.isdecimal() and int(here) > 0 else ranks.world_size
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2^63) that depends on every part, its type and its place: `derive_seed(seed, prompt, "noise")`."""
+    """Return a seed in [0, 2^63) from all parts, their types and order: `derive_seed(seed, prompt, "noise")`."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, else MPS, else CPU.
+    """Return the device called `name`. "auto" is CUDA, else MPS, else CPU.
 
-    A GPU that is named by its number becomes the current one: kernels and libraries that are told no device use it.
+    A GPU that is named by its number becomes the current one, because some kernels and libraries use the current one.
     Raises UserError if the device is unknown or not available.
     """
     available = ["cpu"]
@@ -233,9 +233,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def share_cores(device: torch.device, ways: int = 2) -> None:
-    """Let each of `ways` threads that compute side by side use its share of the cores, if they compute on a CPU.
+    """On a CPU, let each of `ways` threads that compute at the same time use its share of the cores.
 
-    Else each would use all of them and, small models above all, wait for the others far longer than compute.
+    Otherwise each would use all cores and, with small models, mostly wait for the others.
     If OMP_NUM_THREADS is set, it decides.
     """
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -243,7 +243,7 @@ def share_cores(device: torch.device, ways: int = 2) -> None:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere. Raises UserError if unknown."""
+    """Return the dtype called `name`. "auto" is bfloat16 on CUDA, else float32. Raises UserError if unknown."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -256,7 +256,7 @@ def _backend(device: str) -> str:
 
 
 def _store() -> dist.Store:
-    """The key-value store of the job."""
+    """Return the key-value store of the job."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -279,7 +279,7 @@ def _join(device: str, ranks: Ranks) -> None:
 
 
 def _ranks_from_environment() -> Ranks:
-    """The place that torchrun or a Slurm script gives; a single process if neither has set anything."""
+    """Read the ranks that torchrun or a Slurm script has set. If neither has, this is a single process."""
     given = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
     if not given:
         return Ranks()

@@ -1,4 +1,4 @@
-"""Drift and flicker of videos, measured without any model: how the end of a video differs from its beginning.
+"""Measures drift and flicker without a model: how the end of a video differs from its beginning.
 
 Shapes: F frames, H W pixels.
 """
@@ -25,7 +25,7 @@ class Drift:
 
     @property
     def change(self) -> dict[str, float]:
-        """Last over first; 1 is no drift. NaN if the first is 0."""
+        """Return the last figures divided by the first. 1 is no drift. NaN if the first is 0."""
         return {name: self.last[name] / self.first[name] if self.first[name] else float("nan") for name in MEASURES}
 
 
@@ -36,11 +36,11 @@ def measure_drift(frames: Tensor, fps: float, *, seconds: float = 2.0) -> Drift:
 
 
 def measure(frames: Tensor) -> dict[str, float]:
-    """The figures of some frames, uint8 [F H W 3], at least three.
+    """Return the figures of at least three frames, uint8 [F H W 3].
 
     sharpness: mean absolute Laplacian of the luma. brightness: mean luma. colourfulness: mean distance of the channels
-    from the luma. motion: mean absolute change from frame to frame. flicker: mean absolute second difference in time,
-    which steady motion leaves small. All are in units of the 8-bit scale.
+    from the luma. motion: mean absolute change from frame to frame. flicker: mean absolute second difference in time.
+    It is small for steady motion. All are in units of the 8-bit scale.
     """
     pixels = frames.float()
     luma = pixels @ torch.tensor(LUMA)
@@ -56,7 +56,7 @@ def measure(frames: Tensor) -> dict[str, float]:
 
 
 def summarise_drift(drifts: Sequence[Drift]) -> dict[str, dict[str, float]]:
-    """Means over videos: for each measure its value at the beginning, at the end, and the median of their ratios."""
+    """Summarise videos: for each measure its mean at the beginning and at the end, and the median of the ratios."""
     return {
         name: {
             "first": _mean(drift.first[name] for drift in drifts),

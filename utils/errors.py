@@ -1,5 +1,5 @@
-"""The one exception a command line turns into a single line and exit code 2."""
+"""The exception that a command line turns into one line and exit code 2."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message is one line naming the file or key, the value and the remedy."""
+    """A mistake that the user can correct. The message is one line with the file or key, the value and the remedy."""

@@ -1,4 +1,4 @@
-"""Frames in memory: to bytes, larger, fitted to a size.
+"""Converts frames in memory: to bytes, to a larger size, to fit a size.
 
 Shapes: F frames, H height, W width. Pixels are float in [-1, 1] as [F 3 H W] or uint8 in [0, 255] as [F H W 3].
 """
@@ -32,5 +32,5 @@ def fit_image(image: Image.Image, height: int, width: int) -> Tensor:
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """At most `wanted` indices into `count` items, from the first to the last."""
+    """Return at most `wanted` indices into `count` items, from the first to the last."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(wanted, count))})
