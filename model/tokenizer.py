@@ -1,7 +1,7 @@
-"""Tokenizers of the text encoder: find their files, read them without running anything, build one of whole words.
+"""Tokenizers of the text encoder: finds their files, reads them without running code, or builds one of whole words.
 
-Only the vocabulary's file and the names of its special tokens are used. Other settings beside it could name code to
-run, or ask for a million extra tokens.
+Only the file of the vocabulary and the names of its special tokens are used. Other settings could name code to run, or
+ask for a million extra tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 JSON_FILE, PIECES_FILE, SETTINGS_FILE = "tokenizer.json", "spiece.model", "tokenizer_config.json"
-TOKENIZER_FILES = (JSON_FILE, PIECES_FILE)  # the first says everything, whichever class and version wrote it
+TOKENIZER_FILES = (JSON_FILE, PIECES_FILE)  # the first is complete, for every class and version that wrote it
 MAX_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
 MAX_DEPTH_OF_SETTINGS = 40
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # T5's names
@@ -40,18 +40,18 @@ class SpecialTokens:
     """The token of unknown words."""
 
     def names(self) -> dict[str, str]:
-        """The names as plain text, without those that are not stated."""
+        """Return the stated names as plain text."""
         plain = {key: value.get("content") if isinstance(value, dict) else value for key, value in vars(self).items()}
         return {key: value for key, value in plain.items() if isinstance(value, str)}
 
 
 def find_tokenizer(weights: Path, folder: str | Path | None = None) -> Path:
-    """Where an encoder's tokenizer is.
+    """Return the path of an encoder's tokenizer.
 
     Args:
         weights: the encoder's folder or file.
-        folder: the tokenizer's folder, or a release that has one. None, or one that does not exist beside weights that
-            hold their own tokenizer, takes the one in the weights, or with them, or beside them.
+        folder: the tokenizer's folder, or a release that has one. None takes the tokenizer in the weights, with them or
+            beside them. A missing folder is ignored if the weights have a tokenizer.
     """
     if folder is not None and (Path(folder).exists() or not _holds_tokenizer(weights)):
         return find_part(folder, "tokenizer")
@@ -62,7 +62,7 @@ def find_tokenizer(weights: Path, folder: str | Path | None = None) -> Path:
 
 
 def tokenizer_bytes(path: str | Path) -> bytes | None:
-    """The bytes of the vocabulary in a folder, or in a file of weights; None if it holds none."""
+    """Return the bytes of the vocabulary in a folder or in a file of weights; None if there is none."""
     path = Path(path)
     if path.is_dir():
         file = _tokenizer_file(path)
@@ -76,10 +76,10 @@ def tokenizer_bytes(path: str | Path) -> bytes | None:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a local folder, or inside a repackaged text encoder's file.
+    """Load the tokenizer in a local folder, or inside the file of a repackaged text encoder.
 
     Raises:
-        UserError: there is none, it is damaged, or it holds a pattern that could take very long to match.
+        UserError: the tokenizer is missing, damaged, or has a pattern that could take very long to match.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -97,22 +97,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def parse_tokenizer(data: bytes, source: str) -> Tokenizer:
-    """A tokenizer without padding and truncation, from a tokenizer.json or a sentencepiece model.
+    """Make a tokenizer without padding and truncation, from a tokenizer.json or a sentencepiece model.
 
     Raises:
-        UserError: names `source` if the bytes are damaged, or hold a pattern that could take very long to match.
+        UserError: the bytes are damaged, or have a pattern that could take very long to match. It names `source`.
     """
     try:
         return _from_json(data, source) if data.lstrip()[:1] == b"{" else _from_pieces(data)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the Rust library panics on some damaged files, with a class of its own
+    except BaseException as error:  # the Rust library panics on some damaged files, with its own class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{source}: its tokenizer cannot be read ({reason[:200]}); download it again") from None
 
 
 def build_word_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words in lower case. Words it does not know share one token."""
+    """Build a tokenizer of whole words in lower case. All unknown words share one token."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -127,7 +127,7 @@ def build_word_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def _holds_tokenizer(weights: Path) -> bool:
-    """Whether weights have a tokenizer of their own: in their folder, or in their file."""
+    """Return whether weights have their own tokenizer, in their folder or in their file."""
     if weights.is_dir():
         return _tokenizer_file(weights) is not None
     return weights.is_file() and TOKENIZER_TENSOR in read_file(weights)
@@ -150,7 +150,7 @@ def _from_json(data: bytes, source: str) -> Tokenizer:
 
 
 def _patterns(value: Any) -> Iterator[str]:
-    """The regular expressions in a tokenizer.json. The vocabulary, which is large, has none."""
+    """Yield the regular expressions in a tokenizer.json. The large vocabulary has none, so it is skipped."""
     if isinstance(value, list):
         for item in value:
             yield from _patterns(item)
@@ -163,7 +163,7 @@ def _patterns(value: Any) -> Iterator[str]:
 
 
 def _from_pieces(data: bytes) -> Tokenizer:
-    """A sentencepiece model as a tokenizer of the `tokenizers` library; both give the same ids."""
+    """Convert a sentencepiece model to a tokenizer of the `tokenizers` library. Both give the same ids."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -185,19 +185,19 @@ def _from_pieces(data: bytes) -> Tokenizer:
 
 
 def _closing(number: int, name: str = END) -> Any:
-    """The step that appends the closing token."""
+    """Return the step that appends the closing token."""
     from tokenizers import processors
 
     return processors.TemplateProcessing(single=f"$A {name}", special_tokens=[(name, number)])
 
 
 def _normalisation(data: bytes) -> bytes:
-    """The table of character replacements: field 2 of field 3 (normalizer_spec) of sentencepiece's ModelProto."""
+    """Return the table of character replacements: field 2 of field 3 (normalizer_spec) of the ModelProto."""
     return dict(_fields(dict(_fields(data)).get(3, b""))).get(2, b"")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of the fields of a protobuf message that have a length."""
+    """Yield number and bytes of those fields of a protobuf message that have a length."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

@@ -48,7 +48,7 @@ class WanConfig:
     eps: float = 1e-6
     """The epsilon of every norm."""
     prediction_type: str = "flow"
-    """What the network's output means: "flow" (Wan) or "x0"."""
+    """The meaning of the network's output: "flow" (Wan) or "x0"."""
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -71,11 +71,11 @@ PRESETS: dict[str, WanConfig] = {
 
 
 FOLDED_MULTIPLE = 16
-"""Text keys are kept in multiples of this, so that prompts of similar length have keys of one shape."""
+"""The number of text keys is a multiple of this, so that prompts of similar length have keys of equal shape."""
 
 
 class WanTransformer(nn.Module):
-    """Predicts from noisy latents, a timestep for every frame, and a prompt.
+    """Predicts flow or x0 from noisy latents, a timestep for every frame, and a prompt.
 
     - neither cache nor mask: bidirectional (teacher, critic);
     - ``block_mask``: block-causal or teacher-forcing training over whole clips;
@@ -98,12 +98,12 @@ class WanTransformer(nn.Module):
         self.gradient_checkpointing = False
         self.attention_backend = AttentionBackend.auto
         self.cached_heads = config.num_heads
-        """Heads whose keys the cache of this process holds."""
+        """The number of heads whose keys the cache of this process stores."""
         self.static_cache = False
-        """Whether caches are made for compiled passes."""
+        """True if caches are made for compiled passes."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise for training from nothing: Xavier matrices, zero biases, a head that starts at zero."""
+        """Initialise for training without weights: Xavier matrices, zero biases, a head that starts at zero."""
         for name, parameter in self.named_parameters():
             if name.endswith("modulation"):
                 nn.init.normal_(parameter, std=self.config.dim**-0.5, generator=generator)
@@ -128,17 +128,17 @@ class WanTransformer(nn.Module):
         output_frames: int | None = None,
         block_mask: BlockMask | None = None,
     ) -> Tensor:
-        """Predict the flow, or x0 as ``config.prediction_type`` says: [B output_frames C H W].
+        """Predict the flow or x0 (see ``config.prediction_type``): [B output_frames C H W].
 
         Args:
             latents: noisy latents [B F C H W]; H and W are multiples of the patch.
             timesteps: [B F] in [0, 1000], or [B 1] for all frames.
             prompt_embeds: [B L E], L at most ``text_len``.
-            cache: keys and values of earlier frames; this pass adds its own.
-            start_frame: absolute index of the first frame; or one for each sample, if the cache joins several.
-            chunk_frames: sizes of several chunks in one pass over a cache; each sees itself and those before it.
-            output_frames: how many of the last frames to predict, whole chunks; None is all, 0 only fills the cache.
-            block_mask: which frames see which; its positions replace ``start_frame``. ValueError with a cache.
+            cache: keys and values of earlier frames. This pass adds its own.
+            start_frame: absolute index of the first frame. If the cache joins several samples, one for each sample.
+            chunk_frames: sizes of several chunks in one pass over a cache. Each sees itself and earlier chunks.
+            output_frames: how many of the last frames to predict, in whole chunks. None: all. 0: only fill the cache.
+            block_mask: which frames see each other. Its positions replace ``start_frame``. ValueError with a cache.
         """
         self._check(latents, timesteps, prompt_embeds, cache, block_mask)
         x, embedding = self._embed(latents, timesteps)
@@ -159,9 +159,9 @@ class WanTransformer(nn.Module):
     def features(
         self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, layers: Sequence[int]
     ) -> list[Tensor]:
-        """Hidden states [B F T C] after each of the blocks ``layers`` (ascending); every frame sees every other.
+        """Return hidden states [B F T C] after each block in ``layers`` (ascending). All frames see each other.
 
-        T are the tokens of a frame, C is the model dim; the other arguments are those of :meth:`forward`.
+        T: tokens of a frame, C: model dim. The other arguments are those of :meth:`forward`.
         """
         self._check(latents, timesteps, prompt_embeds, None, None)
         x, embedding = self._embed(latents, timesteps)
@@ -178,12 +178,12 @@ class WanTransformer(nn.Module):
         )
 
     def _embed(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of the latents [B F T C] and embedded timesteps [B f C]."""
+        """Return the tokens of the latents [B F T C] and embedded timesteps [B f C]."""
         x = self.patch_embedding(latents)
         return x, self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim).to(x))
 
     def _options(self, x: Tensor, kept: Sequence[int]) -> dict[str, Any]:
-        """How the blocks compute hidden states x, and after which of them these are kept."""
+        """Return the options of the blocks for hidden states x. ``kept``: the blocks whose output is returned."""
         return {
             "backend": self.resolved_backend(x.device, x.dtype),
             "kept": kept,
@@ -191,7 +191,7 @@ class WanTransformer(nn.Module):
         }
 
     def _predict(self, x: Tensor, embedding: Tensor, latents: Tensor) -> Tensor:
-        """Hidden states [B f T C] of the last f frames -> predictions [B f C H W] in the size of ``latents``."""
+        """Turn hidden states [B f T C] of the last f frames into predictions [B f C H W], as large as ``latents``."""
         if x.shape[1] == 0:
             return latents[:, :0]
         patches = self.head(x, embedding if embedding.shape[1] == 1 else embedding[:, -x.shape[1] :])
@@ -200,17 +200,17 @@ class WanTransformer(nn.Module):
         return rearrange(patches, "b f (h w) (p q c) -> b f c (h p) (w q)", h=height, w=width, p=rows, q=columns)
 
     def resolved_backend(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-        """The attention kernel that passes of this dtype use; raises UserError if the chosen one cannot run."""
+        """Return the attention kernel for passes of this dtype. UserError if the chosen kernel cannot run."""
         return resolve_backend(self.attention_backend, device, dtype)
 
     def _mask(self, block_mask: BlockMask | None, x: Tensor) -> BlockMask | FlexMask | None:
-        """The mask as the device of hidden states x [B F T C] computes it; made here, once for all blocks."""
+        """Return the mask in the form for the device of hidden states x [B F T C]. It is made once for all blocks."""
         if block_mask is None or not x.is_cuda:
             return block_mask
         return flex_mask(block_mask, x.shape[2], x.device)
 
     def _rotary(self, latents: Tensor, start_frame: int | Sequence[int], block_mask: BlockMask | None) -> Tensor:
-        """Cosines and sines of every token (see :func:`model.rope.rotary_table`), or of those of each sample."""
+        """Return cosines and sines of every token (see :func:`model.rope.rotary_table`), if needed per sample."""
         _, rows, columns = self.config.patch_size
         height, width = latents.shape[3] // rows, latents.shape[4] // columns
         head_dim = self.config.dim // self.config.num_heads
@@ -230,7 +230,7 @@ class WanTransformer(nn.Module):
     def _open(
         self, cache: KVCache | None, x: Tensor, start_frame: int | Sequence[int], chunk_frames: Sequence[int] | None
     ) -> tuple[ChunkSlots, ...]:
-        """The slots of each chunk of hidden states x [B F T C]; none without a cache."""
+        """Return the slots of each chunk of hidden states x [B F T C]; none without a cache."""
         if cache is None:
             return ()
         head_dim = self.config.dim // self.config.num_heads
@@ -245,7 +245,7 @@ class WanTransformer(nn.Module):
         return tuple(reversed(chunks))
 
     def _text(self, prompt_embeds: Tensor, cache: KVCache | None) -> list[Tensor | CachedText]:
-        """The prompt for each block: embedded text without a cache or under grad, else its cached keys and values."""
+        """Return the prompt for each block: embedded text (no cache, or under grad), else cached keys and values."""
         if cache is None or torch.is_grad_enabled():
             return [self._embed_text(prompt_embeds)] * len(self.blocks)
 
@@ -256,10 +256,10 @@ class WanTransformer(nn.Module):
         return cache.text(prompt_embeds, compute)
 
     def _fold_padding(self, prompt_embeds: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drop most padded tokens of embedded text [B L C]; also returns what to add to the logits, [B 1 1 L] or None.
+        """Drop most padded tokens of embedded text [B L C]. Also returns a bias for the logits, [B 1 1 L] or None.
 
-        Padded tokens are all equal, so m of them with ``log(n / m)`` added to their logits equal n of them. In half
-        precision that logarithm would be rounded, so nothing is dropped there.
+        Padded tokens are all equal. So m of them, with ``log(n / m)`` added to their logits, equal n of them. Half
+        precision would round this logarithm, so nothing is dropped there.
         """
         if text.dtype != torch.float32:
             return text, None

@@ -14,8 +14,8 @@ from model.wan_decoder import CausalConv, ChannelNorm, DoublingConv, Memory, Wan
 from model.wan_encoder import WanEncoder
 from model.weights import WEIGHT_FILES, save_folder
 
-# What one call may hold of its widest activation: as many latents go in as fit. On a CPU, more than malloc keeps for
-# the next call is slower; a GPU wants large convolutions.
+# The most bytes of the widest activation in one call. It limits the latents in a call. On a CPU, larger blocks are
+# slower, because malloc does not keep them for the next call. On a GPU, large convolutions are faster.
 CPU_CALL_BYTES = 2**25
 
 
@@ -23,7 +23,7 @@ CALL_BYTES = 2**29
 
 
 WORKING_TENSORS = 8
-"""Activations of the widest size that are alive at once, work space of a convolution included; as measured."""
+"""The number of widest activations that exist at once, with the work space of a convolution. Measured."""
 
 
 WAN21_ONLY = {"attn_scales": [], "dropout": 0.0, "in_channels": 3, "is_residual": False, "out_channels": 3} | {
@@ -37,12 +37,12 @@ MAX_SIZE, MAX_LEVELS = 2**12, 8  # a config.json may come from anybody
 
 @dataclass(frozen=True)
 class WanVAEConfig:
-    """Sizes, by diffusers' names; the defaults are the published Wan2.1 autoencoder."""
+    """Sizes, with the names of diffusers. The defaults are the published Wan2.1 autoencoder."""
 
     base_dim: int = 96
-    """Channels at full size, of the encoder."""
+    """Channels of the encoder at full size."""
     decoder_base_dim: int | None = None
-    """Channels at full size, of the decoder; None for the encoder's."""
+    """Channels of the decoder at full size; None: the same as in the encoder."""
     z_dim: int = 16
     """Channels of a latent."""
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -50,7 +50,7 @@ class WanVAEConfig:
     num_res_blocks: int = 2
     """Residual blocks at each size; the decoder has one more."""
     temperal_downsample: tuple[bool, ...] = (False, True, True)
-    """For each step down in space, whether it halves the frames too."""
+    """For each step down in space, whether it also halves the frames."""
     latents_mean: tuple[float, ...] = (
         *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
         *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -80,7 +80,7 @@ class WanVAEConfig:
 
     @property
     def temporal_scale(self) -> int:
-        """Frames of a latent after the first."""
+        """The pixel frames of each latent after the first."""
         return 2 ** sum(self.temperal_downsample)
 
     def encoder(self) -> WanEncoder:
@@ -114,10 +114,10 @@ class WanVAEConfig:
         device: str = "cuda",
         tiling: TileConfig | None = None,
     ) -> int:
-        """Estimate of what decoding chunks of so many latents to frames of H x W takes beside the stored weights.
+        """Estimate the bytes, without the stored weights, to decode chunks of ``latents`` latents to frames of H x W.
 
-        That is what convolutions keep between calls, activations, and on a CPU the rearranged weights. In tiles, a GPU
-        holds the state of one at a time, a CPU that of all.
+        They are the state of convolutions between calls, activations, and on a CPU the rearranged weights. With tiles,
+        a GPU holds the state of one tile at a time, a CPU the state of all.
         """
         scale, tiles = self.spatial_scale, 1
         if tiling is not None:
@@ -134,17 +134,17 @@ class WanVAEConfig:
         return tiles * kept + work + sum(4 * p.numel() for p in decoder.parameters()) // 3 * dtype.itemsize
 
     def latents_per_call(self, height: int, width: int, dtype: torch.dtype, device: str) -> int:
-        """Latents of frames of H x W to decode at once on this kind of device."""
+        """Return how many latents of frames of H x W to decode at once on this kind of device."""
         budget = CPU_CALL_BYTES if device == "cpu" else CALL_BYTES
         return max(1, budget // self._widest_bytes(height, width, dtype))
 
     def _widest_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes of the widest activation of one latent's frames."""
+        """Return the bytes of the widest activation for the frames of one latent."""
         return self.temporal_scale * height * width * (self.decoder_base_dim or self.base_dim) * dtype.itemsize
 
 
 class WanAutoencoder(nn.Module):
-    """The network between pixels and unnormalised latents; its state is that of diffusers' AutoencoderKLWan."""
+    """The network between pixels and unnormalised latents. Its state dict is that of diffusers' AutoencoderKLWan."""
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class WanAutoencoder(nn.Module):
         """Where the weights are."""
         return self.quant_conv.weight.device
 
-    @torch.inference_mode(False)  # what is made here outlives the caller's mode
+    @torch.inference_mode(False)  # these tensors are used after the caller's mode has ended
     @torch.no_grad()
     def prepare(self, *, winograd: bool, folded: bool, fused: bool) -> None:
         """Lay weights out as convolutions read them, and choose how to compute; see `model.wan_vae.WanVAE`."""
@@ -179,12 +179,12 @@ class WanAutoencoder(nn.Module):
                 module.fused = fused
 
     def encode(self, frames: Tensor, memory: Memory) -> Tensor:
-        """Frames [F H W 3] -> the mean of latents [f h w C]; a stream begins with F = 1."""
+        """Encode frames [F H W 3] to the mean of latents [f h w C]. A stream begins with F = 1."""
         moments = pointwise(self.quant_conv, self.encoder(frames, memory))
         return moments[..., : self.config.z_dim]
 
     def decode(self, latents: Tensor, memory: Memory) -> Tensor:
-        """Latents [f h w C] -> frames [F H W 3], unclamped; a stream begins with f = 1, which gives one frame."""
+        """Decode latents [f h w C] to frames [F H W 3], unclamped. A stream begins with f = 1 (one frame)."""
         return self.decoder(pointwise(self.post_quant_conv, latents), memory)
 
     def save_pretrained(self, folder: str | Path) -> None:

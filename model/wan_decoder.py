@@ -1,8 +1,8 @@
-"""The decoder of the Wan2.1 video autoencoder as a stream, and the layers its encoder shares; for inference only.
+"""The streaming decoder of the Wan2.1 video autoencoder, and the layers that its encoder shares. For inference only.
 
-Parameters have the names and shapes of diffusers' AutoencoderKLWan, and the results are the same. What differs is how
-they are computed: one clip at a time, channels last from the first layer to the last, any number of latents in a call,
-and each causal convolution reads one buffer into which its past and its input were written directly.
+Parameters have the names and shapes of diffusers' AutoencoderKLWan, and the results are the same. The computation
+differs: it takes one clip at a time, with channels last in all layers, and any number of latents in a call. Each causal
+convolution reads one buffer, into which its past and its input are written directly.
 
 Legend: T frames at a layer's own rate, H W their size there, C channels, h w latent size.
 """
@@ -17,18 +17,18 @@ from torch.nn import functional as F
 from model.fused_ops import add_shortcut, norm_silu
 
 Memory = dict[str, Tensor]
-"""Name of a causal convolution -> the last frames [2 H W C] it was given; empty before a stream begins."""
+"""Name of a causal convolution -> its last input frames [2 H W C]. Empty before a stream begins."""
 
 NORM_FLOOR = 1e-12  # of the length of a position's vector, as in torch.nn.functional.normalize
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """A convolution of single positions [T H W C], as the linear layer it is."""
+    """Apply a 1x1 convolution to [T H W C] as a linear layer."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A convolution of each frame [T H W C] by itself, to the same size."""
+    """Convolve each frame of [T H W C] separately, to the same size."""
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
 
 
@@ -52,7 +52,7 @@ class ChannelNorm(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """A convolution in which a frame sees itself and the two before it; `memory` keeps those between calls.
+    """A convolution in which a frame sees itself and the two frames before it. `memory` keeps those between calls.
 
     `reduced` holds the weights as Winograd's F(2, 3) over time needs them: each pair of frames then takes four 2-D
     convolutions instead of six (Lavin & Gray, arXiv:1509.09308, in one dimension). None: as written.
@@ -61,11 +61,11 @@ class CausalConv(nn.Conv3d):
     def __init__(self, n_in: int, n_out: int, kernel: tuple[int, int, int] = (3, 3, 3), stride: int = 1) -> None:
         super().__init__(n_in, n_out, kernel, (stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.kept = kernel[0] - stride
-        self.name = ""  # of its memory; see `name_memories`
+        self.name = ""  # the name of its memory; see `name_memories`
         self.register_buffer("reduced", None, persistent=False)
 
     def reduce(self, enabled: bool) -> None:
-        """Compute with fewer products, or as written."""
+        """Compute with fewer products if `enabled`, else as an ordinary convolution."""
         if not enabled or self.stride[0] > 1:
             self.reduced = None
         elif self.reduced is None:
@@ -74,7 +74,7 @@ class CausalConv(nn.Conv3d):
             self.reduced = torch.stack([first, *halves, -last])
 
     def start(self, x: Tensor, memory: Memory) -> None:
-        """Begin a stream of frames like `x` [T H W C]: before it, there was nothing."""
+        """Begin a stream of frames like `x` [T H W C], with an empty past."""
         memory[self.name] = x.new_zeros(self.kept, *x.shape[1:])
 
     def past(self, x: Tensor, memory: Memory) -> Tensor:
@@ -84,7 +84,7 @@ class CausalConv(nn.Conv3d):
         return memory[self.name]
 
     def buffer(self, x: Tensor, memory: Memory) -> Tensor:
-        """Room for the frames kept and, after them, for as many as `x` [T H W C] has; the kept ones are in place."""
+        """Return a buffer with the kept frames, and room after them for as many frames as `x` [T H W C] has."""
         buffer = x.new_empty(self.kept + len(x), *x.shape[1:])
         buffer[: self.kept] = self.past(x, memory)
         return buffer
@@ -124,7 +124,7 @@ class CausalConv(nn.Conv3d):
 
 
 def name_memories(module: nn.Module) -> None:
-    """Let each causal convolution inside know the name it has there."""
+    """Give each causal convolution in the module its name there."""
     for name, child in module.named_modules():
         if isinstance(child, CausalConv):
             child.name = name
@@ -142,7 +142,7 @@ def activate(norm: ChannelNorm, conv: CausalConv, x: Tensor, memory: Memory, *, 
 
 
 def convolve(conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
-    """Convolve `x` [T H W C] itself."""
+    """Convolve `x` [T H W C] without normalisation and activation."""
     buffer = conv.buffer(x, memory)
     buffer[conv.kept :] = x
     conv.keep(buffer, memory)
@@ -150,7 +150,7 @@ def convolve(conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised causal convolutions beside a shortcut."""
+    """Two normalised causal convolutions with a shortcut."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class ResidualBlock(nn.Module):
 
 
 class PlaneAttention(nn.Module):
-    """Each frame's positions attend to one another, in one head."""
+    """Attention between the positions of each frame, with one head."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class MiddleBlock(nn.Module):
 
 
 class DoublingConv(nn.Conv2d):
-    """Repeats each pixel twice along both sides, then convolves 3x3.
+    """Doubles both sides by repeating pixels, then convolves 3x3.
 
     `reduced` holds the weights of the transposed convolution that does both: 16 products a pixel instead of 36.
     None: as written.
@@ -213,7 +213,7 @@ class DoublingConv(nn.Conv2d):
         self.register_buffer("reduced", None, persistent=False)
 
     def reduce(self, enabled: bool) -> None:
-        """Compute with fewer products, or as written."""
+        """Compute with fewer products if `enabled`, else as an ordinary convolution."""
         if not enabled:
             self.reduced = None
         elif self.reduced is None:
@@ -232,7 +232,7 @@ class DoublingConv(nn.Conv2d):
 
 
 class Upsample(nn.Module):
-    """Doubles both sides and halves the channels; in time, doubles every frame but those of the first latent."""
+    """Doubles both sides and halves the channels. In time, it doubles every frame except those of the first latent."""
 
     def __init__(self, dim: int, *, in_time: bool) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class Upsample(nn.Module):
     def _double_frames(conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
         if conv.name in memory:
             return rearrange(convolve(conv, x, memory), "t h w (two c) -> (t two) h w c", two=2)
-        conv.start(x, memory)  # which does not see the first latent, not even as its past
+        conv.start(x, memory)  # it does not see the first latent, not even as its past
         return x
 
 
@@ -272,8 +272,8 @@ class WanDecoder(nn.Module):
     Args:
         dim: channels at full size.
         latent_channels: C of a latent.
-        multipliers: of `dim`, from full size down to the latents'.
-        residual_blocks: at each size, less one.
+        multipliers: multiples of `dim`, from full size down to the latents' size.
+        residual_blocks: one less than the number of residual blocks at each size.
         upsample_time: for each step up from the latents' size, whether it doubles the frames.
     """
 

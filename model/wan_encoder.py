@@ -1,4 +1,4 @@
-"""The encoder of the Wan2.1 video autoencoder as a stream, of the decoder's layers; for inference only.
+"""The streaming encoder of the Wan2.1 video autoencoder. It uses the decoder's layers. For inference only.
 
 Legend: T frames at a layer's own rate, H W their size there, C channels, h w latent size.
 """
@@ -21,7 +21,7 @@ from model.wan_decoder import (
 
 
 class Downsample(nn.Module):
-    """Halves both sides; in time, merges frames two by two after the first, which stays alone."""
+    """Halves both sides. In time, it keeps the first frame alone and merges the later frames in pairs."""
 
     def __init__(self, dim: int, *, in_time: bool) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class Downsample(nn.Module):
 
 
 class WanEncoder(nn.Module):
-    """Pixels to the mean and the log variance of latents.
+    """Turns pixels into the mean and the log variance of latents.
 
     Args:
         dim: channels at full size.
         latent_channels: C of a latent.
-        multipliers: of `dim`, from full size down to the latents'.
-        residual_blocks: at each size.
+        multipliers: multiples of `dim`, from full size down to the latents' size.
+        residual_blocks: the number of residual blocks at each size.
         downsample_time: for each step down from full size, whether it halves the frames.
     """
 

@@ -19,7 +19,7 @@ from model.wan_vae_files import read_autoencoder
 
 
 class WanVAE(nn.Module):
-    """A `VideoCodec`; 8x smaller in space, and 4x in time after the first frame.
+    """A `VideoCodec`. Latents are 8x smaller in space, and 4x in time after the first frame.
 
     Attributes:
         tiling: cut frames into tiles to decode them; None decodes them whole.
@@ -50,11 +50,11 @@ class WanVAE(nn.Module):
         return cls(read_autoencoder(path, dtype=dtype))
 
     def num_frames(self, latent_frames: int) -> int:
-        """Pixel frames that `latent_frames` decode to: the first latent gives 1, each later one `temporal_scale`."""
+        """Return how many frames latents decode to: the first latent gives 1, each later one `temporal_scale`."""
         return 1 + (latent_frames - 1) * self.temporal_scale
 
     def num_latents(self, frames: int) -> int:
-        """Latent frames that `frames` pixel frames encode to.
+        """Return how many latent frames `frames` pixel frames encode to.
 
         Raises:
             ValueError: `frames` is not 1 plus a multiple of `temporal_scale`.
@@ -74,7 +74,7 @@ class WanVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B f C h w] -> frames [B F 3 H W] in [-1, 1] with F = num_frames(f).
 
-        With `tiling`, one tile after the other is decoded through all of time, so no tile's state is kept.
+        With `tiling`, each tile is decoded over the whole clip before the next one, so no state of a tile is stored.
         """
         if self.tiling is None:
             return self.streaming_decoder().decode(latents)
@@ -84,19 +84,19 @@ class WanVAE(nn.Module):
         return decode_tiles(tiles, latents, lambda _, part: self._tile_decoder().decode(part), scale=scale)
 
     def streaming_encoder(self) -> "StreamingWanEncoder":
-        """An encoder with its own state, for one stream of frames."""
+        """Make an encoder with its own state, for one stream of frames."""
         self._prepare()
         return StreamingWanEncoder(self)
 
     def streaming_decoder(self) -> "StreamingWanDecoder | TiledDecoder":
-        """A decoder with its own state, for one stream of latents."""
+        """Make a decoder with its own state, for one stream of latents."""
         self._prepare()
         if self.tiling is None:
             return StreamingWanDecoder(self)
         return TiledDecoder(self._tile_decoder, self.tiling, scale=self.spatial_scale)
 
     def decode_bytes(self, height: int, width: int, latents: int) -> int:
-        """See `WanVAEConfig.decode_bytes`; for the weights, device and tiling at hand."""
+        """See `WanVAEConfig.decode_bytes`. It uses the present weights, device and tiling."""
         network = self.vae
         return network.config.decode_bytes(
             height, width, latents, network.dtype, device=network.device.type, tiling=self.tiling
@@ -112,7 +112,7 @@ class WanVAE(nn.Module):
 
 
 class _Stream:
-    """What both directions share: a memory for each clip, and calls of a few latents each."""
+    """The common part of both directions: a memory for each clip, and calls of a few latents each."""
 
     def __init__(self, codec: WanVAE) -> None:
         self._codec = codec
@@ -126,11 +126,11 @@ class _Stream:
         self._memories: list[Memory] = []
 
     def move_state(self, device: torch.device | str) -> None:
-        """Bring what is kept of the stream to `device`."""
+        """Move the state of the stream to `device`."""
         self._memories = [{name: kept.to(device) for name, kept in memory.items()} for memory in self._memories]
 
     def _run(self, network: Callable[[Tensor, Memory], Tensor], clips: Tensor, frames_per_call: int) -> Tensor:
-        """Clips [B T H W C] through `network`; a stream begins with one frame alone."""
+        """Run clips [B T H W C] through `network`. The first call of a stream has one frame."""
         self._memories = self._memories or [{} for _ in clips]
         if len(clips) != len(self._memories):
             raise ValueError(f"a chunk of {len(clips)} clips does not continue a stream of {len(self._memories)}")
@@ -143,10 +143,10 @@ class _Stream:
 
 
 class StreamingWanDecoder(_Stream):
-    """A `StreamingDecoder`: each causal convolution keeps its last two frames, so memory does not grow."""
+    """A `StreamingDecoder`. Each causal convolution keeps its last two frames, so memory does not grow."""
 
     def __init__(self, codec: WanVAE, *, latents_per_call: int | None = None) -> None:
-        """`latents_per_call` latents are decoded at once; None is as many as suit the size of the frames."""
+        """`latents_per_call` latents are decoded at once. None chooses the number from the size of the frames."""
         super().__init__(codec)
         self._latents_per_call = latents_per_call
 
@@ -164,7 +164,7 @@ class StreamingWanDecoder(_Stream):
 
 
 class StreamingWanEncoder(_Stream):
-    """Encodes one endless stream of frames chunk after chunk; the chunks joined equal one full encode."""
+    """Encodes one endless stream of frames, chunk by chunk. The joined chunks equal one full encode."""
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files of the Wan2.1 video autoencoder: the original one, and diffusers' folder."""
+"""Reads the files of the Wan2.1 video autoencoder: the original one, and diffusers' folder."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +10,7 @@ from model.weights import CONFIG_FILE, KeyMap, find_part, load_into, load_state_
 from utils.errors import UserError
 from utils.side_files import check_schema, read_json
 
-# Wan2.1_VAE.pth -> diffusers' AutoencoderKLWan, with which our names agree.
+# Names in Wan2.1_VAE.pth -> names in diffusers' AutoencoderKLWan, which are our names too.
 _RESIDUAL: KeyMap = (
     ("residual.0.*", "norm1.*"),
     ("residual.2.*", "conv1.*"),
@@ -20,7 +20,7 @@ _RESIDUAL: KeyMap = (
 )
 
 
-_UP_BLOCKS = tuple((4 * level + i, level, i) for level in range(4) for i in range(3))  # each fourth one is the step up
+_UP_BLOCKS = tuple((4 * level + i, level, i) for level in range(4) for i in range(3))  # every fourth one is the step up
 
 
 WAN_VAE_TO_DIFFUSERS: KeyMap = (
@@ -58,7 +58,7 @@ def read_autoencoder(path: str | Path, *, dtype: torch.dtype = torch.float32) ->
     if (path / CONFIG_FILE).is_file():
         config = _read_config(path / CONFIG_FILE)
     elif "encoder.conv1.weight" in state:
-        config = WanVAEConfig(base_dim=len(state["encoder.conv1.weight"]))  # the rest is as published
+        config = WanVAEConfig(base_dim=len(state["encoder.conv1.weight"]))  # the other sizes are as published
         state = rename_keys(state, WAN_VAE_TO_DIFFUSERS, source=str(path))
     else:
         raise UserError(f"{path}: is not the original Wan2.1 VAE: it has no tensor 'encoder.conv1.weight'")
@@ -69,7 +69,7 @@ def read_autoencoder(path: str | Path, *, dtype: torch.dtype = torch.float32) ->
 
 
 def _read_config(file: Path) -> WanVAEConfig:
-    """The sizes in diffusers' config.json."""
+    """Read the sizes from diffusers' config.json."""
     values = read_json(file, dict)
     for name, value in WAN21_ONLY.items():
         if (found := values.get(name, value)) != value:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_bench(args: argparse.Namespace) -> Bench:
-    """The bench that the command line asks for."""
+    """Make the bench that the command line describes."""
     import torch
 
     from scripts.measuring.bench import Bench
@@ -124,7 +124,7 @@ def measure(name: str, bench: Bench) -> Figures:
 
 
 def print_head(report: dict, against: dict | None) -> None:
-    """Print what the figures depend on."""
+    """Print the conditions on which the figures depend."""
     print(f"$ {report['command']}")
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()), flush=True)
     if against:

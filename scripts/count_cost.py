@@ -106,10 +106,10 @@ def context_flops(config: WanConfig, frames: int, frame_tokens: int, seen_frames
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one video, by phase. Blocks are recomputed in backward, which so costs three forward passes."""
+    """FLOPs of one video, by phase. Backward recomputes the blocks, so it costs three forward passes."""
 
     rollout: float
-    """A mean over the exit steps; the exit passes keep what backward needs."""
+    """The mean over the exit steps. Exit passes store the inputs of backward."""
     generator_backward: float
     real_score: float
     """The teacher, conditional and unconditional."""
@@ -119,7 +119,7 @@ class Work:
 
     @classmethod
     def count(cls, student: WanConfig, teacher: WanConfig, clip: ClipSize, config: RolloutConfig) -> Work:
-        """Work of DMD; a rollout's text is counted with its exit passes, as gradient needs it there."""
+        """Count the work of DMD. The text of a rollout is counted with its exit passes, because gradient needs it."""
         chunks = config.chunks(clip.frames)
         tokens = clip.tokens(student)
         bare = [forward_flops(student, end - start, tokens, end, text=False) for start, end in chunks]
@@ -143,16 +143,16 @@ class Work:
         return self.rollout + self.real_score + self.fake_score + self.generator_backward
 
     def critic_update(self, *, fresh: bool) -> float:
-        """The critic's forward and backward, and a rollout unless one is replayed."""
+        """The critic's forward and backward pass, and a rollout unless an earlier one is replayed."""
         return self.critic + (self.rollout if fresh else 0.0)
 
     def step(self, critic_updates: int, *, fresh: bool) -> float:
-        """One generator update and its critic updates; replay spares all their rollouts."""
+        """One generator update and its critic updates. With replay, critic updates need no rollouts."""
         return self.generator_update + critic_updates * self.critic_update(fresh=fresh)
 
 
 def parameters(config: WanConfig) -> int:
-    """How many numbers a transformer has."""
+    """Return the number of parameters of a transformer."""
     import torch
 
     from model.transformer import WanTransformer
@@ -176,7 +176,7 @@ class Memory:
 
     @classmethod
     def count(cls, student: WanConfig, teacher: WanConfig, clip: ClipSize, gpus: int) -> Memory:
-        """Closed formulas; the fragmentation of an allocator and the gathered weights of two blocks come on top."""
+        """Compute closed formulas. The fragmentation of the allocator and the weights of two blocks come on top."""
         tokens = clip.frames * clip.tokens(student)
         of_student, of_teacher = parameters(student), parameters(teacher)
         states = ((4 + 4) * FULL * of_student + FULL * of_student + HALF * of_teacher) / gpus
@@ -190,12 +190,12 @@ class Memory:
 
 
 def block_bytes(config: WanConfig, tokens: int) -> float:
-    """What one block keeps for backward: about twelve values of the model's width and three of the FFN's a token."""
+    """Return the bytes that one block stores for backward: per token about 12 model widths and 3 FFN widths."""
     return tokens * (12 * config.dim + 3 * config.ffn_dim) * HALF
 
 
 def report(args: argparse.Namespace, command: str) -> str:
-    """The page."""
+    """Return the text of the page."""
     rollout = RolloutConfig()
     clip = ClipSize(args.frames, args.height // SPATIAL_SCALE, args.width // SPATIAL_SCALE)
     student = PRESETS[args.student]

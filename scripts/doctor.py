@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> list[str]:
-    """Print everything; return the lines of what failed."""
+    """Print all results and return the lines of the failures."""
     from pipeline.config import load_pipeline_config
     from scripts.checks import facts
     from utils.distributed import resolve_device, resolve_dtype
@@ -72,7 +72,7 @@ def print_lines(title: str, lines: dict[str, str]) -> None:
 
 
 def run_checks(device) -> tuple[list[dict], list[str]]:
-    """Try everything; what became of each, and the lines of what failed."""
+    """Run all checks. Returns the result of each, and the lines of the failures."""
     from scripts.checks.selftest import all_checks, perform
 
     print("\nself-test", flush=True)
@@ -88,7 +88,7 @@ def run_checks(device) -> tuple[list[dict], list[str]]:
 
 
 def run_benchmark(device) -> dict[str, dict[str, float]]:
-    """Measure speed; the figures of each row."""
+    """Measure speed and return the figures of each row."""
     from scripts.benchmark import print_figures
     from scripts.checks.speed import measure_row, rows
 

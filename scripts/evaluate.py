@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_counts(args: argparse.Namespace) -> None:
-    """Refuse counts there is nothing to measure for."""
+    """Refuse counts for which there is nothing to measure."""
     from utils.errors import UserError
     from utils.shapes import held_out_scenes
 
@@ -125,7 +125,7 @@ def measure_length(args: argparse.Namespace, config, pipeline, length: int, fold
 
 
 def make_clips(sampler: str, pipeline, config, requests: list):
-    """Clips [B F 3 H W] by the few-step rollout, or by the teacher's many bidirectional steps."""
+    """Make clips [B F 3 H W] with the few-step rollout, or with the teacher's many bidirectional steps."""
     import torch
 
     from pipeline.generation import generate
@@ -143,7 +143,7 @@ def make_clips(sampler: str, pipeline, config, requests: list):
 
 
 def format_table(args: argparse.Namespace, tables: dict[str, dict]) -> str:
-    """The table as text: one row a length."""
+    """Return the table as text, with one row for each length."""
     lines = [f"{args.prompts} held-out prompts, seed {args.seed}, {args.sampler}, {args.checkpoint}"]
     lines.append("length  frames  " + "  ".join(f"{name:>10}" for name in COLUMNS))
     for length, table in tables.items():

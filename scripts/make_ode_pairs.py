@@ -79,7 +79,7 @@ def check_counts(args: argparse.Namespace, config: Config) -> None:
 
 
 class Teacher:
-    """The teacher with its prompts, videos and noise: trajectory i depends on the seed and i alone."""
+    """The teacher with its prompts, videos and noise. Trajectory i depends only on the seed and on i."""
 
     def __init__(self, args: argparse.Namespace, job: ShardJob) -> None:
         """Load the models. Raises UserError if weights or data are missing or do not fit."""
@@ -100,7 +100,7 @@ class Teacher:
         self.shape = video.latent_shape(self.codec)
 
     def about(self) -> dict[str, Any]:
-        """Return what all trajectories have in common."""
+        """Return the common properties of all trajectories."""
         sampling = self.config.sampling
         timesteps = [*self.denoiser.schedule.grid(sampling.steps).tolist(), 0.0]
         return {
@@ -133,14 +133,14 @@ Solve = Callable[["Tensor", "Tensor | None", "Tensor", "Tensor"], "list[Tensor]"
 
 
 def bidirectional_solver(teacher: Denoiser, config: Config) -> Solve:
-    """Return what solves trajectories of whole clips."""
+    """Return the solver for trajectories of whole clips."""
     from pipeline.sampling import trajectory
 
     return lambda noise, clean, embeds, negative: trajectory(teacher, noise, embeds, negative, config.sampling)
 
 
 def causal_solver(teacher: Denoiser, config: Config) -> Solve:
-    """Return what solves trajectories of chunks, each after the clean chunks before it."""
+    """Return the solver for trajectories of chunks, each after the clean chunks before it."""
     from model.attention import teacher_forcing_mask
     from trainer.objectives.consistency import causal_trajectory
 

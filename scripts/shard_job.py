@@ -1,4 +1,4 @@
-"""What the scripts that fill a folder of shards have in common: their arguments, the device and the processes."""
+"""The common part of scripts that fill a folder of shards: their arguments, the device and the processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ShardJob:
 
     config: Config
     folder: str
-    """The folder that is filled."""
+    """The folder to fill."""
     device: torch.device
     dtype: torch.dtype
-    """What the models compute in."""
+    """The dtype in which the models compute."""
     ranks: Ranks
 
 
@@ -49,7 +49,7 @@ def shard_parser(description: str, *, config: str, items: str, shard_size: int) 
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; what is left over are settings."""
+    """Parse the command line. The remaining arguments are settings."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the YAML")
     return parser.parse_intermixed_args(arguments)
 
@@ -58,7 +58,7 @@ def begin(args: argparse.Namespace, key: str, *, check: Callable[[Config], None]
     """Read the configuration, check it, and only then join the other processes and choose the device.
 
     Args:
-        args: of a :func:`shard_parser`.
+        args: the arguments, from a :func:`shard_parser`.
         key: the setting that names the folder, such as "data.path".
         check: raises UserError if the configuration or the arguments do not fit.
 

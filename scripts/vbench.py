@@ -34,13 +34,13 @@ CUSTOM_DIMENSIONS = [
     "aesthetic_quality",
     "imaging_quality",
 ]
-"""What VBench scores for prompts that are not its own."""
+"""The dimensions that VBench scores for prompts that are not its own."""
 
 
 def run(args: Namespace) -> None:
     """Make the videos, measure drift and flicker, and score them if VBench is installed.
 
-    Under torchrun the processes share the videos. A run that was stopped goes on where it was.
+    Under torchrun the processes share the videos. A run that was stopped continues.
 
     Raises:
         UserError: something cannot be used, or VBench is not as expected.
@@ -84,7 +84,7 @@ def _measure(args: Namespace, config: PipelineConfig, videos: list[Path]) -> Non
 def cut(path: Path, frames: Tensor, fps: float, folder: Path) -> list[Path]:
     """Cut a video, uint8 [F H W 3], into clips of two seconds as VBench-Long names them: NAME/NAME_000.mp4.
 
-    The last clip is as long as the others: it begins earlier. Clips that exist are kept.
+    The last clip begins earlier, so that it is as long as the others. Existing clips are kept.
     """
     target = folder / path.stem
     target.mkdir(parents=True, exist_ok=True)
@@ -98,14 +98,14 @@ def cut(path: Path, frames: Tensor, fps: float, folder: Path) -> list[Path]:
 
 
 def clips(frames: Tensor, count: int) -> Iterator[Tensor]:
-    """Pieces of ``count`` frames that cover all; one piece if there are fewer."""
+    """Yield pieces of ``count`` frames that cover all frames; one piece if there are fewer."""
     for start in range(0, len(frames), count):
         start = max(0, min(start, len(frames) - count))
         yield frames[start : start + count]
 
 
 def _scores(args: Namespace, config: PipelineConfig, folder: Path) -> dict[str, float]:
-    """VBench's score of each dimension; empty if it is not installed."""
+    """Return VBench's score of each dimension; empty if it is not installed."""
     package = "vbench2_beta_long" if args.long else "vbench"
     if find_spec(package) is None:
         log.info("%s is not installed (pip install vbench), so only drift and flicker are measured", package)
@@ -134,7 +134,7 @@ def _scorer(package: str):
 
 
 def format_table(report: dict) -> str:
-    """The report as text: one row a measure. A change of 1 is no drift."""
+    """Return the report as text, with one row for each measure. A change of 1 is no drift."""
     lines = [f"{report['videos']} videos", f"{'':>14}  {'first':>8}  {'last':>8}  {'change':>8}"]
     for name in MEASURES:
         values = report["drift"][name]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and names that every file system takes."""
+"""Files that appear only when they are complete, and names that every file system accepts."""
 
 import errno
 import hashlib
@@ -26,8 +26,8 @@ WINDOWS_RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with the same suffix.
 
-    It becomes `path` on success and is deleted on failure.
-    The content and the new name are on the disk (fsync) when the block ends. A symlink at `path` is replaced, never
+    On success it is renamed to `path`. On failure it is deleted.
+    When the block ends, the content and the new name are on the disk (fsync). A symlink at `path` is replaced, never
     followed. The temporary name cannot be guessed, so nobody can put a symlink there first.
     """
     path = Path(path)
@@ -63,7 +63,7 @@ def fsync_file(path: str | Path) -> None:
 
 
 def fsync_folder(path: str | Path) -> None:
-    """Wait until the names in a folder are on the disk. A file system that cannot do this for folders is no error."""
+    """Wait until the names in a folder are on the disk. It is no error if the file system does not support this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,7 +83,7 @@ def fsync_tree(folder: str | Path) -> None:
 
 
 def is_own_file(path: str | Path) -> bool:
-    """Whether `path` is a regular file and not a symlink. Using it then cannot lead out of its folder."""
+    """Return whether `path` is a regular file and not a symlink, so that it cannot lead out of its folder."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):
@@ -152,7 +152,7 @@ def safe_stem(text: str, max_length: int = 80) -> str:
 
 
 def ensure_writable_folder(path: str | Path) -> Path:
-    """Make the folder if need be and try a file in it; raises UserError if it is a file or cannot be written to."""
+    """Make the folder if it is missing, and test it with a file. UserError if it is a file or cannot be written to."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """A thread in each process of a job that notices when another one fails or disappears.
 
-Each process counts up a number in the job's store once a second, and watches the number of the next process: a ring.
-A process that fails leaves its message in the store. Then every other process ends within seconds and prints that
-message, whether or not it waits inside a collective operation. A process that waits or works for hours is never ended.
+Once a second, each process increases a number in the job's store and checks the number of the next process, in a ring.
+A process that fails writes its message to the store. Then every other process prints that message and ends within
+seconds, even inside a collective operation. A process that only waits or works for hours is never ended.
 """
 
 import os
@@ -17,16 +17,16 @@ import torch.distributed as dist
 PERIOD = 1.0
 """Seconds between two beats."""
 LOST_AFTER = 60
-"""Own beats without one of the watched process. Counted in beats: a laptop that slept loses nobody."""
+"""The most own beats without a beat of the watched process. A laptop's sleep does not count, because beats stop."""
 GRACE = 5.0
-"""Seconds that a process has to end by itself (a video is closed, a log is flushed) before it is ended."""
+"""Seconds in which a process can end by itself (close a video, flush a log) before it is ended."""
 ORPHAN_GRACE = 600.0
-"""Seconds that a process without its launcher has to finish its step and to save."""
+"""Seconds in which a process that lost its launcher can finish its step and save."""
 FAILURE = "failure"
 
 
 def connect(timeout: timedelta) -> dist.Store:
-    """A connection of its own to the job's store: one connection serves one call at a time."""
+    """Open a new connection to the job's store. One connection can serve only one call at a time."""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.PrefixStore("heartbeat", dist.TCPStore(*address, is_master=False, timeout=timeout))
 
@@ -36,7 +36,7 @@ def publish_failure(rank: int, error: BaseException) -> None:
     text = str(error).strip().partition("\n")[0]
     try:
         connect(timedelta(seconds=GRACE)).compare_set(FAILURE, "", f"{rank} {type(error).__name__}: {text}")
-    except RuntimeError:  # the store has ended: so have the others
+    except RuntimeError:  # the store has ended, so the others have too
         return
 
 
@@ -44,7 +44,7 @@ class Heartbeat(threading.Thread):
     """Runs until the process leaves its process group."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        """`store` is what :func:`connect` returns."""
+        """`store` comes from :func:`connect`."""
         super().__init__(name="heartbeat", daemon=True)
         self.store = store
         self.rank = rank
@@ -68,7 +68,7 @@ class Heartbeat(threading.Thread):
             time.sleep(PERIOD)
 
     def _beat(self) -> str | None:
-        """Count up, look at the others; what is wrong."""
+        """Increase the own number and check the others. Returns the problem, or None."""
         self.store.add(f"of/{self.rank}", 1)
         if self.store.check([FAILURE]):
             rank, _, message = self.store.get(FAILURE).decode().partition(" ")
@@ -81,7 +81,7 @@ class Heartbeat(threading.Thread):
         return None
 
     def _end(self, reason: str, grace: float) -> None:
-        """Ask this process to end in order, and end it if it does not."""
+        """Ask this process to end, and end it if it does not do so in time."""
         sys.stderr.write(f"error: {reason}; process {self.rank} ends too\n")
         sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""Image files as a person sees them: upright, in sRGB with 8 bits, opaque.
+"""Reads image files as a person sees them: upright, in 8-bit sRGB, opaque.
 
-Nothing is decoded before the header is known to be that of a usual image of a bearable size.
+An image is decoded only if its header shows a supported format and a size within the limit.
 """
 
 import io
@@ -19,14 +19,14 @@ from utils.frames import fit_image
 
 MAX_PIXELS = 80_000_000  # 240 MB as RGB
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""What is read. EPS is not: it is a program that Pillow would let Ghostscript run."""
+"""The formats that are read. EPS is not, because it is a program, and Pillow would run it with Ghostscript."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ICC_MODES = ("RGB", "RGBA", "CMYK", "L", "LAB")
 BACKGROUND = "white"
 
 
 class ImageProblem(ValueError):
-    """Why an image cannot be read, without its name."""
+    """The reason why an image cannot be read, without its name."""
 
 
 def load_image(source: str | Path | BinaryIO, height: int, width: int) -> Tensor:
@@ -42,7 +42,7 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
     """Read an image as 8-bit sRGB.
 
     EXIF orientation and colour profiles are applied. Transparent parts become white. An animation gives its first
-    frame. Of 16-bit and float images the whole range is kept; see :func:`to_8_bit`.
+    frame. 16-bit and float images keep their whole range; see :func:`to_8_bit`.
 
     Raises:
         UserError: the file is missing, damaged, not an image of `FORMATS`, or has more than `MAX_PIXELS` pixels.
@@ -68,9 +68,9 @@ def decode(
 
     Args:
         source: a path, or a file open for reading in binary.
-        formats: Pillow's names of the formats that are taken.
+        formats: Pillow's names of the accepted formats.
         max_pixels: an image with more is refused before it is decoded.
-        longest: shrink the image so that no side has more pixels; costs less memory than to shrink it later.
+        longest: shrink the image so that no side has more pixels. This takes less memory than shrinking it later.
 
     Raises:
         ImageProblem: it cannot be read.
@@ -88,7 +88,7 @@ def decode(
         raise
     except Image.DecompressionBombError:
         raise ImageProblem(_too_many(max_pixels)) from None
-    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
+    except Exception as error:  # Pillow's decoders can raise any exception
         raise ImageProblem(_explain(source, error)) from error
 
 
@@ -144,7 +144,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 outputMode="RGBA" if image.mode == "RGBA" else "RGB",
             )
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass  # damaged, or of another kind of image: viewers leave such a profile out
+            pass  # damaged, or for another kind of image: viewers ignore such a profile
     if image.mode == "LAB":
         lab = ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(image, lab, ImageCms.createProfile("sRGB"), outputMode="RGB")

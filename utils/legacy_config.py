@@ -14,9 +14,9 @@ import yaml
 from utils.errors import UserError
 
 Translation = Callable[[Any], dict[str, Any]]
-"""An old value -> our dotted keys and their values."""
+"""A function from an old value to our dotted keys and their values."""
 InFile = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
-"""The same, for a value whose meaning depends on the rest of the file."""
+"""Such a function for a value whose meaning depends on the rest of the file."""
 
 VAE_SCALE = 8  # pixels a latent, of the Wan VAE
 VAE_FRAMES = 4  # frames a latent frame after the first
@@ -35,12 +35,12 @@ OBJECTIVES = {
 
 
 def to(*keys: str) -> Translation:
-    """The same value under other names."""
+    """Translate to the same value under other names."""
     return lambda value: dict.fromkeys(keys, value)
 
 
 def _network(section: str) -> Translation:
-    """Wan2.1-T2V-14B -> that section's preset and weights."""
+    """Translate a name such as Wan2.1-T2V-14B to the preset and weights of a section."""
     return lambda name: {
         f"{section}.preset": MODELS[name.rpartition("-")[2]],
         f"{section}.weights": f"wan_models/{name}",
@@ -52,7 +52,7 @@ def _objective(name: str) -> dict[str, Any]:
 
 
 def _guidance(scale: float, file: Mapping[str, Any]) -> dict[str, Any]:
-    """`guidance_scale` is that of a sampler, of the teacher of a consistency distillation, or of the real score."""
+    """Translate `guidance_scale`: it belongs to a sampler, to a consistency teacher, or to the real score."""
     trainer = file.get("trainer")
     if trainer == "consistency_distillation":
         return {"consistency.guidance_scale": scale}
@@ -60,21 +60,21 @@ def _guidance(scale: float, file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(steps: list[float], file: Mapping[str, Any]) -> dict[str, Any]:
-    """A final 0 ends the list; without backward simulation (CausVid) it is a step that is trained on too."""
+    """Translate the steps. A final 0 ends the list. Without backward simulation (CausVid), it is a trained step."""
     ours: dict[str, Any] = {"rollout.denoising_steps": [step for step in steps if step > 0]}
     trained_on = 0 in steps and file.get("backward_simulation") is False
     return ours | ({"dmd.clean_step": True} if trained_on else {})
 
 
 def _lora(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """LongLive's LoRA, which the critic has too unless `apply_to_critic` denies it, and which has no average."""
+    """Translate LongLive's LoRA. The critic has it too, unless `apply_to_critic` is false. It has no average."""
     sections = ["lora", "critic_lora"] if adapter.get("apply_to_critic", True) else ["lora"]
     ours = {f"{section}.{name}": adapter[name] for section in sections for name in ("rank", "alpha")}
     return ours | {"trainer.ema_decay": 0.0}
 
 
 def _windows(longest: int, file: Mapping[str, Any]) -> dict[str, Any]:
-    """LongLive's longest rollout as windows: the first shows `streaming_chunk_size` frames, the others add new ones."""
+    """Translate LongLive's longest rollout to windows: first `streaming_chunk_size` frames, then new frames in each."""
     shown, new = file.get("streaming_chunk_size", LONGLIVE_FRAMES), file.get("streaming_min_new_frame", 18)
     return {"long.windows": 1 + (longest - shown) // new, "long.overlap": shown - new}
 
@@ -183,7 +183,7 @@ IN_FILE: dict[str, InFile] = {
 ITERATIONS = ("max_iters", "ema_start_step", "log_iters")
 """The official distillation counts updates of the critic; trainer.steps counts those of the generator."""
 
-# Keys without a partner: an option of a command line takes their place, or nothing does, because the code decides.
+# Keys without a translation. A command line option replaces them, or the code decides.
 OPTIONS = {"i2v": "--i2v", "save_with_index": "--save_with_index", "output_path": "--logdir"}
 NO_KEY = (
     *("*_fsdp_wrap_strategy", "*_grad", "*_task", "*_task_type", "wandb_*", "sharding_strategy"),
@@ -207,7 +207,7 @@ NO_KEY = (
 
 
 def refuse_official_keys(values: Mapping[str, Any], known: Collection[str], source: str | Path) -> None:
-    """Raise UserError with the new lines for every key of the official code; `known` are the schema's own names."""
+    """Raise UserError with the new lines for every key of the official code. `known`: the names in the schema."""
     flat = _flatten(values)
     found = [key for key in flat if (key not in known or isinstance(flat[key], str)) and _is_official(key)]
     if not found:
@@ -234,7 +234,7 @@ def _is_official(key: str) -> bool:
 
 
 def _translate(key: str, file: Mapping[str, Any]) -> list[str]:
-    """Return `section.key=value` for each new key, or a sentence if the value is none that the official code takes."""
+    """Return `section.key=value` for each new key, or a sentence if the official code does not accept the value."""
     if key in OPTIONS:
         return [f"the option {OPTIONS[key]}"]
     try:
@@ -250,7 +250,7 @@ def _translate(key: str, file: Mapping[str, Any]) -> list[str]:
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`model_kwargs` dissolved into dotted keys."""
+    """Replace `model_kwargs` by dotted keys."""
     inner = values.get("model_kwargs")
     if not isinstance(inner, Mapping):
         return dict(values)

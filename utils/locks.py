@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that a crash releases."""
+"""A lock that allows one writer for each folder. A crash releases it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def folder_lock(folder: str | Path, what: str) -> Iterator[None]:
-    """Hold the lock of a folder; the operating system releases it when the process ends, however it ends.
+    """Hold the lock of a folder. The operating system releases it when the process ends for any reason.
 
     Args:
         folder: it must exist.
-        what: who holds the lock, such as "training"; the process that is refused reads it.
+        what: the holder, such as "training". A refused process shows it in its error.
 
     Raises:
         UserError: one line that names the folder, the process that holds the lock, and the remedy.
@@ -40,7 +40,7 @@ def folder_lock(folder: str | Path, what: str) -> Iterator[None]:
                 f"{folder} is in use by {_holder(descriptor)}; wait for it to end, or choose another folder"
             )
         holder = {"what": what, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        with suppress(OSError):  # a full disk; the lock holds all the same
+        with suppress(OSError):  # a full disk; the lock still works
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield

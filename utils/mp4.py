@@ -1,4 +1,4 @@
-"""Whether a video file is complete, without decoding it."""
+"""Checks whether a video file is complete, without decoding it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LARGE_SIZE = 8  # bytes that follow the header if its size is 1
 
 
 def is_complete(path: str | Path) -> bool:
-    """Return whether a file is a video that is not cut off.
+    """Return whether a file is a complete video.
 
-    The boxes of an mp4 must fill it exactly and hold an index. A file of another format must open as a video.
+    The boxes of an mp4 must fill the file exactly and contain an index. A file of another format must open as a video.
     """
     try:
         with open(path, "rb") as file:
@@ -30,7 +30,7 @@ def is_complete(path: str | Path) -> bool:
 
 
 def _box_kinds(file: BinaryIO) -> set[bytes] | None:
-    """Return the kinds of an mp4's boxes; an empty set if they do not fill the file, None if it is no mp4."""
+    """Return the kinds of an mp4's boxes. Empty if they do not fill the file, None if it is not an mp4."""
     size = file.seek(0, 2)
     kinds: set[bytes] = set()
     position = 0

@@ -1,4 +1,4 @@
-"""Regular expressions that come from a file: only those whose matching time is short for every text."""
+"""Checks regular expressions from a file: only those are accepted that match in a short time for every text."""
 
 import re
 

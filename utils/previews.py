@@ -22,7 +22,7 @@ BACKGROUND, INK = "white", "#222222"
 
 
 def write_gif(path: str | Path, frames: Tensor, fps: float, *, scale: int = 1) -> None:
-    """Write a clip as a looping GIF. A GIF's delays are multiples of 10 ms, so its speed is the nearest of those."""
+    """Write a clip as a looping GIF. Delays are multiples of 10 ms, so the speed is the nearest possible one."""
     if len(frames) == 0:
         raise ValueError(f"no frames to write to {path}")
     pixels = enlarge(to_uint8(frames), scale).cpu().numpy()
@@ -35,8 +35,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Draw one row for each clip: its label, and below it `columns_frames` frames from the first to the last.
 
-    The clips may have different sizes. `scale` enlarges them by a whole factor. Without it, small clips grow by the
-    whole factor that brings them nearest to 144 pixels in height, and large ones shrink to that height.
+    The clips may have different sizes. `scale` enlarges them by a whole factor. Without it, small clips are enlarged by
+    the whole factor that makes them nearest to 144 pixels high, and large ones are shrunk to that height.
     """
     if len(clips) != len(labels) or not clips:
         raise ValueError(f"{len(clips)} clips and {len(labels)} labels: give one label for each of at least one clip")

@@ -47,7 +47,7 @@ opinions or anything that cannot be seen. Answer with the paragraph alone: no he
 
 @dataclass(frozen=True)
 class ChatServer:
-    """Where prompts are sent."""
+    """The server to which prompts are sent."""
 
     url: str
     model: str
@@ -91,7 +91,7 @@ class ChatServer:
 
     @property
     def proxy(self) -> str | None:
-        """The proxy that the environment names for this server; None for this machine itself and without one."""
+        """The proxy in the environment for this server. None if there is none, or if the server is this machine."""
         address = urllib.parse.urlsplit(self.url)
         host = address.hostname or ""
         if LOOPBACK.fullmatch(host) or urllib.request.proxy_bypass(host):
@@ -100,16 +100,16 @@ class ChatServer:
 
     @property
     def route(self) -> str:
-        """How the server is reached, for error messages: empty, or the proxy without its password."""
+        """The route to the server, for error messages: empty, or the proxy without its password."""
         return "" if self.proxy is None else f" through the proxy {re.sub(r'//[^/@]*@', '//', self.proxy)}"
 
     def excerpt(self, body: bytes) -> str:
-        """Return the beginning of an answer as one line, without the key, which some servers quote."""
+        """Return the beginning of an answer as one line. The key is removed, because some servers quote it."""
         return _line(body.decode(errors="replace").replace(self.key or "\0", "***"))[:200] or "no text"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the other address would get the key, and a GET instead of the question."""
+    """Follows no redirect. The other address would get the key, and a GET without the prompt."""
 
     def redirect_request(self, *_: object) -> None:
         return None
@@ -129,8 +129,8 @@ def extend_prompts(prompts: Sequence[str], cache_file: str | Path, *, backoff: f
 
     Args:
         prompts: anything a user typed; equal ones are asked for once.
-        cache_file: JSON lines {"prompt", "extended", "model"}. What it holds is not asked for again, so a second run
-            makes the same videos. Every answer is kept as soon as it comes. A damaged line is set aside and asked anew.
+        cache_file: JSON lines {"prompt", "extended", "model"}. Prompts in it are not sent again, so a second run makes
+            the same videos. Every answer is stored at once. A damaged line is set aside and its prompt is sent again.
         backoff: seconds before the second attempt at a busy server; each later wait is twice as long.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prompt files: text with one prompt a line, JSON lines, and CSV."""
+"""Reads prompt files: text with one prompt a line, JSON lines, and CSV."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class PromptLine:
     """One prompt of a file."""
 
     number: int
-    """Line of the file (record of a CSV file, its header not counted), from 1."""
+    """The line of the file, from 1. In a CSV file, the record, without the header."""
     prompt: str
     image: Path | None = None
-    """The video's first image, in a file that names images."""
+    """The first image of the video, if the file names images."""
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -104,11 +104,11 @@ def read_entries(path: str | Path, *, needs: Sequence[str]) -> Iterator[tuple[in
 
 
 def pair_prompts(names: Sequence[PromptLine], source: str, path: str | Path) -> list[str]:
-    """Return the prompt of the file `path` that stands on the same line as each of `names`.
+    """Return for each of `names` the prompt on the same line of the file `path`.
 
     Args:
         names: the prompts that the videos are named after.
-        source: where they come from, for error messages.
+        source: the origin of `names`, for error messages.
         path: the file with the longer prompts.
 
     Raises:

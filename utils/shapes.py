@@ -1,4 +1,4 @@
-"""The Shapes world: procedural clips of one bouncing object, their prompts, and the detector that measures any clip.
+"""The Shapes world: procedural clips of one bouncing object, their prompts, and a detector that measures clips.
 
 Legend: B clips, F frames, H W pixels, K templates. Pixels are in [-1, 1]; positions are (x, y) in pixels from the
 top-left corner of the frame, y pointing down; speeds are pixels per frame.
@@ -41,7 +41,7 @@ class ShapesConfig:
     resolution: int = 48
     """Side of the square frame in pixels, at least 16."""
     speed: float = 1.5
-    """How far the object moves from frame to frame, in pixels."""
+    """The distance that the object moves from frame to frame, in pixels."""
 
     def __post_init__(self) -> None:
         if self.resolution < 16:
@@ -52,7 +52,7 @@ class ShapesConfig:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows; `prompt` and `from_prompt` are inverse to each other."""
+    """The content of a clip. `prompt` and `from_prompt` are inverse to each other."""
 
     shape: str
     colour: str
@@ -72,7 +72,7 @@ class Scene:
 
     @classmethod
     def from_prompt(cls, prompt: str) -> "Scene":
-        """The scene a prompt describes; UserError names a part that is unknown and the words allowed there."""
+        """Return the scene of a prompt. UserError names an unknown part and the allowed words."""
         thing, ground = r"a (?P<size>\S+) (?P<colour>\S+) (?P<shape>\S+)", r"a (?P<background>\S+) background"
         match = re.fullmatch(rf"{thing} moving (?P<direction>.+) on {ground}", " ".join(prompt.lower().split()))
         if match is None:
@@ -82,18 +82,18 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """All 576 combinations, in a fixed order."""
+    """Return all 576 combinations, in a fixed order."""
     combinations = itertools.product(SHAPES, COLOURS, SIZES, DIRECTIONS, BACKGROUNDS)
     return [Scene(*combination) for combination in combinations]
 
 
 def held_out_scenes() -> list[Scene]:
-    """The 96 combinations never trained on: every attribute value occurs equally often among them."""
+    """Return the 96 combinations that are never trained on. Every attribute value occurs equally often in them."""
     return [scene for scene in all_scenes() if _is_held_out(scene)]
 
 
 def training_scenes() -> list[Scene]:
-    """The 480 combinations that are not held out."""
+    """Return the 480 combinations that are not held out."""
     return [scene for scene in all_scenes() if not _is_held_out(scene)]
 
 
@@ -107,16 +107,16 @@ def _is_held_out(scene: Scene) -> bool:
 def render_clips(
     scenes: Sequence[Scene], num_frames: int, generator: torch.Generator, config: ShapesConfig = ShapesConfig()
 ) -> Tensor:
-    """Clips [B F 3 H W] of the scenes in [-1, 1], float32, on the generator's device; it draws the start positions."""
+    """Render clips [B F 3 H W] in [-1, 1], float32, on the device of the generator, which draws the starts."""
     return render_at(scenes, trajectories(scenes, num_frames, generator, config), config)
 
 
 def trajectories(
     scenes: Sequence[Scene], num_frames: int, generator: torch.Generator, config: ShapesConfig = ShapesConfig()
 ) -> Tensor:
-    """Centres [B F 2] bouncing elastically off the walls from random starts.
+    """Return centres [B F 2] that start at random and bounce elastically off the walls.
 
-    Starts lie in the half opposite to the motion, far enough from the wall ahead for FREE_FRAMES without a bounce.
+    A start is in the half opposite to the motion, far enough from the wall for FREE_FRAMES frames without a bounce.
     """
     device = generator.device
     low, high = bounds(scenes, config, device)
@@ -131,7 +131,7 @@ def trajectories(
 
 
 def bounds(scenes: Sequence[Scene], config: ShapesConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lowest and highest centre ([B 2] each) with the object entirely inside the frame."""
+    """Return the lowest and highest centre ([B 2] each) for which the object is entirely inside the frame."""
     reach = {  # left/right, up, down, in the shape's own measure
         "circle": (1, 1, 1),
         "square": (1, 1, 1),
@@ -143,12 +143,12 @@ def bounds(scenes: Sequence[Scene], config: ShapesConfig, device: torch.device) 
 
 
 def radius(scene: Scene, config: ShapesConfig) -> float:
-    """Circle radius, half side of the square or circumradius of the triangle, in pixels."""
+    """Return the radius of a circle, half the side of a square or the circumradius of a triangle, in pixels."""
     return SHAPES[scene.shape] * SIZES[scene.size] * config.resolution
 
 
 def render_at(scenes: Sequence[Scene], centres: Tensor, config: ShapesConfig = ShapesConfig()) -> Tensor:
-    """Clips [B F 3 H W] in [-1, 1] of the scenes' objects at given centres [B F 2]."""
+    """Render clips [B F 3 H W] in [-1, 1] with the scenes' objects at given centres [B F 2]."""
     radii = torch.tensor([radius(scene, config) for scene in scenes], device=centres.device)
     alpha = coverage([scene.shape for scene in scenes], radii, centres, config.resolution)[:, :, None]
     colour = pixel_values([COLOURS[scene.colour] for scene in scenes], centres.device)[:, None, :, None, None]
@@ -158,7 +158,7 @@ def render_at(scenes: Sequence[Scene], centres: Tensor, config: ShapesConfig = S
 
 
 def coverage(shapes: Sequence[str], radii: Tensor, centres: Tensor, resolution: int) -> Tensor:
-    """How much of each pixel an object covers, [B F H W] in [0, 1]: signed distance over an edge one pixel wide."""
+    """Return the share of each pixel that an object covers, [B F H W] in [0, 1]. The edge is one pixel wide."""
     pixels = torch.arange(resolution, device=centres.device) + 0.5
     dx = (pixels - centres[..., :1])[..., None, :]
     dy = (pixels - centres[..., 1:])[..., :, None]
@@ -175,7 +175,7 @@ def coverage(shapes: Sequence[str], radii: Tensor, centres: Tensor, resolution: 
 
 
 def pixel_values(rgb: Sequence[tuple[int, int, int]], device: torch.device | None = None) -> Tensor:
-    """8-bit colours as values in [-1, 1], [N 3]."""
+    """Convert 8-bit colours to values in [-1, 1], [N 3]."""
     return torch.tensor(rgb, dtype=torch.float32, device=device) / 127.5 - 1
 
 
@@ -193,7 +193,7 @@ FRAME_ATTRIBUTES = ("present", "colour", "shape", "size", "background")
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a clip shows, held against its scene. A frame without the object fails in colour, shape and size as well."""
+    """A clip compared with its scene. In a frame without the object, colour, shape and size are wrong too."""
 
     present: Tensor  # [F] bool: one object in one piece, of plausible area
     colour: Tensor  # [F] bool
@@ -209,7 +209,7 @@ class Measurement:
 
     @property
     def all_right(self) -> bool:
-        """Direction right, and every other attribute in at least 90 % of the frames."""
+        """True if the direction is right, and every other attribute is right in at least 90 % of the frames."""
         fractions = [getattr(self, name).float().mean().item() for name in FRAME_ATTRIBUTES]
         return self.direction and min(fractions) >= 0.9
 
@@ -226,7 +226,7 @@ class _Objects:
 
 
 def measure(clip: Tensor, scene: Scene, config: ShapesConfig = ShapesConfig()) -> Measurement:
-    """Measures a clip [F 3 H W] in [-1, 1] against the scene it should show; the result lies on the CPU."""
+    """Compare a clip [F 3 H W] in [-1, 1] with the scene that it should show. The result is on the CPU."""
     if clip.ndim != 4 or clip.shape[1:] != (3, config.resolution, config.resolution):
         raise ValueError(f"clip has shape {tuple(clip.shape)}: expected [F 3 {config.resolution} {config.resolution}]")
     clip = clip.detach().float().cpu()
@@ -246,7 +246,7 @@ def measure(clip: Tensor, scene: Scene, config: ShapesConfig = ShapesConfig()) -
 
 
 def _find_objects(clip: Tensor) -> _Objects:
-    """Separates each frame [F 3 H W] into background and largest connected object."""
+    """Separate each frame [F 3 H W] into background and largest connected object."""
     background = clip.flatten(2).median(-1).values
     difference = clip - background[..., None, None]
     foreground = difference.square().sum(1) > FOREGROUND_CONTRAST**2
@@ -265,7 +265,7 @@ def _find_objects(clip: Tensor) -> _Objects:
 
 
 def _match_templates(objects: _Objects, kinds: list[tuple[str, str]], config: ShapesConfig) -> tuple[Tensor, Tensor]:
-    """Whether each frame has one whole object, [F] bool, and the index of the kind it is most like, [F]."""
+    """Return for each frame whether it has one whole object, [F] bool, and the index of the nearest kind, [F]."""
     radii = torch.tensor([SHAPES[shape] * SIZES[size] * config.resolution for shape, size in kinds])
     centres = objects.centroid.expand(len(kinds), -1, -1)
     templates = coverage([shape for shape, _ in kinds], radii, centres, config.resolution)  # [K F H W]
@@ -282,7 +282,7 @@ def _dilate(mask: Tensor, pixels: int) -> Tensor:
 
 
 def _largest_component(mask: Tensor) -> Tensor:
-    """The largest connected component of each mask [F H W], found on cells of 2x2 pixels for speed."""
+    """Return the largest connected component of each mask [F H W]. For speed it uses cells of 2x2 pixels."""
     cells = F.max_pool2d(mask[:, None].float(), 2, ceil_mode=True)
     labels = torch.arange(1.0, cells[0].numel() + 1).view(cells.shape[1:]) * cells
     while not torch.equal(spread := F.max_pool2d(labels, 3, stride=1, padding=1) * cells, labels):
@@ -295,13 +295,13 @@ def _largest_component(mask: Tensor) -> Tensor:
 
 
 def _is_named(values: Tensor, palette: dict[str, tuple[int, int, int]], name: str, tolerance: float) -> Tensor:
-    """[F] bool: the palette colour nearest to each value [F 3] is the named one, and near enough."""
+    """Return [F] bool: True if the palette colour nearest to a value [F 3] is the named one, and near enough."""
     distance, nearest = torch.cdist(values, pixel_values(list(palette.values()))).min(1)
     return (nearest == list(palette).index(name)) & (distance < tolerance)
 
 
 def _measure_path(centroid: Tensor, present: Tensor, scene: Scene, config: ShapesConfig) -> dict:
-    """The path fields of a Measurement from centroids [F 2], of which only those of frames with an object count."""
+    """Return the path fields of a Measurement from centroids [F 2]. Only frames with an object count."""
     frames = present.nonzero()[:, 0]
     if len(frames) < PATH_WINDOW:
         deviation = torch.full_like(centroid[:, 0], math.nan)
@@ -325,7 +325,7 @@ def _measure_path(centroid: Tensor, present: Tensor, scene: Scene, config: Shape
 
 
 def _fill_gaps(track: Tensor, known: Tensor) -> Tensor:
-    """Interpolates a track [F 2] linearly between its known frames [F], the first and last of which are known."""
+    """Interpolate a track [F 2] linearly between its known frames [F]. The first and the last frame are known."""
     time = torch.arange(len(track))
     before = torch.where(known, time, 0).cummax(0).values
     after = torch.where(known, time, len(track)).flip(0).cummin(0).values.flip(0)
@@ -334,10 +334,10 @@ def _fill_gaps(track: Tensor, known: Tensor) -> Tensor:
 
 
 def _deviation(track: Tensor, speed: float) -> Tensor:
-    """[F] pixels by which a track [F 2] departs from straight motion between bounces.
+    """Return the distance in pixels, [F], of a track [F 2] from straight motion between bounces.
 
-    Each axis of each frame takes the best straight line among the windows that contain it, so that a bounce, which has
-    straight motion on both sides, does not count. A jump has too, so steps beyond twice the speed add their excess.
+    Each axis of each frame uses the best straight line of all windows that contain it. So a bounce, with straight
+    motion on both sides, does not count. Neither would a jump, so steps beyond twice the speed add their excess.
     """
     time = torch.arange(PATH_WINDOW, dtype=track.dtype)
     basis = torch.linalg.qr(torch.stack([torch.ones_like(time), time], 1)).Q
@@ -350,7 +350,7 @@ def _deviation(track: Tensor, speed: float) -> Tensor:
 
 
 def _direction_error(track: Tensor, scene: Scene, speed: float) -> float:
-    """Degrees between the scene's direction and a line fitted to the track [F 2] before its first bounce."""
+    """Return the degrees between the scene's direction and a line through the track [F 2] before its first bounce."""
     ahead = (track[3:] - track[:-3]) * (track[4] - track[0]).sign()
     turned = (ahead < -speed).any(1).nonzero()[:, 0]  # the bounce lies within the next frame
     track = track[: max(turned[0].item() + 1, 5)] if len(turned) else track
@@ -364,7 +364,7 @@ def _direction_error(track: Tensor, scene: Scene, speed: float) -> float:
 
 
 def summarise(measurements: Sequence[Measurement], fps: float) -> dict:
-    """A table of fractions over all clips, JSON-ready; "seconds" holds the per-frame ones second by second."""
+    """Return a JSON-ready table of fractions over all clips. "seconds" has the per-frame ones second by second."""
     frames = {name: torch.cat([getattr(m, name) for m in measurements]).float() for name in FRAME_ATTRIBUTES}
     deviation = torch.cat([m.deviation for m in measurements])
     second = torch.cat([torch.arange(len(m.present)) // fps for m in measurements])
@@ -394,5 +394,5 @@ def summarise(measurements: Sequence[Measurement], fps: float) -> dict:
 
 
 def _rms(deviation: Tensor) -> float | None:
-    """Root mean square of the values that are not NaN, None if all are."""
+    """Return the root mean square of the values that are not NaN; None if all are NaN."""
     return None if deviation.isnan().all() else deviation.square().nanmean().sqrt().item()

@@ -1,8 +1,8 @@
-"""A folder of numbered items, each a record and some tensors, that a killed writer can go on with.
+"""A folder of numbered items, each with a record and tensors. A writer that was killed can continue.
 
-`about.json` says what the folder holds. Items are stored in shards: `shard_N.safetensors` with the tensors and then
-`shard_N.json` with the records, N the first item in it. Both appear whole or not at all, and a shard counts once its
-.json is there; so any number of processes may write different items of one folder at once.
+`about.json` describes the folder. Items are stored in shards: first `shard_N.safetensors` with the tensors, then
+`shard_N.json` with the records; N is the first item. Each file appears only when it is complete. A shard is valid when
+its .json is there. So any number of processes may write different items of one folder at once.
 """
 
 import json
@@ -32,12 +32,12 @@ Listing = dict[Annotated[int, Field(ge=0)], dict[str, Any]]
 
 
 class ShardWriter:
-    """Adds items to a folder, a shard at a time; a killed process loses the items of its unfinished shard only."""
+    """Adds items to a folder, a shard at a time. A killed process loses only the items of its unfinished shard."""
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], *, shard_size: int = 64) -> None:
-        """Start or continue `folder`; `about` is what every item has in common.
+        """Start or continue `folder`. `about` holds the common properties of all items.
 
-        Raises UserError if the folder holds items that are about something else, or cannot be written to.
+        Raises UserError if the folder has items with other properties, or cannot be written to.
         """
         if shard_size < 1:
             raise ValueError(f"shard_size={shard_size} must be at least 1")
@@ -55,7 +55,7 @@ class ShardWriter:
         self.stored = {number for path in _listings(self.folder) for number in self._readable(path)}
 
     def _readable(self, path: Path) -> Listing:
-        """Return a listing; a damaged one is set aside, and its items are made again."""
+        """Return a listing. A damaged one is set aside, and its items are made again."""
         try:
             return read_json(path, Listing, max_bytes=MAX_LISTING)
         except UserError as error:
@@ -63,7 +63,7 @@ class ShardWriter:
             return {}
 
     def remaining(self, items: Iterable[int]) -> list[int]:
-        """Which of the items are not stored yet."""
+        """Return the items that are not stored yet."""
         return [item for item in items if item not in self.stored]
 
     def add(self, item: int, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -76,7 +76,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the items added since the last shard as one more. Raises UserError if the disk is full."""
+        """Write the items added since the last shard as a new shard. Raises UserError if the disk is full."""
         if not self._items:
             return
         stem = f"shard_{min(self._items):08d}"
@@ -100,11 +100,11 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.flush()  # after an error too: every item added is whole
+        self.flush()  # after an error too, because every added item is complete
 
 
 class Shards:
-    """The items of a folder, in the order of their numbers; tensors are read when asked for."""
+    """The items of a folder, in the order of their numbers. Tensors are read only on request."""
 
     def __init__(self, folder: str | Path, *, key: str, remedy: str, about: type = dict) -> None:
         """Read the records.
@@ -112,11 +112,11 @@ class Shards:
         Args:
             folder: the folder to read.
             key: the setting that names the folder, for errors.
-            remedy: what fills the folder, for errors.
-            about: the type of what `about.json` holds, which is checked.
+            remedy: how to fill the folder, for errors.
+            about: the type of the content of `about.json`, which is checked.
 
         Raises:
-            UserError: there is nothing to read, or something in it does not fit.
+            UserError: the folder is empty, or something in it does not fit.
         """
         self.folder = Path(folder)
         self.source = f"{key}={folder}"
@@ -152,13 +152,13 @@ class Shards:
             return tuple(file.get_slice(self._key(index, name, keys)).get_shape())
 
     def read(self, index: int, name: str, *, shape: Sequence[int | None] | None = None) -> Tensor | None:
-        """Return tensor `name` of an item; None if it has none of that name and no `shape` is given.
+        """Return tensor `name` of an item. None if there is no such tensor and no `shape` is given.
 
         Args:
             index: the place of the item, from 0.
             name: the name of the tensor.
-            shape: what the tensor has to have, checked before it is read; None fits any size. Its values have to be
-                finite floating-point numbers then.
+            shape: the required shape, checked before the tensor is read; a None in it fits any size. With `shape`, the
+                values must be finite floating-point numbers.
 
         Raises:
             UserError: the file is damaged, or the tensor is missing or does not fit.
@@ -191,7 +191,7 @@ class Shards:
 
     @contextmanager
     def _file(self, index: int) -> Iterator[tuple[Any, frozenset[str]]]:
-        """The open file of an item, with the names in it."""
+        """Open the file of an item. Yields it with the names in it."""
         path, _ = self._places[index]
         try:
             if path not in self._open:

@@ -1,7 +1,7 @@
 """Readers and writers of the small files beside weights and videos: JSON and JSON lines, checked against a schema.
 
-Such files come from other people, from older versions and from runs that were cut off. They are read with a size limit
-and a schema, so that a bad one is one clear line and never a traceback.
+Such files come from other people, from older versions and from interrupted runs. They are read with a size limit and a
+schema, so a bad file gives one clear line and never a traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = 60
 
 
 def read_json(path: str | Path, schema: type[T] = dict, *, max_bytes: int = MAX_BYTES) -> T:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Args:
         path: the file.
@@ -34,14 +34,14 @@ def read_json(path: str | Path, schema: type[T] = dict, *, max_bytes: int = MAX_
         max_bytes: a larger file is refused before it is read.
 
     Raises:
-        UserError: names the file, the key and the value if the file is missing, too large, not JSON, or does not fit.
+        UserError: the file is missing, too large, not JSON, or does not fit. It names the file, the key and the value.
     """
     path = Path(path)
     return parse_json(read_limited(path, max_bytes), schema, str(path))
 
 
 def parse_json(data: bytes, schema: type[T], source: str) -> T:
-    """JSON text as `schema`; `source` names it in errors. Raises UserError as :func:`read_json`."""
+    """Parse JSON text as `schema`. `source` names it in errors. Raises UserError like :func:`read_json`."""
     try:
         _check_depth(data)
         value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
@@ -53,7 +53,7 @@ def parse_json(data: bytes, schema: type[T], source: str) -> T:
 
 
 def check_schema(value: Any, schema: type[T], source: str) -> T:
-    """`value` checked and converted by pydantic. Raises UserError as :func:`read_json`."""
+    """Check and convert `value` with pydantic. Raises UserError like :func:`read_json`."""
     from pydantic import ValidationError
 
     try:
@@ -68,14 +68,14 @@ def check_schema(value: Any, schema: type[T], source: str) -> T:
 
 @functools.lru_cache(maxsize=64)
 def _adapter(schema: Any) -> Any:
-    """pydantic's checker of a schema. Making one takes longer than checking a line with it."""
+    """Return pydantic's checker of a schema. It is cached, because making one takes longer than checking a line."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(schema)
 
 
 def read_limited(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of at most `max_bytes`. Raises UserError for anything else."""
+    """Return the bytes of a regular file of at most `max_bytes`. Raises UserError for anything else."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -95,10 +95,10 @@ def read_limited(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
 def read_json_lines(
     path: str | Path, schema: type[T] = dict, *, repair: bool = True, max_bytes: int = 2**30
 ) -> list[T]:
-    """The records of a JSON-lines file; an empty list if there is no file.
+    """Return the records of a JSON-lines file; an empty list if there is no file.
 
-    Lines that a crash has torn, and lines that do not fit the schema, are left out. One warning counts them. With
-    `repair` they are moved to `NAME.damaged` and the file is written again without them.
+    Incomplete lines (after a crash) and lines that do not fit the schema are left out, with one warning. With `repair`
+    they are moved to `NAME.damaged`, and the file is written again without them.
     """
     path = Path(path)
     if not path.exists():
@@ -131,7 +131,7 @@ def _leave_out(path: Path, bad: list[bytes], good: list[bytes], repair: bool) ->
 def append_json_line(path: str | Path, record: dict[str, Any]) -> None:
     """Append one record with a single write, so that processes do not mix.
 
-    It begins on a new line if a crash has left the last line without its end. A symlink is refused with UserError.
+    If a crash has left the last line incomplete, the record begins on a new line. UserError for a symlink.
     """
     _append(Path(path), json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 

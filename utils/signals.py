@@ -1,4 +1,4 @@
-"""Signals that ask a program to end, counted instead of obeyed at once."""
+"""Records signals that ask a program to end, so that it can end cleanly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENDING = tuple(
 
 
 class StopSignals:
-    """While the block runs, a signal is recorded and the work goes on to a point where it can end in order.
+    """While the block runs, signals are only recorded, so the work can continue to a point where it can end cleanly.
 
     `received` is the first signal, or None. A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread,
     where Python allows no handlers, the block changes nothing.
@@ -32,8 +32,8 @@ class StopSignals:
     ) -> None:
         """`more` signals are recorded besides SIGINT, SIGTERM and SIGHUP; `on_signal` is called with the first one.
 
-        A Ctrl-C within `repeat_within` seconds of the first signal counts as the same one: a launcher passes on what
-        the terminal has sent to all its processes.
+        A Ctrl-C within `repeat_within` seconds of the first signal is taken as the same one, because a launcher
+        forwards a signal that the terminal has already sent to all processes.
         """
         self.received: signal.Signals | None = None
         self._repeat_within = repeat_within
@@ -46,7 +46,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
                 if signal.getsignal(number) is signal.SIG_IGN and number != signal.SIGINT:
-                    continue  # such as SIGHUP under nohup: it was asked to be ignored
+                    continue  # such as SIGHUP under nohup, which is ignored on purpose
                 self._before[number] = signal.signal(number, self._record)
         return self
 

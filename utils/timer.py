@@ -1,4 +1,4 @@
-"""Seconds of the stages of some work, on a CPU or on a CUDA device."""
+"""Measures the seconds of the stages of some work, on a CPU or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Moment = float | torch.cuda.Event
 
 
 def moment(device: torch.device) -> Moment:
-    """Now: by the clock, or on CUDA, where work is only queued, by the current stream. Nothing is waited for."""
+    """Return the present time of the clock, or on CUDA an event in the current stream. It does not wait."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -21,7 +21,7 @@ def moment(device: torch.device) -> Moment:
 
 
 def elapsed(start: Moment, end: Moment) -> float:
-    """Seconds between two moments; on CUDA it waits until the second has come."""
+    """Return the seconds between two moments. On CUDA it waits for the second one."""
     if isinstance(start, float):
         return end - start
     end.synchronize()
@@ -29,7 +29,7 @@ def elapsed(start: Moment, end: Moment) -> float:
 
 
 class StageTimer:
-    """Seconds by stage. On CUDA, where work is only queued, they are measured between events in the current stream."""
+    """Seconds by stage. On CUDA they are measured between events in the current stream, because work is queued."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -42,12 +42,12 @@ class StageTimer:
         self._spans.append((stage, start, moment(self._device)))
 
     def throttle(self) -> None:
-        """Wait until only the newest span of work is still queued. A stop then takes effect soon."""
+        """Wait until only the newest span of work is queued, so that a stop takes effect soon."""
         if self._device.type == "cuda" and len(self._spans) > 1:
             self._spans[-2][2].synchronize()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage. Waits for the work that is queued."""
+        """Return the seconds of each stage. Waits for queued work."""
         total: dict[str, float] = {}
         for stage, start, end in self._spans:
             total[stage] = total.get(stage, 0.0) + elapsed(start, end)

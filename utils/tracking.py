@@ -1,4 +1,4 @@
-"""What a run reports while it works: log lines, a progress bar, metrics.jsonl, and wandb or TensorBoard on request."""
+"""The reports of a run: log lines, a progress bar, metrics.jsonl, and wandb or TensorBoard on request."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ MetricLine = Annotated[dict[str, float | None], AfterValidator(_with_step)]
 
 
 class Tracker:
-    """Metrics and sample videos of one run. Every method is a no-op outside the main process."""
+    """Writes the metrics and sample videos of one run. Outside the main process every method does nothing."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class Tracker:
         is_main: bool = True,
         step: int = 0,
     ):
-        """Open `folder`/metrics.jsonl and append to it after `step`. Lines of later steps go: those steps come again.
+        """Open `folder`/metrics.jsonl to append to it. Lines after `step` are removed: those steps are repeated.
 
-        A run that starts anew (`step` 0) keeps the lines of an earlier one as metrics.jsonl.old1, .old2, ... Damaged
-        lines are set aside. `config` is what wandb shows beside the curves.
+        A new run (`step` 0) keeps the lines of an earlier one as metrics.jsonl.old1, .old2, ... Damaged lines are set
+        aside. wandb shows `config` beside the curves.
 
         Raises:
             UserError: a backend is not installed, or metrics.jsonl is a link or a folder.
@@ -73,9 +73,9 @@ class Tracker:
         self._file = os.fdopen(os.open(folder / METRICS_FILE, flags, 0o666), "ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line {"step": step, ...}; a value that is not finite is written as null.
+        """Append one line {"step": step, ...}. A value that is not finite is written as null.
 
-        A line that cannot be written is lost with a warning: a full disk does not end a training.
+        If a line cannot be written, there is only a warning: a full disk does not end a training.
         """
         if self._file is None:
             return
@@ -99,7 +99,7 @@ class Tracker:
             log.warning("metrics not written to %s: %s", self._file.name, error.strerror)
 
     def video(self, name: str, path: str | Path, step: int) -> None:
-        """Show the mp4 at `path` in the backends; TensorBoard gets 8 of its frames, as its videos need moviepy."""
+        """Show the mp4 at `path` in the backends. TensorBoard gets 8 frames, because its videos need moviepy."""
         if self._wandb is not None:
             import wandb
 
@@ -134,9 +134,9 @@ def setup_logging(is_main: bool = True) -> None:
 def progress(
     iterable_or_total: Iterable | int, description: str = "", *, unit: str = "it", is_main: bool = True
 ) -> tqdm:
-    """A bar with speed and time left: wraps an iterable, or counts `update()` calls up to a total.
+    """Make a bar with speed and remaining time. It wraps an iterable, or counts `update()` calls up to a total.
 
-    Shown in the main process on a terminal only, so that log files stay clean.
+    It is shown only in the main process and on a terminal, so that log files stay clean.
     """
     disable = not is_main or not sys.stderr.isatty()
     options = {"desc": description or None, "unit": unit, "disable": disable, "dynamic_ncols": True}
@@ -146,9 +146,9 @@ def progress(
 
 
 class Stopwatch:
-    """Seconds spent in named phases. A phase within a phase is not counted twice.
+    """Measures the seconds of named phases. A phase inside another one is not counted twice.
 
-    On CUDA it puts events into the current stream, so that no phase waits for the device; only :meth:`lap` does.
+    On CUDA it puts events into the current stream. So phases do not wait for the device; only :meth:`lap` does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -159,7 +159,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of `name`."""
+        """Count the time of the block for `name`."""
         self._turn()
         self._open.append(name)
         try:
@@ -169,7 +169,7 @@ class Stopwatch:
             self._open.pop()
 
     def lap(self) -> dict[str, float]:
-        """Seconds of every phase since the last lap, by order of appearance."""
+        """Return the seconds of every phase since the last lap, in order of appearance."""
         spans, self._spans = self._spans, []
         seconds: dict[str, float] = {}
         for name, start, end in spans:
@@ -177,7 +177,7 @@ class Stopwatch:
         return seconds
 
     def _turn(self) -> None:
-        """Book the time since the last turn on the innermost open phase."""
+        """Add the time since the last turn to the innermost open phase."""
         now = moment(self.device)
         if self._open:
             self._spans.append((self._open[-1], self._since, now))
@@ -185,27 +185,27 @@ class Stopwatch:
 
 
 def read_metrics(path: str | Path, *, repair: bool) -> list[dict[str, float | None]]:
-    """The lines of a metrics.jsonl; a value that was not finite is None. One warning counts lines that are damaged.
+    """Return the lines of a metrics.jsonl. A value that was not finite is None. One warning counts damaged lines.
 
-    With `repair` damaged lines are moved to metrics.jsonl.damaged; leave it off for a run that may still be going.
+    With `repair` damaged lines are moved to metrics.jsonl.damaged. Do not use it for a run that may still write.
     """
     return read_json_lines(path, MetricLine, repair=repair)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours, minutes or seconds."""
+    """Format seconds as hours, minutes or seconds."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory this process has held, in GiB: of the GPU since the last call; on a CPU, resident since its start."""
+    """Return the peak memory of this process in GiB: on a GPU since the last call, on a CPU since its start."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
-    if sys.platform == "win32":  # which has no such counter in Python's library
+    if sys.platform == "win32":  # Python has no such counter on Windows
         return math.nan
     import resource
 
@@ -219,7 +219,7 @@ class _ProgressBarHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except OSError:  # stderr is a file on a full disk: no reason to stop working
+        except OSError:  # stderr is a file on a full disk: continue to work
             self.handleError(record)
 
 
@@ -228,7 +228,7 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("wandb is not installed: pip install -e '.[wandb]', or switch wandb off") from error
-    id_file = folder / "wandb_id.txt"  # a resumed run goes on in the same curves
+    id_file = folder / "wandb_id.txt"  # a resumed run continues the same curves
     run_id = read_limited(id_file, 1000).decode(errors="replace").strip() if id_file.exists() else None
     if run_id is not None and not re.fullmatch(r"[\w-]{1,128}", run_id):
         set_aside(id_file, "is not the id of a wandb run; a new one is begun", log)
@@ -249,7 +249,7 @@ def _start_tensorboard(folder: Path, step: int) -> Any:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines of steps up to `step`."""
+    """Keep only the complete lines of steps up to `step`."""
     if os.path.lexists(path) and not is_own_file(path):
         raise UserError(f"{path}: is a link or a folder, and nothing is written there; move it away")
     records = read_metrics(path, repair=True)

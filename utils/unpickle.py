@@ -1,4 +1,4 @@
-"""The one door through which pickled data enters. Nothing behind it can run code.
+"""The only module that reads pickled data. The data cannot run code.
 
 A pickle is a program. Every file that holds one (`.pt`, `.pth`, `.bin`, the metadata of a checkpoint) is read here,
 with a list of the classes it may name. A test walks the source and fails if another module unpickles.
@@ -51,7 +51,7 @@ def restricted_load(file: BinaryIO, allowed: Mapping[tuple[str, str], Any], sour
 
 
 def load_torch(path: str | Path) -> Any:
-    """The content of a `.pt`, `.pth`, `.ckpt` or `.bin` file: tensors on the CPU in plain containers.
+    """Return the content of a `.pt`, `.pth`, `.ckpt` or `.bin` file: tensors on the CPU in plain containers.
 
     Zip files are memory-mapped, so their tensors cost no memory until they are used.
 

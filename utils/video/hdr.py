@@ -1,4 +1,4 @@
-"""High dynamic range video (PQ and HLG, as phones record it) on an ordinary screen.
+"""Converts high dynamic range video (PQ and HLG, as phones record it) for an ordinary screen.
 
 The curves are those of ITU-R BT.2100. Light up to half of BT.2408's reference white (203 nits) keeps its brightness.
 Brighter light is compressed by Reinhard's extended curve, so that 1,000 nits become white.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PQ, HLG = 16, 18  # transfer curves by their numbers in ITU-T H.273
 WHITE, PEAK = 203.0, 1000.0  # nits
-KNEE = 0.5  # of the reference white: darker light stays as it is
+KNEE = 0.5  # of the reference white: darker light is not changed
 BT2020_TO_709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
@@ -25,7 +25,7 @@ LEVELS = 65535
 
 
 def is_hdr(frame: av.VideoFrame) -> bool:
-    """Whether the frame's values are PQ or HLG."""
+    """Return whether the frame's values are PQ or HLG."""
     return frame.color_trc in (PQ, HLG)
 
 
@@ -40,14 +40,14 @@ def tone_map(pixels: np.ndarray, transfer: int) -> np.ndarray:
 
 
 def _compress(light: np.ndarray) -> np.ndarray:
-    """Map [0, PEAK / WHITE] to [0, 1]; what is below the knee stays."""
+    """Map [0, PEAK / WHITE] to [0, 1]. Values below the knee do not change."""
     above, most = ((value - KNEE) / (1 - KNEE) for value in (light, PEAK / WHITE))
     return np.where(light <= KNEE, light, KNEE + (1 - KNEE) * above * (1 + above / most**2) / (1 + above))
 
 
 @cache
 def _to_light(transfer: int) -> np.ndarray:
-    """A table from 16-bit values to linear light: in units of the reference white for PQ, of the peak for HLG."""
+    """Return a table from 16-bit values to linear light, in units of the reference white (PQ) or the peak (HLG)."""
     value = np.linspace(0, 1, LEVELS + 1, dtype=np.float64)
     if transfer == PQ:
         power = value ** (32 / 2523)
@@ -59,7 +59,7 @@ def _to_light(transfer: int) -> np.ndarray:
 
 @cache
 def _to_srgb() -> np.ndarray:
-    """A table from linear light in [0, 65535] to sRGB in [0, 255]."""
+    """Return a table from linear light in [0, 65535] to sRGB in [0, 255]."""
     light = np.linspace(0, 1, LEVELS + 1)
     curve = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return np.round(curve * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""One decoded frame as a player shows it: upright, in square pixels and in sRGB."""
+"""Converts a decoded frame to the picture that a player shows: upright, in square pixels and in sRGB."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ HD_WIDTH, SD_HEIGHT = 1280, 576  # players take BT.709 for larger videos that do
 
 
 def to_picture(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> Image.Image:
-    """Return the frame as an upright RGB image in square pixels; what is transparent becomes white.
+    """Return the frame as an upright RGB image in square pixels. Transparent parts become white.
 
     Args:
-        frame: as decoded.
-        pixel_aspect: width over height of a stored pixel; None or 0 if the file does not say it.
+        frame: the decoded frame.
+        pixel_aspect: width over height of a stored pixel; None or 0 if the file does not give it.
     """
     image = square_pixels(Image.fromarray(to_rgb(frame)), pixel_aspect)
     return turn(image, display_matrix(frame))
@@ -52,7 +52,7 @@ def _converted(frame: av.VideoFrame, format: str) -> np.ndarray:
 
 
 def square_pixels(image: Image.Image, pixel_aspect: Fraction | None) -> Image.Image:
-    """Stretch an image so that its pixels become squares; one side keeps its length and the other one grows."""
+    """Stretch an image so that its pixels become squares. One side keeps its length and the other one grows."""
     aspect = pixel_aspect or Fraction(1)
     if aspect == 1 or not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
         return image

@@ -1,4 +1,4 @@
-"""The door to PyAV: imported when a video is opened, its errors as one line, and conversion that is exact."""
+"""The access to PyAV: it is imported when a video is opened, its errors become one line, and conversion is exact."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reading of video files as a player shows them: upright, in square pixels, in sRGB, each frame at its time.
+"""Reads video files as a player shows them: upright, in square pixels, in sRGB, each frame at its time.
 
 Shapes: F frames, H height, W width. Pixels are float in [-1, 1] as [F 3 H W] or uint8 in [0, 255] as [F H W 3].
-PyAV is imported when a file is opened, so that everything that reads no video works without it.
+PyAV is imported when a file is opened, so programs that read no video work without it.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class VideoFile:
         return to_picture(frame, self.stream.sample_aspect_ratio)
 
     def sampled(self, fps: float) -> Iterator[tuple[av.VideoFrame, int]]:
-        """Yield the frames with how many of the times k / fps, for k = 0, 1, ..., fall on each.
+        """Yield each frame with the number of times k / fps, for k = 0, 1, ..., at which it is shown.
 
-        Time 0 is the first frame's. A frame is shown until the next one begins, and the last one for its own length.
+        The first frame begins at time 0. A frame is shown until the next one begins, the last one for its own length.
         """
         tolerance = min(float(self.stream.time_base or 0) * fps, LATE) + 1e-6
         taken = 0
@@ -88,7 +88,7 @@ class VideoFile:
             taken += count
 
     def _with_ends(self) -> Iterator[tuple[av.VideoFrame, float]]:
-        """Yield the frames with the seconds at which each ends; the times never go back."""
+        """Yield each frame with the second at which it ends. The times never decrease."""
         held, begin = None, 0.0
         for frame in self.decode():
             if held is not None:
@@ -101,7 +101,7 @@ class VideoFile:
         yield held, begin + self._length(held)
 
     def _length(self, frame: av.VideoFrame) -> float:
-        """Return the seconds a frame is shown by its own word, or by the file's rate."""
+        """Return the seconds for which a frame is shown: its own duration, else from the file's rate."""
         length = float((frame.duration or 0) * (frame.time_base or 0))
         rate = self.stream.guessed_rate or self.stream.average_rate or USUAL_RATE
         return length if 0 < length <= LONGEST_HOLD else 1 / float(rate)
@@ -154,7 +154,7 @@ def read_video(path: str | Path) -> Tensor:
 
 
 def sample_frames(path: str | Path, count: int) -> Tensor:
-    """Read `count` frames from the first to the last, uint8 [count H W 3]; no others are kept in memory.
+    """Read `count` evenly spaced frames, uint8 [count H W 3]. No other frames are kept in memory.
 
     Raises UserError if the file is missing or not a video.
     """
@@ -183,7 +183,7 @@ def stream_video(path: str | Path, height: int, width: int, fps: float) -> Itera
 
 
 def plays(path: str | Path) -> bool:
-    """Whether at least one frame of a video file can be shown."""
+    """Return whether at least one frame of a video file can be shown."""
     try:
         with open_video(path) as video:
             return next(video.decode(), None) is not None

@@ -1,7 +1,7 @@
-"""Writing of H.264 mp4 files, frame by frame. The file depends on the frames alone, not on the machine.
+"""Writes H.264 mp4 files, frame by frame. The file depends only on the frames, not on the machine.
 
 Shapes: F frames, H height, W width. Pixels are float in [-1, 1] as [F 3 H W] or uint8 in [0, 255] as [F H W 3].
-PyAV is imported when a file is opened, so that everything that writes no video works without it.
+PyAV is imported when a file is opened, so programs that write no video work without it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Tensor) -> None:
-        """Append [F 3 H W] in [-1, 1] or uint8 [F H W 3]; every call with the same H and W.
+        """Append [F 3 H W] in [-1, 1] or uint8 [F H W 3]. Every call must have the same H and W.
 
         Raises:
             UserError: the disk is full or cannot be written to.
@@ -110,7 +110,7 @@ class VideoWriter:
             self.frames += 1
 
     def stop(self) -> None:
-        """Say that the video ends before its planned end: on closing it keeps its partial name."""
+        """Mark the video as ended early. It then keeps its partial name when it is closed."""
         self._stopped = True
 
     def _open_stream(self, frame_shape: tuple[int, ...]) -> None:
@@ -140,7 +140,7 @@ class VideoWriter:
                 self.partial.unlink(missing_ok=True)
 
     def _close(self, *, failed: bool) -> None:
-        """Write what the encoder still holds and close the partial file; after a failure, as far as that goes."""
+        """Flush the encoder and close the partial file. After a failure, do as much of this as possible."""
         with suppress(UserError) if failed else nullcontext(), self._failures(), self._file:
             try:
                 if self._stream is not None:
@@ -149,7 +149,7 @@ class VideoWriter:
                 self._container.close()
 
     def _finish(self) -> None:
-        """Copy the packets into a file with its index first: browsers start before all is loaded."""
+        """Copy the packets into a file with the index first, so that browsers can start before all is loaded."""
         av = load_pyav()
         with (
             self._failures(),
@@ -166,7 +166,7 @@ class VideoWriter:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Turn a failure to write into one UserError, and keep the partial file then."""
+        """Turn a failure to write into one UserError, and keep the partial file in this case."""
         av = load_pyav()
         try:
             yield
