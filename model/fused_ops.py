@@ -1,4 +1,4 @@
-"""Operators that do in one kernel what the compiler leaves in several; for inference, without backward.
+"""Operators with one kernel each, for work that the compiler splits into several. For inference, without backward.
 
 Each is registered with torch.library, so that a graph without breaks can hold it, and calls a kernel of
 :mod:`model.fused_kernels`, which is imported on first use. They are used only if `optimize.kernels=triton` asks for
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def missing(device: torch.device) -> str | None:
-    """What the kernels need and do not find on this device, in words; None if they can run."""
+    """Describe the requirement of the kernels that this device lacks; None if they can run."""
     if find_spec("triton") is None:
         return "the package triton (pip install triton)"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -84,7 +84,7 @@ def split_qkv(
 
 
 def _for_frames(x: Tensor, *signals: Tensor) -> list[Tensor]:
-    """Signals [B f 1 C] or [C] as views [B F C] for hidden states x [B F T C]."""
+    """View signals [B f 1 C] or [C] as [B F C], for hidden states x [B F T C]."""
     views = [signal if signal.ndim == 1 else signal.squeeze(2) for signal in signals]
     return [view.expand(x.shape[0], x.shape[1], -1) for view in views]
 
@@ -148,12 +148,12 @@ def _(
 
 
 def _queries(qkv: Tensor, num_heads: int) -> Tensor:
-    """Room for queries [B F T N D]."""
+    """Return an empty tensor for queries [B F T N D]."""
     return qkv.new_empty(*qkv.shape[:3], num_heads, qkv.shape[3] // (3 * num_heads))
 
 
 def _channels_dense(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied if their last dimension is not dense."""
+    """Return the tensors. Those whose last dimension is not dense are copied."""
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
@@ -186,7 +186,7 @@ def _(x: Tensor, bias: Tensor | None, gamma: Tensor, memory: Tensor, floor: floa
 
 
 def _buffer(x: Tensor, memory: Tensor) -> Tensor:
-    """Room for the frames kept [K H W C] and after them those of x [T H W C]."""
+    """Return an empty tensor for the kept frames [K H W C], followed by those of x [T H W C]."""
     return x.new_empty(memory.shape[0] + x.shape[0], *x.shape[1:])
 
 

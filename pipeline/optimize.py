@@ -30,8 +30,8 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 COMPILED_FOLDER = Path("~/.cache/self-forcing/compiled").expanduser()
-"""Where compiled code is kept between runs, unless TORCHINDUCTOR_CACHE_DIR says otherwise. The user alone writes there,
-and not, as by default, everybody: the code is run."""
+"""The folder for compiled code between runs, unless TORCHINDUCTOR_CACHE_DIR names another one. Only the user can write
+there, because the code is run. The default folder of torch is open to everybody."""
 FP8_CAPABILITY = (8, 9)
 COMPILE_SECONDS = 30
 """Seconds that compiling one graph for all blocks takes, on the high side; all of them as one graph took 207 s."""

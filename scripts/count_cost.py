@@ -98,7 +98,7 @@ def block_flops(config: WanConfig, tokens: int, seen_tokens: int) -> float:
 
 
 def context_flops(config: WanConfig, frames: int, frame_tokens: int, seen_frames: int) -> float:
-    """FLOPs of a pass for the cache alone: the last block stops at its queries, keys and values."""
+    """Return the FLOPs of a pass that only fills the cache. The last block stops at its queries, keys and values."""
     tokens = frames * frame_tokens
     left_out = block_flops(config, tokens, seen_frames * frame_tokens) - 6 * tokens * config.dim**2
     return forward_flops(config, frames, frame_tokens, seen_frames, text=False) - left_out

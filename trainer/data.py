@@ -1,7 +1,7 @@
 """Training data: prompts, prompt-image pairs, encoded videos, the Shapes world, and stored ODE trajectories.
 
 A dataset is a list of items. A :class:`TrainingOrder` numbers the samples of endless shuffled passes over them. Sample
-i depends on the seed and on i alone, so any number of processes that share out the indices see the same samples.
+i depends only on the seed and on i, so any number of processes that divide the indices see the same samples.
 
 Shapes: B batch, F latent frames (pixel frames, of ``frames``), C channels, H W height and width, S stored states.
 """

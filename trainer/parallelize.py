@@ -170,7 +170,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds; an ordinary tensor is returned as it is."""
+    """Return the part of a sharded tensor that this process holds. An ordinary tensor is returned unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 

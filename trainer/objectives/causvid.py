@@ -41,7 +41,7 @@ def denoise_chunks(
     Args:
         clean: real latents [B F C H W].
         prompt_embeds: [B L E].
-        timesteps: [B F], from :func:`sample_step_timesteps`. A frame at timestep 0 is returned as it is.
+        timesteps: [B F], from :func:`sample_step_timesteps`. A frame at timestep 0 is returned unchanged.
         noise: [B F C H W].
         block_mask: block-causal over F frames.
     """

@@ -18,7 +18,7 @@ def score_window(latents: Tensor, num_frames: int, codec: VideoCodec) -> Tensor:
 
     The first latent of a clip encodes one pixel frame, a later one several. So the window's first latent is replaced
     by the encoding of the last pixel frame that it decodes to, without gradient. The caller leaves its whole chunk out
-    of the loss. A rollout of just ``num_frames`` frames is returned as it is.
+    of the loss. A rollout of exactly ``num_frames`` frames is returned unchanged.
     """
     begin = latents.shape[1] - num_frames
     if begin == 0:
