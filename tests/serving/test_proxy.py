@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-import socket
 import ssl
 import subprocess
 import threading
@@ -19,39 +19,40 @@ PATH = "/wan"
 
 
 class Proxy:
-    """A TLS proxy: one request a connection, as nginx and Caddy pass them on."""
+    """A TLS proxy: one request a connection, as nginx and Caddy pass them on.
+
+    It runs in an event loop of its own: two threads must not use one TLS connection at the same time.
+    """
 
     def __init__(self, server: str, certificate: Path, *, takes_path_off: bool) -> None:
         self._port, self._takes_path_off = int(server.rpartition(":")[2]), takes_path_off
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"https://localhost:{listener.getsockname()[1]}{PATH}/"
-        self._listener = context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        starting = asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context)
+        listener = asyncio.run_coroutine_threadsafe(starting, self._loop).result(10)
+        self.address = f"https://localhost:{listener.sockets[0].getsockname()[1]}{PATH}/"
 
     def close(self) -> None:
-        self._listener.close()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                line, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(line,), daemon=True).start()
+    async def _end(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
-    def _serve(self, line: ssl.SSLSocket) -> None:
-        with suppress(OSError), line:
-            line.do_handshake()
-            head = b""
-            while b"\r\n\r\n" not in head:
-                data = line.recv(65536)
-                if not data:
-                    return
-                head += data
-            with socket.create_connection(("127.0.0.1", self._port)) as server:
-                server.sendall(self._changed(head))
-                threading.Thread(target=copy, args=(line, server), daemon=True).start()
-                copy(server, line)
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._port)
+            to_server.write(self._changed(head))
+            await asyncio.gather(copy(reader, to_server), copy(from_server, writer))
 
     def _changed(self, head: bytes) -> bytes:
         if self._takes_path_off:
@@ -61,12 +62,12 @@ class Proxy:
         return head.replace(b"\r\n", b"\r\nx-forwarded-for: 10.1.2.3\r\nx-forwarded-proto: https\r\n", 1)
 
 
-def copy(source: socket.socket, target: socket.socket) -> None:
+async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
     with suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
+        while data := await source.read(65536):
+            target.write(data)
+            await target.drain()
+    target.close()
 
 
 @pytest.fixture(scope="module")
