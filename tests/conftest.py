@@ -4,10 +4,12 @@ Triton kernels are then interpreted.
 """
 
 import atexit
+import logging
 import os
 import shutil
 import site
 import tempfile
+from collections.abc import Iterator
 
 # Tests start processes and threads side by side; tiny models on several OpenMP threads each would mostly wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,3 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    """Take back what an entry point's set-up of logging does to pytest's: also one that a shared fixture has called."""
+    _forget_logging()
+    yield
+    _forget_logging()
+
+
+def _forget_logging() -> None:
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    for handler in root.handlers[:]:
+        if not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
+        handler.filters.clear()  # the demo bounds every handler that it finds

@@ -5,8 +5,6 @@ A test module asks for it with ``pytest_plugins = ["tests.shapes_parts"]`` and t
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,15 +85,6 @@ def write_release(folder: Path) -> None:
     (folder / "samples.txt").write_text("\n".join(vocabulary[:2]) + "\n", encoding="utf-8")
     base = REPOSITORY / "configs" / "shapes" / "base.yaml"
     (folder / "config.yaml").write_text(CONFIG.format(base=base, folder=folder), encoding="utf-8")
-
-
-@pytest.fixture
-def restore_logging() -> Iterator[None]:
-    """Take back what an entry point's set-up of logging does to pytest's."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def tiny_transformer(seed: int) -> WanTransformer:

@@ -20,7 +20,6 @@ from utils.shards import Shards
 from utils.video import VideoWriter
 
 pytest_plugins = ["tests.shapes_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def test_cached_embeddings_equal_the_encoders_to_the_last_bit(release, tmp_path, capsys):

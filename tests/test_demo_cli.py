@@ -11,7 +11,6 @@ from tests.serving.synthetic import SyntheticModel, synthetic_server
 from utils.errors import UserError
 
 pytest_plugins = ["tests.shapes_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture

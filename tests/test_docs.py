@@ -23,7 +23,6 @@ from tests.made_once import made_once
 from utils.config import load_config
 
 pytest_plugins = ["tests.shapes_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 PAGES = [REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = [command for page in PAGES for command in read_commands(page)]

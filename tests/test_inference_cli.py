@@ -26,7 +26,6 @@ from utils.shapes import ATTRIBUTES
 from utils.video import read_video
 
 pytest_plugins = ["tests.shapes_parts", "tests.inference_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def test_a_run_makes_one_video_a_prompt_a_contact_sheet_and_a_record_each(make, release):

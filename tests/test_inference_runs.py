@@ -17,7 +17,6 @@ from tests.inference_parts import REPOSITORY, records, same, snapshot, videos
 from utils.video import read_video
 
 pytest_plugins = ["tests.shapes_parts", "tests.inference_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 SHORT = ("--num_output_frames", "3")
 

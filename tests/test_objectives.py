@@ -8,7 +8,6 @@ from scripts import make_ode_pairs
 from tests.small_world import CACHED, SHAPES_CONFIGS, World
 
 pytest_plugins = ["tests.shapes_parts", "tests.small_world"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 COMMON = (
     "trainer.steps=30",

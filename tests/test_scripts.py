@@ -18,7 +18,6 @@ from utils.errors import UserError
 from utils.shapes import training_scenes
 
 pytest_plugins = ["tests.shapes_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 STEPS = [1000.0, 750.0, 500.0, 250.0]
 

@@ -25,7 +25,6 @@ from utils.config import from_dict, load_config
 from utils.video import read_video
 
 pytest_plugins = ["tests.shapes_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DIFFUSION = "objective=diffusion"

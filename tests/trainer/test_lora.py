@@ -11,7 +11,6 @@ from tests.shapes_parts import SIZES, tiny_transformer
 from trainer.lora import LoRAConfig, add_lora, merge, take_lora
 
 pytest_plugins = ["tests.shapes_parts"]
-pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def with_lora(**options):
