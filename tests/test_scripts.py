@@ -10,7 +10,7 @@ from PIL import Image
 from model.flow_matching import FlowMatching
 from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver, trajectory
-from scripts import evaluate, make_ode_pairs
+from scripts import evaluate, make_ode_pairs, shapes_table
 from scripts.make_ode_pairs import kept_states
 from trainer.draws import Draw
 from trainer.stored_data import ODEData
@@ -42,14 +42,14 @@ def test_evaluate_saves_and_prints_a_table_with_counts_and_seed(measure, capsys)
     for length, frames in (("1x", 21), ("2x", 45)):
         table = report["tables"][length]
         assert (table["clips"], table["frames"]) == (4, 4 * frames)
-        assert all(0 <= table[name] <= 1 for name in evaluate.COLUMNS)
+        assert all(0 <= table[name] <= 1 for name in shapes_table.COLUMNS)
         with Image.open(folder / f"contact_sheet_{length}.png") as sheet:
             assert sheet.height > 4 * 144
     printed = capsys.readouterr().out
     assert "4 held-out prompts, seed 5" in printed
     for length, table in report["tables"].items():
         (row,) = (line.split() for line in printed.splitlines() if line.split()[0] == length)
-        assert row[1:] == [str(table["frames"]), *(f"{table[name]:.3f}" for name in evaluate.COLUMNS)]
+        assert row[1:] == [str(table["frames"]), *(f"{table[name]:.3f}" for name in shapes_table.COLUMNS)]
 
 
 def test_the_same_evaluation_gives_the_same_table(measure):
