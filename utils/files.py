@@ -74,14 +74,6 @@ def fsync_folder(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(folder: str | Path) -> None:
-    """Wait until all files and folders below `folder`, and `folder` itself, are on the disk."""
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            fsync_file(Path(place) / name)
-        fsync_folder(place)
-
-
 def is_own_file(path: str | Path) -> bool:
     """Return whether `path` is a regular file and not a symlink, so that it cannot lead out of its folder."""
     try:
