@@ -1,30 +1,30 @@
-// The page: controls, figures and gallery around the player. It speaks the API of docs/api.md and nothing else.
+// The page: controls, figures and gallery around the player. It uses only the API of docs/api.md.
 import { API, Connection } from "./connection.js";
 import { Player } from "./player.js";
 import { matchTheme, toggleTheme } from "./theme.js";
 
-const CRISP_PIXELS = 256; // frames at most so wide are drawn with square pixels
-const LENGTHS = [1, 2, 4, 8]; // of the model's own length
+const CRISP_PIXELS = 256; // frames up to this width are drawn with sharp pixels
+const LENGTHS = [1, 2, 4, 8]; // multiples of the model's own length
 const CAPTION_MS = 3000;
 const NARROW = "(max-width: 860px)"; // as in style.css
-const PROMPT_KEY = "self-forcing-prompt"; // survives a reload
+const PROMPT_KEY = "self-forcing-prompt"; // keeps the prompt when the page is reloaded
 const ACTIVE = ["starting", "waiting", "running", "paused"];
 
 export function start(root) {
   matchTheme();
   const page = new Page(root);
-  window.selfForcing = page; // for whoever scripts the page
+  window.selfForcing = page; // lets scripts control the page
 }
 
 class Page {
   constructor(root) {
     this.root = root.querySelector(".demo");
     this.state = "loading"; // or lost, ready, starting, waiting, running, paused, failed
-    this.eager = false; // whether to start as soon as the model is there
+    this.eager = false; // whether to start as soon as the model is loaded
     this.options = null;
     this.chunks = [];
-    this.asked = null; // the prompt last asked for, when, and the latest chunk there was; null once it is seen
-    this.answered = null; // the same once it is seen, with its first chunk
+    this.asked = null; // the latest requested prompt, its time and the last chunk before it; null once it is visible
+    this.answered = null; // the latest prompt that became visible, with its first chunk
     this.player = new Player(this.get("canvas"), {
       onFrame: (frame) => this.onFrame(frame),
       onReport: (stream, frames) => this.connection.send({ type: "shown", stream, frames }),
@@ -79,7 +79,7 @@ class Page {
     const hasFile = (event) => event.dataTransfer?.types.includes("Files");
     const show = (visible) => {
       this.get("drop").hidden = !visible;
-      this.get("drop-text").textContent = `Drop an image: the ${this.active ? "next " : ""}video starts from it`;
+      this.get("drop-text").textContent = `Drop an image here. The ${this.active ? "next " : ""}video will start from it.`;
     };
     this.root.addEventListener("dragover", (event) => { if (hasFile(event)) { event.preventDefault(); show(true); } });
     this.root.addEventListener("dragleave", (event) => { if (!this.root.contains(event.relatedTarget)) show(false); });
@@ -95,7 +95,7 @@ class Page {
     const prompt = this.get("prompt").value.trim();
     if (!prompt || this.get("start").disabled) return;
     const longest = this.options?.longest_prompt ?? Infinity;
-    if (prompt.length > longest) return this.say(`The prompt has ${prompt.length} characters; at most ${longest} are taken.`);
+    if (prompt.length > longest) return this.say(`The prompt has ${prompt.length} characters. At most ${longest} are allowed: make it shorter.`);
     if (this.state === "loading") { this.eager = true; this.draw(); return; }
     this.say("");
     if (["running", "paused"].includes(this.state)) this.switchTo(prompt);
@@ -154,7 +154,7 @@ class Page {
     try {
       await this.connection.putImage(file);
     } catch (error) {
-      if (this.image) this.dropImage(); // not the one before instead of the one that was meant
+      if (this.image) this.dropImage(); // the visitor wanted the new image, so the earlier one must not be used
       this.say(error.message);
       return;
     }
@@ -174,7 +174,7 @@ class Page {
   // What the server says.
 
   on_hello({ clips, session }) {
-    const anew = this.session && this.session !== session; // a server that started anew has forgotten all
+    const anew = this.session && this.session !== session; // a restarted server has forgotten every session
     if (this.session !== session) this.dropImage();
     this.session = session;
     if (this.state === "lost") this.setState("loading");
@@ -234,7 +234,7 @@ class Page {
 
   on_error({ message }) {
     this.say(message);
-    if (this.state === "starting") this.setState("ready"); // it was refused
+    if (this.state === "starting") this.setState("ready"); // the server refused the start
   }
 
   onLost() {
@@ -318,9 +318,9 @@ class Page {
   draw() {
     const { model } = this.status ?? { model: { stage: "Connecting", progress: 0 } };
     const texts = {
-      loading: ["Loading", this.eager ? `${model.stage}, then your video …` : `${model.stage} …`],
+      loading: ["Loading", this.eager ? `${model.stage}. Your video starts after that …` : `${model.stage} …`],
       ready: ["Ready", "Write what the video should show, then press Enter"],
-      waiting: [`Waiting, place ${this.place}`, `All seats are taken: you are number ${this.place} in line`],
+      waiting: [`Waiting, place ${this.place}`, `All seats are taken. You are number ${this.place} in line.`],
       starting: ["Starting", "Starting …"],
       running: ["Live", "Starting …"],
       paused: ["Paused", "Paused"],
@@ -350,7 +350,7 @@ class Page {
     else if (!("blank" in this.root.dataset)) this.get("stage").requestFullscreen?.();
   }
 
-  // Names what is seen whenever that changes.
+  // Show the prompt of the visible frame for a moment when it changes.
   caption(prompt) {
     const caption = this.get("caption");
     if (caption.textContent === prompt) return;
@@ -384,11 +384,11 @@ class Page {
     return [...this.get("clips").children].find((card) => card.dataset.name === name);
   }
 
-  // The files of a clip are not served any more; what made it can still be read.
+  // Mark a clip whose files are not served any more. Its prompts and its command stay readable.
   markGone(card) {
     if (card.classList.contains("gone")) return;
     card.classList.add("gone");
-    card.querySelector(".facts").textContent += " · of before the server's restart; its file lies in the server's clips folder";
+    card.querySelector(".facts").textContent += " · made before the server restarted; the file is in the server's clips folder";
     for (const control of card.querySelectorAll(".mp4, .gif, .delete")) control.remove();
   }
 
@@ -408,7 +408,7 @@ class Page {
     find("video").src = url("mp4");
     find(".prompt").textContent = clip.prompts.join(" → ");
     find(".prompt").title = clip.prompts.join("\n");
-    find(".facts").textContent = `${seconds} s · ${clip.width} × ${clip.height}${clip.whole ? "" : " · beginning only"}`;
+    find(".facts").textContent = `${seconds} s · ${clip.width} × ${clip.height}${clip.whole ? "" : " · only the beginning"}`;
     find(".mp4").href = url("mp4");
     find(".gif").href = url("gif");
     find("code").textContent = clip.command;
@@ -418,7 +418,7 @@ class Page {
     playOnDemand(find("video"));
     const copy = find(".copy");
     copy.addEventListener("click", async () => {
-      copy.textContent = (await copyText(clip.command, find("code"))) ? "Copied" : "Select it below";
+      copy.textContent = (await copyText(clip.command, find("code"))) ? "Copied" : "Copy it below";
       setTimeout(() => { copy.textContent = "Copy command"; }, 1500);
     });
     this.get("clips").prepend(card);
@@ -426,7 +426,7 @@ class Page {
   }
 }
 
-// Browsers give the clipboard to https and to this machine alone; elsewhere the text is selected, to be copied by hand.
+// Browsers allow the clipboard only on https and on localhost. Elsewhere the text is selected, so that it can be copied.
 async function copyText(text, element) {
   try {
     await navigator.clipboard.writeText(text);
@@ -438,7 +438,7 @@ async function copyText(text, element) {
   }
 }
 
-// A clip moves while the mouse is over it.
+// Play a clip while the mouse is over it.
 function playOnDemand(video) {
   video.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") video.play().catch(() => {}); });
   video.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") video.pause(); });

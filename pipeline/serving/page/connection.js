@@ -1,10 +1,10 @@
-// The WebSocket: says hello, comes back by itself when the line breaks, and keeps the session across reloads and tabs.
-export const API = new URL("../api/v1/", import.meta.url); // wherever a proxy shows the site
+// The WebSocket: it says hello, reconnects by itself, and keeps the session across reloads and tabs.
+export const API = new URL("../api/v1/", import.meta.url); // relative, because a proxy may add a path before it
 const KEY = "self-forcing-session";
 const RETRY_MS = 1000;
 
 export class Connection {
-  // onMessage(object), onFrame(ArrayBuffer), onOpen(), onLost()
+  // handlers: onMessage(object), onFrame(ArrayBuffer), onLost()
   constructor(handlers) {
     this.handlers = handlers;
     this.session = localStorage.getItem(KEY);
@@ -49,7 +49,7 @@ export class Connection {
   }
 }
 
-// Why the server refused, also if a proxy in between did.
+// Return the reason of a refusal. A proxy that refuses sends no JSON, so its status is the reason.
 async function reason(answer) {
   try {
     return (await answer.json()).detail;

@@ -1,13 +1,13 @@
-// Frames in, a steady picture out: each frame has a time, a small buffer in front of it takes up the jitter.
+// The player shows each frame at its own time. A small buffer hides small delays of the network.
 const HEADER_BYTES = 28;
 const RAW = 0;
-const FIRST_BUFFER = 60; // ms between a frame's arrival and its showing, after a start or a stall
+const FIRST_BUFFER = 60; // ms from a frame's arrival until it is shown, after a start or a stall
 const LONGEST_BUFFER = 400;
 const REPORT_MS = 150;
-const STALL_MS = 1000; // a longer gap is a pause of the browser's (a hidden tab), not a fault of the stream's
+const STALL_MS = 1000; // a longer gap comes from the browser (a hidden tab), not from the stream
 
 export class Player {
-  // onFrame(frame) after each one shown; onReport(stream, count) every so often
+  // onFrame(frame) is called after each shown frame, onReport(stream, count) about every REPORT_MS
   constructor(canvas, { onFrame, onReport }) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d", { alpha: false });
@@ -88,11 +88,11 @@ export class Player {
     const first = this.frames[0];
     if (this.origin === null) {
       this.origin = now + this.buffer - (1000 * first.index) / this.fps;
-      if (this.shown === 0) this.origin -= this.buffer / 2; // the very first picture should not wait
+      if (this.shown === 0) this.origin -= this.buffer / 2; // show the very first frame sooner
     }
     const behind = now - this.due(first);
     if (behind > STALL_MS || (behind > period && this.frames.length === 1)) {
-      // The stream, not the display, was late: go on from here, with a little more in hand.
+      // The stream was late, not the display: continue from here with a larger buffer.
       if (behind <= STALL_MS && this.shown > 0) this.late += 1;
       this.buffer = Math.min(1.5 * this.buffer, LONGEST_BUFFER);
       this.origin += behind;

@@ -1,11 +1,11 @@
-// Light and dark: what the visitor chose here before, else what the system says.
+// Light and dark: use the visitor's earlier choice. Without one, follow the system.
 const KEY = "self-forcing-theme";
 
 const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 
 const apply = (theme) => {
   document.documentElement.dataset.theme = theme;
-  document.body.classList.toggle("dark", theme === "dark"); // Gradio's own
+  document.body.classList.toggle("dark", theme === "dark"); // the class that Gradio uses
 };
 
 export function matchTheme() {
