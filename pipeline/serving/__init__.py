@@ -1,1 +1,1 @@
-"""The demo's server: sessions that take turns on one model, their frames over WebSockets, a page, a gallery."""
+"""The server of the demo. Several viewers share one model; frames go over WebSockets to a page with a gallery."""

@@ -1,6 +1,6 @@
-"""The HTTP and WebSocket API, version 1: docs/api.md. The page uses nothing else.
+"""The HTTP and WebSocket API, version 1. docs/api.md describes it. The page uses only this API.
 
-No route uses a thread of the pool or blocks the event loop: whatever takes time runs in a process of its own.
+No route uses a thread of the pool or blocks the event loop. Work that takes long runs in a child process.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SOON = {"retry-after": "2"}
 
 
 def create_app(server: Server, lifespan: Callable | None = None) -> FastAPI:
-    """The application without its page."""
+    """Return the application without the page."""
     app = FastAPI(
         title="Self Forcing",
         version=str(VERSION),
         description="Live video from prompts. The stream itself is a WebSocket: see docs/api.md.",
         openapi_url="/api/v1/openapi.json",
-        docs_url=None,  # they load scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other sites
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -55,19 +55,19 @@ def create_app(server: Server, lifespan: Callable | None = None) -> FastAPI:
 
 
 def _add_status_routes(app: FastAPI, server: Server) -> None:
-    @app.get("/healthz", summary="Whether the server can still show something")
+    @app.get("/healthz", summary="Status 200, or 503 if the model cannot be loaded")
     async def healthz() -> PlainTextResponse:
         return PlainTextResponse(f"{server.state}\n", 503 if server.state == "failed" else 200)
 
-    @app.get("/metrics", summary="Counters in Prometheus' text format")
+    @app.get("/metrics", summary="Figures in the text format of Prometheus")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(metrics_text(server), media_type="text/plain; version=0.0.4")
 
-    @app.get("/api/v1/status", summary="The model, who is watching, and memory")
+    @app.get("/api/v1/status", summary="State of the model, number of viewers, memory")
     async def status() -> dict[str, Any]:
         return server.status()
 
-    @app.get("/api/v1/options", summary="What a stream may ask for; 503 until the model is loaded")
+    @app.get("/api/v1/options", summary="Choices that a stream has; 503 until the model is loaded")
     async def options() -> dict[str, Any]:
         if server.state != "ready":
             raise HTTPException(503, f"the model is not ready: {server.stage}", SOON)
@@ -75,30 +75,30 @@ def _add_status_routes(app: FastAPI, server: Server) -> None:
 
 
 def _add_image_routes(app: FastAPI, server: Server) -> None:
-    @app.put("/api/v1/sessions/{session_id}/image", summary="The image that the session's next stream starts from")
+    @app.put("/api/v1/sessions/{session_id}/image", summary="Upload the first frame of the session's next stream")
     async def put_image(session_id: str, request: Request) -> dict[str, int]:
         session = _session(server, session_id)
         visitor = _visitor(request)
         if not server.uploads.enter(visitor):
-            raise HTTPException(503, "too many images are being uploaded: try again", SOON)
+            raise HTTPException(503, "too many images are being uploaded; try again in a few seconds", SOON)
         try:
             image, width, height = await server.decoder.clean(await _body(request))
         except Refused as error:
             raise HTTPException(415, str(error)) from error
         except ClientDisconnect:
-            raise HTTPException(400, "the upload was cut off") from None
+            raise HTTPException(400, "the upload ended too early; send the image again") from None
         finally:
             server.uploads.leave(visitor)
         server.sessions.keep_image(session, image)
         return {"width": width, "height": height}
 
-    @app.delete("/api/v1/sessions/{session_id}/image", summary="Forget the image", status_code=204)
+    @app.delete("/api/v1/sessions/{session_id}/image", summary="Delete the uploaded image", status_code=204)
     async def delete_image(session_id: str) -> None:
         server.sessions.keep_image(_session(server, session_id), None)
 
 
 def _add_clip_routes(app: FastAPI, server: Server) -> None:
-    @app.get("/api/v1/sessions/{session_id}/clips", summary="Finished clips of the session, the latest first")
+    @app.get("/api/v1/sessions/{session_id}/clips", summary="List the finished clips of the session, the latest first")
     async def clips(session_id: str) -> list[dict[str, Any]]:
         return [clip.describe() for clip in server.gallery.of(_session(server, session_id).id)]
 
@@ -109,7 +109,7 @@ def _add_clip_routes(app: FastAPI, server: Server) -> None:
             raise HTTPException(404, "no such clip")
         server.gallery.remove(clip)
 
-    @app.get("/api/v1/clips/{name}.{kind}", summary="A clip's file, kind mp4 or gif")
+    @app.get("/api/v1/clips/{name}.{kind}", summary="Download a clip; kind is mp4 or gif")
     async def clip_file(name: str, kind: str) -> FileResponse:
         clip = _clip(server, name)
         if kind not in ("mp4", "gif"):
@@ -124,7 +124,7 @@ def _add_clip_routes(app: FastAPI, server: Server) -> None:
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request, unless it is too long."""
+    """Return the body of a request. Raises HTTPException 413 if it is too long."""
     too_long = HTTPException(413, f"the image has more than {MOST_BYTES >> 20} MB; make it smaller")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > MOST_BYTES:
@@ -138,7 +138,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _visitor(connection: Request | WebSocket) -> str:
-    """Whose share a request counts for: what the guard says, else the address."""
+    """Return the visitor whose share a request counts for: the one that the guard found, or the address."""
     client = connection.client.host if connection.client else ""
     return connection.scope.get("state", {}).get("visitor", client)
 

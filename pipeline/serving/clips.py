@@ -1,7 +1,7 @@
 """The gallery: finished clips, each with the command that makes the same video again.
 
-A clip is an mp4 with side files of the same stem: a GIF if somebody asked for one, the first frame as .png with its
-.jsonl, the prompts as .yaml. The folder may hold clips of earlier runs and other people's files.
+A clip is an mp4. Files with the same stem belong to it: a .gif if somebody asked for one, a .png with the first frame
+and a .jsonl that names it, a .yaml with the prompts. The folder may also hold clips of earlier runs and foreign files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pipeline.serving.limits import greediest
 from pipeline.serving.spec import StreamSpec
 from utils.files import is_own_file
 
-NAME_BYTES = 12  # of randomness in a clip's name
-SUFFIXES = (".partial.mp4", ".mp4.part", ".mp4", ".gif", ".png", ".jsonl", ".yaml")  # all files of a clip
+NAME_BYTES = 12  # random bytes in the name of a clip
+SUFFIXES = (".partial.mp4", ".mp4.part", ".mp4", ".gif", ".png", ".jsonl", ".yaml")  # of the files of a clip
 OWN_STEM = re.compile(rf".+-[0-9a-f]{{{2 * NAME_BYTES}}}")
-EARLIER_RUNS = "earlier runs"  # in place of a visitor
+EARLIER_RUNS = "earlier runs"  # counts as the visitor of the clips of earlier runs
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Clip:
     """A finished video."""
 
     name: str
-    """Unguessable; also in the file's name."""
+    """A random name that nobody can guess. It is part of the file name."""
     session_id: str
-    """Whose gallery shows it."""
+    """The session whose gallery shows the clip."""
     visitor: str
-    """Whose share of the clips it counts for."""
+    """The visitor whose share of the clips it counts for."""
     path: Path
-    """The mp4."""
+    """The mp4 file."""
     prompts: list[str]
-    """The first one and those that followed."""
+    """All prompts of the video in order."""
     frames: int
     """Pixel frames."""
     fps: int
     height: int
     width: int
-    """Pixels of the model's frames; the file may be enlarged."""
+    """Height and width of the model's frames in pixels. The file may be larger by a whole factor."""
     seed: int
     whole: bool
     """False if the stream was longer than the clip."""
@@ -56,29 +56,29 @@ class Clip:
     """Seconds since 1970."""
 
     def describe(self) -> dict[str, Any]:
-        """What the viewer is told."""
+        """Return the fields that a client may see."""
         return {key: value for key, value in vars(self).items() if key not in ("session_id", "visitor", "path")}
 
 
 @dataclass(frozen=True)
 class Cue:
-    """A prompt that a stream changed to."""
+    """A change of the prompt of a stream."""
 
     at: float
-    """Seconds into the video."""
+    """Seconds from the beginning of the video."""
     prompt: str
     style: str
 
 
 class Gallery:
-    """Finished clips. If there are too many, the oldest of the visitor with the most clips goes with its files.
+    """The finished clips. If there are too many, the oldest clip of the visitor with the most clips is deleted.
 
     Args:
-        folder: where files go. Clips that earlier runs left there count as those of one visitor.
-        command: arguments that make the first so many latent frames of a stream again, with the prompts it changed to;
-            the path is the clip's mp4.
-        longest: seconds of a clip.
-        most: clips kept.
+        folder: where files go. Clips that earlier runs left there count as clips of one visitor.
+        command: returns the arguments of the command that makes a clip again. It gets the stream, its changes of the
+            prompt, the number of latent frames and the path of the clip's mp4.
+        longest: the longest clip in seconds.
+        most: how many clips are kept.
     """
 
     def __init__(
@@ -94,26 +94,26 @@ class Gallery:
         self._lock = threading.Lock()
         self._clips: dict[str, Clip] = {}
         self._listeners: dict[str, list[Callable[[dict[str, Any]], None]]] = {}
-        self._stems: OrderedDict[str, str] = OrderedDict.fromkeys(_stems(folder), EARLIER_RUNS)  # with their visitors
+        self._stems: OrderedDict[str, str] = OrderedDict.fromkeys(_stems(folder), EARLIER_RUNS)  # stem -> visitor
 
     def command_line(self, spec: StreamSpec, cues: list[Cue], latents: int, path: Path) -> str:
-        """The shell command that makes a clip again, without any control character."""
+        """Return the shell command that makes a clip again. It holds no control character."""
         return " ".join(map(quoted, self._command(spec, cues, latents, path)))
 
     def listen(self, session_id: str, deliver: Callable[[dict[str, Any]], None]) -> None:
-        """Tell a page of the session about clips that come and go, also those that another page of it made."""
+        """Call `deliver` when a clip of the session is added or deleted, by any page of the session."""
         with self._lock:
             self._listeners.setdefault(session_id, []).append(deliver)
 
     def unlisten(self, session_id: str, deliver: Callable[[dict[str, Any]], None]) -> None:
-        """Tell it no more."""
+        """Stop calling `deliver`."""
         with self._lock:
             self._listeners[session_id].remove(deliver)
             if not self._listeners[session_id]:
                 del self._listeners[session_id]
 
     def add(self, clip: Clip) -> None:
-        """Show a clip, and make room."""
+        """Add a clip, and delete others if there are too many now."""
         with self._lock:
             self._clips[clip.name] = clip
             self._stems[clip.path.stem] = clip.visitor
@@ -139,12 +139,12 @@ class Gallery:
         self._tell(clip.session_id, {"type": "clip_deleted", "name": clip.name})
 
     def get(self, name: str) -> Clip | None:
-        """The clip of that name."""
+        """Return the clip of that name, or None."""
         with self._lock:
             return self._clips.get(name)
 
     def of(self, session_id: str) -> list[Clip]:
-        """Clips of one session, the latest first."""
+        """Return the clips of one session, the latest first."""
         with self._lock:
             return [clip for clip in reversed(self._clips.values()) if clip.session_id == session_id]
 
@@ -155,17 +155,17 @@ class Gallery:
             deliver(message)
 
     def _next_to_go(self) -> str:
-        """The oldest clip of the visitor with the most clips."""
+        """Return the stem of the oldest clip of the visitor with the most clips."""
         visitor = greediest(self._stems.values())
         return next(stem for stem, owner in self._stems.items() if owner == visitor)
 
     def _delete_files(self, stem: str) -> None:
         for suffix in SUFFIXES:
-            (self.folder / f"{stem}{suffix}").unlink(missing_ok=True)  # a link goes, what it points to stays
+            (self.folder / f"{stem}{suffix}").unlink(missing_ok=True)  # of a link, only the link itself
 
 
 def _stems(folder: Path) -> list[str]:
-    """Stems of the clips that lie in a folder, the oldest first. Files of other names and links are not ours."""
+    """Return the stems of the clips in a folder, the oldest first. Links and files with other names are ignored."""
     found: dict[str, float] = {}
     for path in folder.glob("*") if folder.is_dir() else ():
         stem = next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), "")
@@ -175,7 +175,7 @@ def _stems(folder: Path) -> list[str]:
 
 
 def quoted(argument: str) -> str:
-    """An argument for a POSIX shell. Control and direction characters are written as escapes, as in ``$'\\n'``."""
+    """Quote an argument for a POSIX shell. Control and direction characters become escapes, as in ``$'\\n'``."""
     if not any(is_control(character) for character in argument):
         return shlex.quote(argument)
     pieces = []
@@ -188,7 +188,7 @@ def quoted(argument: str) -> str:
 
 
 def is_control(character: str) -> bool:
-    """Whether a character moves the cursor, ends the line, or turns the direction of the text."""
+    """Return whether a character moves the cursor, ends the line, or changes the direction of the text."""
     return unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs") or unicodedata.bidirectional(character) in (
         *("LRE", "RLE", "LRO", "RLO", "PDF"),
         *("LRI", "RLI", "FSI", "PDI"),

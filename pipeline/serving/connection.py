@@ -1,4 +1,4 @@
-"""One client at the other end of a WebSocket, with at most one stream."""
+"""The connection to one client over a WebSocket. A client has at most one stream."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pipeline.serving.visitors import BrowserSession
 from utils.errors import UserError
 
 VERSION = 1
-MOST_MISTAKES = 20  # of one client before it is shown out
-SEND_SECONDS = 20.0  # a client that takes nothing for so long is gone
+MOST_MISTAKES = 20  # wrong messages of one client before its connection is closed
+SEND_SECONDS = 20.0  # a client that takes nothing for this long counts as gone
 HELLO_SECONDS = 10.0
-REPORT_SECONDS = 0.3  # between two looks at what a client is told about the server
+REPORT_SECONDS = 0.3  # between two checks whether a client needs a new status
 MEMORY_SECONDS = 3.0
-GONE = (WebSocketDisconnect, asyncio.TimeoutError, TimeoutError, OSError)  # what a client that leaves looks like
+GONE = (WebSocketDisconnect, asyncio.TimeoutError, TimeoutError, OSError)  # errors that a client causes by leaving
 
 
 class Connection:
-    """Serves one client until it goes.
+    """Serves one client until it leaves.
 
     Args:
-        visitor: whose share of everything it counts for; see ``limits.visitor_of``.
+        visitor: the visitor that the client counts for in every limit; see ``limits.visitor_of``.
     """
 
     def __init__(self, server: Server, socket: WebSocket, visitor: str) -> None:
@@ -41,7 +41,7 @@ class Connection:
         self._session: BrowserSession
 
     async def run(self) -> None:
-        """Greet the client, serve it, and stop its stream when it goes."""
+        """Greet the client, serve it, and stop its stream when it leaves."""
         await self._socket.accept()
         try:
             self._session = await self._greet()
@@ -56,10 +56,8 @@ class Connection:
             self._server.gallery.unlisten(self._session.id, self._outbox.put)
             self._server.sessions.leave(self._session)
             self._outbox.close()
-            viewer, self._viewer = (
-                self._viewer,
-                None,
-            )  # asyncio may keep a cancelled task, and this with it, for a while
+            # asyncio may keep a cancelled task, and with it this object, for a while.
+            viewer, self._viewer = self._viewer, None
             if viewer is not None:
                 viewer.stop()
 
@@ -77,7 +75,7 @@ class Connection:
         return session
 
     async def _serve(self) -> None:
-        """Receive, send and report until one of the three ends."""
+        """Receive, send and report until one of these tasks ends."""
         runs = (self._receive, self._send, self._report, self._outbox.overrun.wait)
         tasks = [asyncio.create_task(run()) for run in runs]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -87,11 +85,11 @@ class Connection:
             if isinstance(result, Exception) and not isinstance(result, GONE):
                 raise result
         if self._outbox.overrun.is_set():
-            await self._socket.close(1013, "too slow")
+            await self._socket.close(1013, "the client takes its messages too slowly")
 
     async def _receive(self) -> None:
         mistakes = 0
-        while self._socket.application_state is WebSocketState.CONNECTED:  # not if sending found it gone
+        while self._socket.application_state is WebSocketState.CONNECTED:  # sending may have found out that it is gone
             try:
                 message = messages.CLIENT_MESSAGE.validate_json(await self._socket.receive_text())
                 await asyncio.sleep(self._server.messages.spend(self._visitor))
@@ -100,14 +98,14 @@ class Connection:
                 mistakes += 1
                 self._outbox.put({"type": "error", "message": _in_words(error)})
             if mistakes == MOST_MISTAKES:
-                await self._socket.close(1008, "too many mistakes")
+                await self._socket.close(1008, "too many wrong messages")
 
     async def _obey(self, message: messages.ClientMessage) -> None:
         viewer = self._viewer
         if isinstance(message, messages.Start):
             await self._start(message)
         elif viewer is None or isinstance(message, messages.Hello):
-            raise UserError(f"{message.type} is not possible now: no stream was started")
+            raise UserError(f"{message.type} is not possible now: no stream is running; send start first")
         elif isinstance(message, messages.Shown):
             if message.stream == viewer.number:
                 viewer.frames_shown(message.frames)
@@ -119,10 +117,10 @@ class Connection:
     async def _start(self, message: messages.Start) -> None:
         server = self._server
         if server.state != "ready":
-            raise UserError("the model is still loading")
+            raise UserError("the model is still loading; try again in a few seconds")
         image = self._session.image if message.image else None
         if message.image and image is None:
-            raise UserError("no image was uploaded: upload one first")
+            raise UserError("image=true, but no image was uploaded; upload one first")
         spec = server.model.spec(message, image)
         await server.take_start(self._visitor)
         if self._viewer is not None:
@@ -140,13 +138,13 @@ class Connection:
 
     async def _send_frame(self, frame: bytes) -> None:
         """Send a frame, unless it belongs to a stream that was replaced."""
-        # No viewer in a variable: asyncio keeps the frames of a cancelled task until the next garbage collection.
+        # Keep the viewer in no local variable: asyncio keeps those of a cancelled task until a garbage collection.
         if self._viewer is not None and HEADER.unpack_from(frame)[1] == self._viewer.number:
             await asyncio.wait_for(self._socket.send_bytes(frame), SEND_SECONDS)
             self._viewer.frame_sent()
 
     async def _report(self) -> None:
-        """Say what changed in the status and in line, now and then the memory in use, and once what is on offer."""
+        """Send the status when it changes or the memory figure is old, the place in line, and once the options."""
         told: dict[str, Any] = {}
         place, since, offered = None, 0.0, False
         while True:
@@ -162,7 +160,7 @@ class Connection:
             since += REPORT_SECONDS
 
     def _tell_place(self, told: tuple[int, int] | None) -> tuple[int, int] | None:
-        """Say where the viewer is in line, if that changed."""
+        """Send the viewer's place in line if it has changed. Return the place that the client knows now."""
         viewer = self._viewer
         place = None if viewer is None else self._server.hub.place(viewer)
         if place is None or (viewer.number, place) == told:
@@ -174,4 +172,4 @@ class Connection:
 def _in_words(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return messages.explain(error)
-    return str(error) if isinstance(error, UserError) else "messages are text"
+    return str(error) if isinstance(error, UserError) else "a message must be text, not binary"

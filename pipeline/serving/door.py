@@ -1,4 +1,4 @@
-"""Open connections: how many there may be, and how long they may do nothing. uvicorn has no such limits of its own."""
+"""Limits of open connections: how many there may be, and how long they may be idle. uvicorn has no such limits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from pipeline.serving.limits import Count, Limits, Rate, connection_limit, greediest, visitor_of
 
 SWEEP_SECONDS = 1.0
-CLOSING_SECONDS = 5.0  # until a connection that is closed, and whose client takes nothing, is cut off
-REFUSED_SECONDS = 1.0  # the same for a connection that was refused
-MOST_REFUSED = 64  # connections that are being refused; more are cut off without a word
-LARGEST_REQUEST = 64 * 2**20  # bytes; more than is taken, so that who sends too much is told so
+CLOSING_SECONDS = 5.0  # after this time, a closing connection whose client takes nothing is cut off
+REFUSED_SECONDS = 1.0  # the same for a refused connection
+MOST_REFUSED = 64  # connections that get a refusal at the same time; more are cut off without an answer
+LARGEST_REQUEST = 64 * 2**20  # bytes; larger than any route accepts, so that the route can send its own error
 WEBSOCKET_BURST = 128 * 1024  # bytes
 BUSY = b"too many connections: try again later\n"
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 5\r\n" + (
@@ -29,9 +29,9 @@ class Door:
     """Counts connections, and closes those that are idle or too slow.
 
     Args:
-        limits: how many and how long.
-        is_proxy: whether an address is a proxy that visitors come through; its connections are not counted as those
-            of one visitor.
+        limits: the limits of numbers and times.
+        is_proxy: returns whether an address is a proxy. Connections through a proxy come from many visitors, so they
+            are not counted for one visitor.
     """
 
     def __init__(self, limits: Limits, is_proxy: Callable[[str], bool] = lambda address: False) -> None:
@@ -42,23 +42,24 @@ class Door:
         self._counts = Count(limits.connections_each)
         self._proxied = self._refused = 0
         self._rate = Rate(limits.new_connections, 3 * limits.new_connections)
-        self._watched: set[TimedHTTP | TimedWebSocket] = set()  # those that are let in, and those being refused
+        self._watched: set[TimedHTTP | TimedWebSocket] = set()  # admitted ones and ones that are being refused
         self._sweeper: asyncio.TimerHandle | None = None
 
     @property
     def connections(self) -> int:
-        """That are open."""
+        """Number of open connections."""
         return self._counts.total + self._proxied
 
     def protocols(self) -> dict[str, Callable]:
-        """The options ``http`` and ``ws`` of ``uvicorn.Config``."""
+        """Return the options ``http`` and ``ws`` of ``uvicorn.Config``."""
         return {"http": partial(TimedHTTP, self), "ws": partial(TimedWebSocket, self)}
 
     def enter(self, address: str) -> bool:
-        """Count a new connection; False if there are too many.
+        """Count a new connection. Return False if there are too many.
 
-        Before that happens, a connection that has not sent a whole request makes room: idle connections do not keep
-        out those who have something to ask. It is one of the same address, or of the one with the most idle ones.
+        If there are too many, an idle connection (one that has not sent a whole request) is closed to make room. It
+        belongs to the same visitor if that visitor has reached its limit, else to the visitor with the most idle
+        connections.
         """
         if self._is_proxy(address):
             if self.connections >= self._total:
@@ -78,25 +79,28 @@ class Door:
         return self.connections < self._total and self._counts.enter(visitor)
 
     def leave(self, address: str) -> None:
-        """A connection that was let in has ended."""
+        """Stop counting an admitted connection that has ended."""
         if self._is_proxy(address):
             self._proxied -= 1
         else:
             self._counts.leave(visitor_of(address))
 
     def pay_for_bytes(self, connection: TimedWebSocket, address: str, count: int) -> float:
-        """Seconds to wait before bytes of a WebSocket are read; connections of one address pay from one budget."""
+        """Spend `count` bytes of the budget of a WebSocket's address. Return the seconds to wait before reading them.
+
+        All connections of one address share a budget. Each connection through a proxy has its own.
+        """
         return self._message_bytes.spend(connection if self._is_proxy(address) else visitor_of(address), count)
 
     def refuse(self) -> bool:
-        """Whether there is time to say no before a connection is cut off. Call :meth:`refused` when that is over."""
+        """Return whether a refused connection may get an answer. If so, call :meth:`refused` when it has ended."""
         if self._refused >= MOST_REFUSED:
             return False
         self._refused += 1
         return True
 
     def refused(self) -> None:
-        """A refused connection has ended."""
+        """Stop counting a refused connection that has ended."""
         self._refused -= 1
 
     def watch(self, connection: TimedHTTP | TimedWebSocket) -> None:
@@ -106,7 +110,7 @@ class Door:
             self._sweeper = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
     def forget(self, connection: TimedHTTP | TimedWebSocket) -> None:
-        """Check it no more."""
+        """Stop checking a connection."""
         self._watched.discard(connection)
 
     def _sweep(self) -> None:
@@ -120,14 +124,14 @@ class Door:
 
 
 def _close_oldest(idle: list[TimedHTTP], visitor: str) -> None:
-    """Close the connection of a visitor that has been idle for the longest time, if there is one."""
+    """Close the visitor's connection that has been idle for the longest time, if there is one."""
     own = [connection for connection in idle if connection.visitor == visitor]
     if own:
         min(own, key=lambda connection: connection.idle_since).give_way()
 
 
 class _Stalls:
-    """When a connection stopped to take what is sent, and when it began to close. Mixed into uvicorn's protocols."""
+    """Remembers since when a client takes no data and since when its connection is closing. A mixin for uvicorn."""
 
     transport: asyncio.Transport
     _stalled_since: float | None = None
@@ -151,16 +155,16 @@ class _Stalls:
 
 
 class TimedHTTP(_Stalls, H11Protocol):
-    """An HTTP connection that has to send whole requests in time."""
+    """An HTTP connection whose client must send each request within a time limit."""
 
     def __init__(self, door: Door, **options) -> None:
         super().__init__(**options)
         self._door = door
         self._let_in = self._saying_no = self._passed_on = False
-        self._waiting_since = time.monotonic()  # for the first byte of a request
+        self._waiting_since = time.monotonic()  # waiting for the first byte of a request
         self._request_since: float | None = None
-        self._answered = False  # a request before
-        self._received = 0  # bytes of the request
+        self._answered = False  # whether an earlier request was answered
+        self._received = 0  # bytes of the current request
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -187,18 +191,18 @@ class TimedHTTP(_Stalls, H11Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """Since when it waits for a whole request; None while it has one, and after it gave way."""
+        """Time since when it waits for a whole request; None while it has one, and after :meth:`give_way`."""
         if not self._let_in or self._passed_on or self.conn.their_state is not h11.IDLE:
             return None
         return self._request_since or self._waiting_since
 
     def give_way(self) -> None:
-        """End at once, for a connection that has something to ask."""
+        """Close at once, to make room for another connection."""
         self.give_up_place()
         self.transport.abort()
 
     def give_up_place(self) -> None:
-        """Count no more."""
+        """Stop being counted."""
         if self._let_in and not self._passed_on:
             self._let_in = False
             self._door.leave(self._address)
@@ -239,14 +243,14 @@ class TimedHTTP(_Stalls, H11Protocol):
 
 
 class TimedWebSocket(_Stalls, WebSocketsSansIOProtocol):
-    """A WebSocket whose client may send only so many bytes a second: what is more is read later."""
+    """A WebSocket with a limit of received bytes a second. Bytes above the limit are read later."""
 
     def __init__(self, door: Door, **options) -> None:
         super().__init__(**options)
         self._door = door
         self._held: list[bytes] = []
 
-    idle_since = None  # its pings show whether anybody is there
+    idle_since = None  # never idle: the pings of the protocol show whether the client is there
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)

@@ -1,7 +1,7 @@
-"""Frames on the wire: one binary message each, pixels as they are where they are few, as JPEG where they are many.
+"""Frames as binary messages, one frame a message. Small frames are sent as raw RGB pixels, larger ones as JPEG.
 
-Message, little endian: format u8 (0 RGB, 1 JPEG), three bytes of zero, stream u32, frame u32, chunk u32, width u16,
-height u16, seconds since 1970 at which the chunk was ready f64; then the pixels.
+The header is little endian: format u8 (0 RGB, 1 JPEG), three bytes of zero, stream u32, frame u32, chunk u32,
+width u16, height u16, and f64 for the time at which the chunk was ready, in seconds since 1970. The pixels follow.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct("<B3xIIIHHd")
 RAW, JPEG = 0, 1
-MOST_RAW_PIXELS = 128 * 128  # a Shapes frame is 7 kB raw; JPEG would smear it and save nothing
+MOST_RAW_PIXELS = 128 * 128  # a Shapes frame has 7 kB of raw pixels; JPEG would blur it and save nothing
 JPEG_QUALITY = 90
 
 
 def frame_messages(frames: Tensor, *, stream: int, first_frame: int, chunk: int, ready: float) -> Iterator[bytes]:
-    """One message for each of the frames, uint8 [F H W 3] on the CPU."""
+    """Yield one message for each frame.
+
+    Args:
+        frames: uint8 [F H W 3] on the CPU.
+        stream: number of the stream.
+        first_frame: number of the first of these frames in the stream.
+        chunk: number of their chunk.
+        ready: time at which the chunk was ready, in seconds since 1970.
+    """
     from PIL import Image
 
     height, width = frames.shape[1:3]

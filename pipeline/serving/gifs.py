@@ -1,4 +1,4 @@
-"""A clip as a GIF. Run as a program by ``workers.py``: CLIP.mp4 GIF FRAMES FPS."""
+"""Write a clip as a GIF. ``workers.py`` runs this module as a program with the arguments CLIP.mp4 GIF FRAMES FPS."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ MOST_HEIGHT = 480  # pixels
 
 
 def write_clip_gif(clip: Path, gif: Path, frames: int, fps: float) -> None:
-    """Write a looping GIF of a clip: at most 160 frames, from first to last, at most 480 pixels high.
+    """Write a looping GIF of a clip. It has at most 160 frames, spread over the whole clip, and 480 pixels in height.
 
     Args:
         clip: the mp4.
         gif: the file to write.
         frames: how many frames the clip has.
-        fps: frames a second at which it plays.
+        fps: frames per second of the clip.
     """
     from utils.video import sample_frames, write_gif
 

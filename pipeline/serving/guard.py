@@ -1,4 +1,4 @@
-"""Who may talk to the server: host names, origins, passwords and rates, checked before anything else sees a request."""
+"""Check host names, origins, passwords and rates of every request before anything else handles it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.serving.passwords import COOKIE, Passwords
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HEALTH = "/healthz"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-# Everything comes from this server; Gradio's page needs inline scripts and eval.
+# The page loads everything from this server. Gradio's page needs inline scripts and eval.
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
@@ -32,23 +32,23 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Access:
-    """Who may come in, as the command line says it."""
+    """Who may use the server, as the command line says it."""
 
     hosts: tuple[str, ...] | None
-    """Names that a request's Host header may have, so that no foreign name can be pointed at this server; None allows
-    any."""
+    """Names that the Host header of a request may hold. None allows any name. This stops DNS rebinding: another
+    site's name that points to this server is refused."""
     origins: tuple[str, ...] = ()
-    """Host names whose pages may use this server besides its own, such as that of a proxy that changes Host."""
+    """Further host names whose pages may use this server, such as the name of a proxy that changes Host."""
     accounts: tuple[str, ...] = ()
-    """"user:password" each; empty asks for nothing."""
+    """Accounts, each written as "user:password". Without accounts no password is needed."""
     root_path: str = ""
-    """Path below which a proxy shows the server, such as "/wan"; it is taken off if the proxy has left it."""
+    """Path below which a proxy shows the server, such as "/wan". It is removed from requests that still have it."""
 
 
 class Guard:
-    """ASGI middleware that refuses what may not come in, and slows down who asks for too much.
+    """ASGI middleware that refuses requests without permission and delays visitors who send too many.
 
-    It passes the visitor on as ``scope["state"]["visitor"]``; see ``limits.visitor_of``.
+    It stores the visitor in ``scope["state"]["visitor"]``; see ``limits.visitor_of``.
     """
 
     def __init__(self, app: ASGIApp, access: Access, limits: Limits) -> None:
@@ -91,7 +91,7 @@ class Guard:
             self._websockets.leave(visitor)
 
     async def _pass_request(self, visitor: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a few requests of a visitor at a time, and count large answers as several requests."""
+        """Answer a few requests of a visitor at the same time, and count a large answer as several requests."""
 
         async def pay_and_send(message: Message) -> None:
             wait = self._requests.spend(visitor, len(message.get("body", b"")) / self._limits.answer_bytes)
@@ -99,7 +99,7 @@ class Guard:
                 await asyncio.sleep(wait)
             await send(message)
 
-        if scope["path"] == HEALTH:  # whoever looks after the server does not wait behind others
+        if scope["path"] == HEALTH:  # a health check must not wait behind other requests
             await self._app(scope, receive, send)
             return
         slot = self._slots.setdefault(visitor, asyncio.Semaphore(self._limits.requests_at_once))
@@ -113,14 +113,16 @@ class Guard:
                 del self._slots[visitor]
 
     def _foreign(self, scope: Scope, headers: Headers) -> Response | None:
-        """The refusal of a request that another site sent, or that was sent to another name."""
+        """Return the refusal of a request that another site sent or that names another host; None if it is allowed."""
         access, host = self._access, headers.get("host", "")
         if access.hosts is not None and host_name(host) not in access.hosts:
-            return PlainTextResponse("this server answers to its own name only: see --allowed-host\n", 403)
+            return PlainTextResponse(
+                "this host name is not allowed; the server's option --allowed-host allows it\n", 403
+            )
         origin = headers.get("origin")
         changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
         if changes and origin is not None and not self._is_own(origin, host):
-            return PlainTextResponse("requests from other sites are refused: see --allowed-host\n", 403)
+            return PlainTextResponse("this site is not allowed; the server's option --allowed-host allows it\n", 403)
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
@@ -134,13 +136,13 @@ class Guard:
         rate = self._health_checks if scope["path"].endswith(HEALTH) else self._requests
         wait = rate.try_spend(address, self._limits.longest_wait)
         if wait is None:
-            return PlainTextResponse("too many requests: slow down\n", 429, {"retry-after": "5"})
+            return PlainTextResponse("too many requests; try again in a few seconds\n", 429, {"retry-after": "5"})
         if wait:
             await asyncio.sleep(wait)
         return None
 
     async def _sign_in(self, headers: Headers, address: str) -> tuple[str | None, Response | None]:
-        """The user, or the refusal."""
+        """Return the user or the refusal."""
         passwords = self._passwords
         user = passwords.user_of_cookie(headers)
         if user is not None:
@@ -148,17 +150,17 @@ class Guard:
         if "authorization" in headers:
             wait = passwords.wait(address)
             if wait:
-                text = "too many wrong passwords: wait and try again\n"
+                text = "too many wrong passwords; wait and try again\n"
                 return None, PlainTextResponse(text, 429, {"retry-after": str(int(wait) + 1)})
             user = passwords.user_of_password(headers, address)
             if user is not None:
                 return user, None
             await asyncio.sleep(min(passwords.wait(address), self._limits.longest_wait))
         ask = {"www-authenticate": 'Basic realm="Self Forcing"'}
-        return None, PlainTextResponse("user and password, please\n", 401, ask)
+        return None, PlainTextResponse("this server needs a user name and a password\n", 401, ask)
 
     def _take_off_root(self, scope: Scope) -> Response | None:
-        """Take the root path off, if it is there; a path without its last slash is sent to the page."""
+        """Remove the root path if the request has it. Redirect the root path without its last slash."""
         root, path = self._access.root_path, scope["path"]
         if not root or (path != root and not path.startswith(f"{root}/")):
             return None
@@ -192,7 +194,7 @@ class Guard:
 
 
 def proxy_check(proxies: Sequence[str]) -> Callable[[str], bool]:
-    """Whether an address is one of these proxies, given as addresses or networks."""
+    """Return a function that tells whether an address is one of these proxies (addresses or networks)."""
     networks = [ipaddress.ip_network(proxy, strict=False) for proxy in proxies]
 
     def is_proxy(address: str) -> bool:
@@ -206,7 +208,7 @@ def proxy_check(proxies: Sequence[str]) -> Callable[[str], bool]:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port and brackets."""
+    """Return the name in a Host header, without port and brackets."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

@@ -1,7 +1,7 @@
-"""Several viewers, one model: turns of one chunk each.
+"""Share one model between several viewers. They take turns, and a turn is one chunk.
 
-Three threads, in a row: the first denoises (it is the only one that drives sessions), the second decodes and packs
-frames, the third writes clips. The queues between them are short, so the slowest thread sets the pace.
+There are three threads in a row. The first one denoises; only this thread drives sessions. The second one decodes and
+packs frames. The third one writes clips. The queues between them are short, so the slowest thread sets the pace.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUEUED_CHUNKS = 2  # between two threads
-BATCH_SECONDS = 0.25  # so long before it is wanted, a chunk may be made along with another
+BATCH_SECONDS = 0.25  # a chunk that is wanted within this time may be made in a batch with one that is wanted now
 
 
 @dataclass(frozen=True, eq=False)
 class FinishedBlock:
-    """A denoised chunk on its way to the viewer and to the clip; without a block, the end of the stream."""
+    """A denoised chunk on its way to the viewer and to the clip. If block is None, it marks the end of the stream."""
 
     viewer: Viewer
     session: Session | None = None
     block: Any = None
     change: PromptChange | None = None
-    """The change of the prompt that takes effect with it."""
+    """The change of the prompt that takes effect with this chunk."""
     wanted: float = 0.0
-    """Since when it was wanted, in ``time.monotonic()`` seconds."""
+    """Time since when the chunk was wanted, in ``time.monotonic()`` seconds."""
     started: float = 0.0
-    """When its turn began."""
+    """Time at which its turn began, in ``time.monotonic()`` seconds."""
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Counters:
     frames: int = 0
     failures: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage."""
+    """Stage -> seconds spent."""
 
     def add_chunk(self, frames: int, timings: dict[str, float]) -> None:
-        """Count a chunk."""
+        """Count a chunk, its pixel frames and the seconds of its stages."""
         self.chunks += 1
         self.frames += frames
         for stage, value in timings.items():
@@ -71,10 +71,10 @@ class Hub:
     """Seats, turns and the threads behind them.
 
     Args:
-        max_viewers: streams that run at once; the others wait in line.
+        max_viewers: number of streams that run at the same time. Others wait in line.
         gallery: where finished clips go.
-        denoise_batch: makes the next blocks of several sessions of one kind as a batch; None makes one by one.
-        limits: how long seats are kept.
+        denoise_batch: makes the next blocks of several sessions of one kind as a batch. None makes them one by one.
+        limits: how long a viewer may keep its seat.
     """
 
     def __init__(
@@ -105,31 +105,38 @@ class Hub:
 
     @property
     def max_viewers(self) -> int:
-        """Streams that run at once."""
+        """Number of streams that can run at the same time."""
         return self._seats.count
 
     @property
     def viewers(self) -> int:
-        """Streams that have a seat."""
+        """Number of streams that have a seat."""
         return len(self._seats.taken)
 
     @property
     def waiting(self) -> int:
-        """Streams in line."""
+        """Number of streams that wait in line."""
         return len(self._seats.line)
 
     def place(self, viewer: Viewer) -> int | None:
-        """The place of a viewer in line, from 1; None if it does not wait."""
+        """Return the place of a viewer in line, from 1; None if it does not wait."""
         return self._places.get(viewer)
 
     def ready(self, open_session: Callable[[StreamSpec], Session]) -> None:
-        """The model is loaded: streams that were asked for begin."""
+        """Begin the requested streams, now that the model is loaded. `open_session` opens the session of a stream."""
         with self._wake:
             self._open_session = open_session
             self._wake.notify_all()
 
     def submit(self, spec: StreamSpec, deliver: Callable[[Message], None], visitor: str, session_id: str) -> Viewer:
-        """A new stream, seated or in line. ``deliver`` gets its messages from other threads and must not block."""
+        """Create a stream. It gets a seat or waits in line.
+
+        Args:
+            spec: the stream.
+            deliver: receives the messages of the stream. It is called from other threads and must not block.
+            visitor: the visitor whose share of seats and turns the stream counts for.
+            session_id: the session whose gallery shows the clip.
+        """
         with self._wake:
             self.counters.streams += 1
             viewer = Viewer(
@@ -145,7 +152,7 @@ class Hub:
         return viewer
 
     def close(self) -> None:
-        """Stop every stream and the threads; clips are finished first."""
+        """Stop every stream, finish the clips, and end the threads."""
         with self._wake:
             self._closing = True
             viewers = [*self._seats.taken, *self._seats.line]
@@ -164,7 +171,7 @@ class Hub:
             self._wake.notify_all()
 
     def _fill_seats(self) -> None:
-        """Seat those who are next; the lock is held."""
+        """Give free seats to the next viewers in line. The caller holds the lock."""
         for viewer in self._seats.drop_stopped():
             viewer.deliver({"type": "ended", "stream": viewer.number, "frames": 0})
             viewer.close()
@@ -185,11 +192,11 @@ class Hub:
     def _generate(self) -> None:
         while turn := self._next_turn():
             self._try_turn(turn)
-            del turn  # nothing of a viewer is kept while waiting
+            del turn  # keep no viewer alive while waiting
         self._to_decode.put(None)
 
     def _try_turn(self, turn: dict[Viewer, float]) -> None:
-        """Make a chunk of each viewer; one viewer's failure is not the others'."""
+        """Make a chunk for each viewer. An error ends the streams of this turn only."""
         started = time.monotonic()
         try:
             self._take_turn(turn, started)
@@ -203,10 +210,7 @@ class Hub:
                 self._turns.used(viewer.visitor, (time.monotonic() - started) / len(turn))
 
     def _next_turn(self) -> dict[Viewer, float]:
-        """The viewers whose next chunks are made now, with the times since when they are wanted.
-
-        Waits for one; empty once all is closed.
-        """
+        """Wait for a turn. Return its viewers and since when each wants a chunk; empty once everything is closed."""
         with self._wake:
             while not (self._closing and not self._seats.taken):
                 turn, seconds = self._choose(time.monotonic())
@@ -216,10 +220,10 @@ class Hub:
         return {}
 
     def _choose(self, now: float) -> tuple[dict[Viewer, float], float]:
-        """The viewers of the next turn; without any, the seconds until somebody wants a chunk.
+        """Return the viewers of the next turn. If there is none, return the seconds until a viewer wants a chunk.
 
-        The first is the one whose visitor has used the least time, among those that want a chunk. The others are those
-        whose chunks can be made as one batch with its.
+        Among the viewers that want a chunk, the first one belongs to the visitor that has used the least time. The
+        others are those whose chunks can be made in one batch with it.
         """
         self._make_room(now)
         due = {viewer: self._due(viewer) for viewer in self._seats.taken}
@@ -239,7 +243,7 @@ class Hub:
         return viewer.due() if self._open_session is not None or viewer.stopped else math.inf
 
     def _together(self, first: Viewer, due: dict[Viewer, float], now: float) -> list[Viewer]:
-        """A viewer and, if chunks are made in batches, those of its kind that want one about now."""
+        """Return a viewer and, if chunks are made in batches, the viewers of its kind that want a chunk soon."""
         if self._denoise_batch is None or first.stopped:
             return [first]
         kind, soon = first.spec.kind, now + BATCH_SECONDS
@@ -258,7 +262,7 @@ class Hub:
             self._hand_on(FinishedBlock(viewer, session, block, viewer.change_shown_by(block), wanted, started))
 
     def _hand_on(self, job: FinishedBlock) -> None:
-        """A block goes to the decoder. Without one the stream may be over."""
+        """Send a block to the decoder. If there is no block, end the stream if its session has ended."""
         from pipeline.session import SessionState
 
         if job.block is not None:
@@ -268,7 +272,7 @@ class Hub:
             self._end(job.viewer)
 
     def _prepare(self, viewer: Viewer) -> None:
-        """Open the session of a new viewer, and tell it of a new prompt."""
+        """Open the session of a new viewer, and pass on a change of the prompt."""
         from pipeline.session import SwitchStyle
 
         if viewer.session is None:
@@ -278,7 +282,7 @@ class Hub:
             viewer.session.switch(change.prompt, SwitchStyle[change.style])
 
     def _end(self, viewer: Viewer) -> None:
-        """Free the seat and the session at once; chunks that are still being decoded follow, then the clip."""
+        """Free the seat and the session at once. Chunks that are still being decoded and the clip follow."""
         session = viewer.end()
         with self._wake:
             self._seats.leave(viewer)
@@ -295,11 +299,11 @@ class Hub:
                 self._to_record.put((job, chunk))
             except Exception as error:
                 self._drop(job.viewer, error)
-            chunk = job = None  # not kept while waiting for the next
+            chunk = job = None  # keep nothing alive while waiting
         self._to_record.put(None)
 
     def _drop(self, viewer: Viewer, error: Exception) -> None:
-        """A chunk that is not shown: the stream was stopped, or it cannot go on."""
+        """Drop a chunk that could not be decoded. Unless the stream was stopped, report the error and stop it."""
         from pipeline.session import Stopped
 
         if not isinstance(error, Stopped):
@@ -307,7 +311,7 @@ class Hub:
             viewer.stop()
 
     def _deliver_chunk(self, job: FinishedBlock) -> Chunk:
-        """Decode a chunk and hand its frames on."""
+        """Decode a chunk and send its frames to the viewer."""
         viewer = job.viewer
         chunk = job.session.decode(job.block)
         ready, first = time.time(), viewer.pace.produced
@@ -343,12 +347,12 @@ class Hub:
                 job.viewer.deliver({"type": "ended", "stream": job.viewer.number, "frames": frames})
                 self._recorders.finish(job.viewer)
                 job.viewer.close()
-            entry = job = chunk = None  # not kept while waiting for the next
+            entry = job = chunk = None  # keep nothing alive while waiting
 
     def _fail(self, viewer: Viewer, error: Exception) -> None:
         known = isinstance(error, ValueError)
         if not known:
             log.error("stream %d failed", viewer.number, exc_info=error)
         self.counters.failures += 1
-        message = str(error) if known else f"{type(error).__name__}: see the server's log"
+        message = str(error) if known else f"the video ended with {type(error).__name__}; see the server's log"
         viewer.deliver({"type": "error", "stream": viewer.number, "message": message})

@@ -1,7 +1,7 @@
-"""Uploaded first frames: decoded as images and nothing else, within limits, and written anew.
+"""Clean uploaded first frames: decode them as images only, within limits, and write them as new PNG files.
 
-Run as a program, it reads an image from its input and writes a PNG to its output; ``workers.py`` runs it like this, so
-that an image that takes too much memory or time ends with its process. For the same reason it imports little.
+As a program, this module reads an image from its input and writes a PNG to its output. ``workers.py`` runs it as a
+program, so that an image that takes too much memory or time ends only that process. It imports little, to start fast.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 10 * 2**20
 MOST_PIXELS = 40_000_000
-LONGEST_SIDE = 1280  # pixels of what is kept
+LONGEST_SIDE = 1280  # pixels of the image that is kept
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SIZE = struct.Struct("<II")  # width and height, before the PNG
-REFUSED = 2  # exit code for an image that is refused, with the reason on stderr
+REFUSED = 2  # exit code if the image is refused; the reason is on stderr
 
 
 class Refused(ValueError):
-    """The upload is not taken; the message says why."""
+    """The upload is refused. The message says why."""
 
 
 def clean_image(data: bytes) -> tuple[bytes, int, int]:
-    """A PNG of the image, upright and at most 1280 pixels long, with its width and height.
+    """Return the image as a PNG, upright and with sides of at most 1280 pixels, and its width and height.
 
     Raises:
-        Refused: what is not such an image, or has more pixels than are decoded.
+        Refused: the data are no image of a known format, or the image has too many pixels.
     """
     from PIL import Image, ImageOps
 
     too_many = f"the image has more than {MOST_PIXELS // 10**6} megapixels; make it smaller"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            if file.width * file.height > MOST_PIXELS:  # from the header: nothing is decoded yet
+            if file.width * file.height > MOST_PIXELS:  # the header says so; nothing is decoded yet
                 raise Refused(too_many)
             file.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
             file.load()
@@ -50,7 +50,7 @@ def clean_image(data: bytes) -> tuple[bytes, int, int]:
         raise
     except MemoryError as error:
         raise Refused("the image needs too much memory; make it smaller") from error
-    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
+    except Exception as error:  # Pillow's decoders can raise any error on damaged data
         raise Refused("this is not a PNG, JPEG, WebP, GIF or BMP image") from error
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -58,7 +58,7 @@ def clean_image(data: bytes) -> tuple[bytes, int, int]:
 
 
 def _scalable(image: Image.Image) -> Image.Image:
-    """The image with eight bits a channel and without a palette, which has no colours in between."""
+    """Return the image with eight bits per channel and without a palette, because a palette cannot be interpolated."""
     if image.mode in ("P", "PA", "1"):
         return image.convert("RGBA")
     if image.mode.startswith("I"):  # 16 bits

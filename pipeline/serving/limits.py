@@ -1,7 +1,7 @@
-"""How much one visitor, and all visitors together, may ask of the server. Every limit of the server is here.
+"""Every limit of the server: how much one visitor and all visitors together may use.
 
-A visitor is an address: one IPv4 address, or one /64 network of IPv6, which is what a household gets. If the server has
-several accounts (``--auth`` given more than once), a visitor is an account.
+A visitor is one IPv4 address or one /64 network of IPv6, which is what one household gets. If the server has several
+accounts (``--auth`` given more than once), a visitor is an account.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-MOST_KEYS = 4096  # addresses whose rates are remembered; the one unused for the longest time is forgotten
+MOST_KEYS = 4096  # addresses whose rates are remembered; beyond that the one unused for the longest time is forgotten
 IPV6_PREFIX = 64  # bits
 
 Key = TypeVar("Key", bound=Hashable)
@@ -21,68 +21,68 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one server. Times are seconds."""
+    """The limits of one server. Times are in seconds."""
 
     connections: int = 400
-    """Open connections in all; fewer if the process may open few files."""
+    """Open connections in total. It is lower if the process may open only few files."""
     connections_each: int = 64
     """Open connections of one address."""
     new_connections: float = 200.0
-    """Connections that one address may open a second, in the long run."""
+    """Connections that one address may open per second on average."""
     files_kept_free: int = 160
-    """Open files that connections never take: weights, clips, child processes."""
+    """Open files that are reserved for weights, clips and child processes."""
     head: float = 10.0
-    """From the start of a request to its end. A body gets more time, see ``body_rate``."""
+    """Longest time from the start of a request to its end. A body gets more time, see ``body_rate``."""
     idle: float = 30.0
-    """Between two requests of a connection, and without progress in sending an answer."""
+    """Longest time between two requests of a connection, and longest time without progress in sending an answer."""
     body_rate: float = 64 * 1024
-    """Bytes a second at which a body has to arrive on average, after the first ``head`` seconds."""
+    """Bytes per second at which a body must arrive on average, after the first ``head`` seconds."""
     requests: float = 40.0
-    """Requests of one visitor a second, in the long run."""
+    """Requests of one visitor per second on average."""
     health_checks: float = 200.0
-    """Requests for /healthz of one address a second; they do not count as other requests."""
+    """Requests for /healthz of one address per second. They do not count as other requests."""
     requests_at_once: int = 8
-    """Requests of one visitor that are answered at the same time; the others wait."""
+    """Requests of one visitor that are answered at the same time. Others wait."""
     answer_bytes: int = 256 * 1024
-    """Bytes of answers that count as one more request."""
+    """This many bytes of an answer count as one more request."""
     longest_wait: float = 5.0
-    """A request that would have to wait longer is refused."""
+    """A request that would have to wait longer than this is refused."""
     messages: float = 200.0
-    """WebSocket messages of one visitor a second, in the long run."""
+    """WebSocket messages of one visitor per second on average."""
     message_bytes: float = 64 * 1024
-    """Bytes of WebSocket messages of one address a second, in the long run."""
+    """Bytes of WebSocket messages of one address per second on average."""
     starts: float = 2.0
-    """Streams that one visitor may start a second, in the long run."""
+    """Streams that one visitor may start per second on average."""
     starts_at_once: int = 60
-    """Streams that one visitor may start without a pause before that counts."""
+    """Streams that one visitor may start one after the other before ``starts`` limits it."""
     precisions: float = 2 / 60
-    """Changes of the precision by one visitor a second: each loads the model again."""
+    """Changes of the precision by one visitor per second on average. Each change loads the model again."""
     sessions: int = 512
-    """Sessions that are remembered."""
+    """Sessions that are remembered in total."""
     sessions_each: int = 64
     """Sessions of one visitor that are remembered."""
     image_bytes: int = 256 * 2**20
-    """First-frame images kept in memory, in all."""
+    """Bytes of all uploaded first frames in memory together."""
     uploads: int = 8
-    """Uploads that are received or decoded at the same time; more are refused."""
+    """Uploads that are received or decoded at the same time. More are refused."""
     uploads_each: int = 2
-    """The same, of one visitor."""
+    """The same for one visitor."""
     decoders: int = 2
-    """Images decoded at the same time, each in a process of its own."""
+    """Images decoded at the same time, each in its own process."""
     clips: int = 200
-    """Clips kept in the clips folder, those of earlier runs included."""
+    """Clips kept in the clips folder. Clips of earlier runs count too."""
     gifs_waiting: int = 8
-    """GIFs that are asked for and not made yet; one is made at a time."""
+    """Requested GIFs that are not made yet. One GIF is made at a time."""
     idle_seat: float = 600.0
-    """A stream whose viewer shows no new frame for so long is stopped."""
+    """A stream is stopped if its viewer shows no new frame for this long."""
     idle_seat_in_demand: float = 20.0
-    """The same while somebody waits for a seat."""
+    """The same while another viewer waits for a seat."""
     longest_turn: float = 600.0
-    """While somebody waits for a seat, a stream that is older is stopped."""
+    """While another viewer waits for a seat, a stream that is older than this is stopped."""
 
 
 def open_file_limit() -> int:
-    """Files that this process may have open."""
+    """Return how many files this process may have open."""
     try:
         import resource
     except ImportError:  # Windows
@@ -92,12 +92,12 @@ def open_file_limit() -> int:
 
 
 def connection_limit(limits: Limits) -> int:
-    """Open connections that leave enough files for everything else."""
+    """Return how many connections may be open so that enough files stay free for everything else."""
     return max(min(limits.connections, open_file_limit() - limits.files_kept_free), 16)
 
 
 def visitor_of(address: str) -> str:
-    """The address, or the /64 network, that limits are counted for."""
+    """Return the IPv4 address or the /64 network of IPv6 that limits are counted for."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -110,19 +110,19 @@ def visitor_of(address: str) -> str:
 
 
 class Rate:
-    """A budget that refills at a steady rate, for each key on its own (a token bucket).
+    """A budget for each key that refills at a constant rate (a token bucket).
 
     Args:
-        per_second: units that come back each second.
-        burst: units that may be spent at once.
+        per_second: units that each key gets back per second.
+        burst: units that a key may spend at once.
     """
 
     def __init__(self, per_second: float, burst: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_second, self._burst, self._clock = per_second, burst, clock
-        self._free_at: OrderedDict[Hashable, float] = OrderedDict()  # when the whole budget is back
+        self._free_at: OrderedDict[Hashable, float] = OrderedDict()  # key -> when its whole budget is back
 
     def spend(self, key: Hashable, units: float = 1.0) -> float:
-        """Spend from the key's budget. Returns the seconds to wait before what is paid for may be done."""
+        """Spend units of the key's budget. Return the seconds to wait before acting."""
         now = self._clock()
         free_at = max(self._free_at.pop(key, now), now) + units / self._per_second
         self._free_at[key] = free_at
@@ -131,7 +131,7 @@ class Rate:
         return max(0.0, free_at - now - self._burst / self._per_second)
 
     def try_spend(self, key: Hashable, longest_wait: float = 0.0) -> float | None:
-        """As :meth:`spend` for one unit; None, and nothing is spent, if the wait would be longer than allowed."""
+        """Spend one unit and return the seconds to wait. If the wait is too long, spend nothing and return None."""
         wait = self.spend(key)
         if wait <= longest_wait:
             return wait
@@ -140,7 +140,7 @@ class Rate:
 
 
 class Count:
-    """How many of something each key has at the moment, with a limit for each key and one for all."""
+    """Counts something for each key, with a limit for each key and one for all keys together."""
 
     def __init__(self, each: int, total: int | None = None) -> None:
         self._each, self._total = each, total
@@ -153,11 +153,11 @@ class Count:
         return self._sum
 
     def of(self, key: Hashable) -> int:
-        """The count of one key."""
+        """Return the count of one key."""
         return self._counts[key]
 
     def enter(self, key: Hashable) -> bool:
-        """Count one more, if both limits allow it. Returns whether they do."""
+        """Count one more if both limits allow it. Return whether they allow it."""
         if self._counts[key] >= self._each or (self._total is not None and self._sum >= self._total):
             return False
         self._counts[key] += 1
@@ -173,5 +173,5 @@ class Count:
 
 
 def greediest(keys: Iterable[Key]) -> Key:
-    """The key that occurs most often; of several the one that occurs first."""
+    """Return the key that occurs most often. If several do, return the first of them."""
     return Counter(keys).most_common(1)[0][0]

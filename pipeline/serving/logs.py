@@ -1,4 +1,4 @@
-"""A log that visitors cannot fill: repeated lines are counted, and what a client does is never a traceback."""
+"""A log that visitors cannot fill: repeated lines are only counted, and a client that leaves causes no traceback."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from uvicorn.protocols.utils import ClientDisconnected
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 WINDOW_SECONDS = 60.0
-LINES_A_WINDOW = 60  # different lines that are written in a window; the others are counted
-GONE = (  # what a client that leaves looks like
+LINES_A_WINDOW = 60  # different lines that are written in a window; further ones are only counted
+GONE = (  # errors that a client causes by leaving
     WebSocketDisconnect,
     ClientDisconnect,
     TimeoutError,
@@ -23,10 +23,10 @@ GONE = (  # what a client that leaves looks like
 
 
 class Bounded(logging.Filter):
-    """Lets a line through once a minute, and counts how often it comes again.
+    """Writes each line once a minute and counts its repetitions.
 
-    Lines are the same if their format is the same, so that an address or a name in them makes no new line. The count
-    is written with the next line after the minute. Errors keep their traceback unless a client that left caused them.
+    Lines with the same format are the same line, whatever address or name they hold. The count is written with the
+    first line after the minute. Errors keep their traceback unless a client caused them by leaving.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Bounded(logging.Filter):
         return not shown and not full
 
     def _missed(self, now: float) -> str:
-        """Begin a new window if the old one is over; what was not written in the old one, in words."""
+        """Begin a new window if the old one is over. Return a text with the number of lines that were not written."""
         if now - self._since < WINDOW_SECONDS:
             return ""
         repeated = sum(count - 1 for (name, _), count in self._counts.items() if name) + self._counts.get(
@@ -63,7 +63,7 @@ class Bounded(logging.Filter):
 
 
 def configure_logging() -> None:
-    """Log to stderr, bounded. uvicorn's and asyncio's lines go the same way."""
+    """Log to stderr through the filter :class:`Bounded`, also the lines of uvicorn and asyncio."""
     logging.basicConfig(level=logging.INFO, format=FORMAT, datefmt="%H:%M:%S")
     for handler in logging.getLogger().handlers:
         if not any(isinstance(each, Bounded) for each in handler.filters):

@@ -1,4 +1,4 @@
-"""What a client may send over the WebSocket, checked and bounded; docs/api.md describes each message."""
+"""The messages that a client may send over the WebSocket, with their limits. docs/api.md describes each message."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pipeline.serving.clips import is_control
 
 LONGEST_PROMPT = 2000  # characters
-MOST_SEED = 2**53 - 1  # what a JavaScript number holds exactly
+MOST_SEED = 2**53 - 1  # the largest integer that JavaScript can store exactly
 MOST_FPS = 60
 MOST_FRAMES = 100_000  # latent frames of a stream with an end
-SHOWN = 40  # characters of a wrong value in an error message
+SHOWN = 40  # characters of a wrong value that an error message shows
 KINDS = ("hello", "start", "switch", "pause", "resume", "stop", "shown")
-FULL_PRECISION = "full"  # the model's own
-DEFAULT_STYLE = "recache"  # of inference.py too
+FULL_PRECISION = "full"  # the model's own precision
+DEFAULT_STYLE = "recache"  # the default of inference.py too
 
 
 def one_line(prompt: str) -> str:
-    """A prompt on one line: control characters become spaces, so that no clip's command or file holds any."""
+    """Return a prompt on one line. Control characters become spaces, so that no command or file of a clip has any.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
     line = " ".join("".join(" " if is_control(character) else character for character in prompt).split())
     if not line:
-        raise ValueError("the prompt is empty")
+        raise ValueError("the prompt is empty; write what the video should show")
     return line
 
 
@@ -34,14 +38,14 @@ class _Message(BaseModel):
 
 
 class Hello(_Message):
-    """The first message; with the session of an earlier connection its clips are found again."""
+    """The first message. A session id of an earlier connection brings back the clips of that session."""
 
     type: Literal["hello"]
     session: Annotated[str, StringConstraints(max_length=64)] | None = None
 
 
 class Start(_Message):
-    """Begin a stream; one that runs on this connection is stopped."""
+    """Begin a stream. A stream that runs on this connection is stopped."""
 
     type: Literal["start"]
     prompt: Prompt
@@ -66,25 +70,25 @@ class SwitchPrompt(_Message):
 
 
 class Pause(_Message):
-    """Hold the running stream."""
+    """Pause the running stream."""
 
     type: Literal["pause"]
 
 
 class Resume(_Message):
-    """Go on."""
+    """Continue the paused stream."""
 
     type: Literal["resume"]
 
 
 class Stop(_Message):
-    """End the running stream; its clip is kept."""
+    """End the running stream. Its clip is kept."""
 
     type: Literal["stop"]
 
 
 class Shown(_Message):
-    """How many frames of the stream have been shown. The stream goes on only while these come."""
+    """How many frames of the stream the client has shown. The stream continues only while these messages come."""
 
     type: Literal["shown"]
     stream: int
@@ -96,18 +100,18 @@ CLIENT_MESSAGE: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage
 
 
 def explain(error: ValidationError) -> str:
-    """What is wrong with a message, in words for a person: the field, its value and what it may be."""
+    """Return a sentence that says what is wrong with a message: the field, its value and what is allowed."""
     first = error.errors(include_url=False)[0]
     names = [str(part) for part in first["loc"] if part not in KINDS]
     name = ".".join(names) or "the message"
     if first["type"] in ("json_invalid", "union_tag_invalid", "union_tag_not_found", "model_type", "dict_type"):
-        return f"the message is not understood: {first['msg']}"
+        return f"the message cannot be read: {first['msg']}"
     if first["type"] == "extra_forbidden":
         return f"{name} is not a field of this message"
     if first["type"] == "missing":
         return f"{name} is missing"
     if first["type"] == "string_too_long":
-        return f"the {name} has {len(first['input']):,} characters; at most {first['ctx']['max_length']:,} are taken"
+        return f"the {name} has {len(first['input']):,} characters; at most {first['ctx']['max_length']:,} are allowed"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     shown = repr(first["input"])

@@ -1,4 +1,4 @@
-"""Messages on their way to one client."""
+"""The queue of messages to one client."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 from contextlib import suppress
 from typing import Any
 
-MOST_QUEUED = 512  # messages; pacing keeps them far fewer
+MOST_QUEUED = 512  # messages; the pace of a stream normally keeps far fewer in the queue
 
 Message = dict[str, Any] | bytes
 
 
 class Outbox:
-    """A queue that any thread fills and the client's connection empties.
+    """A queue that any thread may fill and that the client's connection empties.
 
-    It knows nothing of the connection: the threads that make a stream hold the outbox only, so a connection is freed
+    It has no reference to the connection. The threads that make a stream hold only the outbox, so a connection is freed
     as soon as it ends.
     """
 
@@ -26,17 +26,17 @@ class Outbox:
         """Set when the client takes its messages too slowly."""
 
     def put(self, message: Message) -> None:
-        """Queue a message; from any thread. Nothing happens after :meth:`close`."""
+        """Queue a message. Any thread may call this. It does nothing after :meth:`close`."""
         if not self._closed:
-            with suppress(RuntimeError):  # the server is closing and its loop with it
+            with suppress(RuntimeError):  # the event loop is closed because the server is closing
                 self._loop.call_soon_threadsafe(self._enqueue, message)
 
     async def get(self) -> Message:
-        """The next message."""
+        """Wait for the next message and return it."""
         return await self._queue.get()
 
     def close(self) -> None:
-        """Forget what is queued and what will come."""
+        """Drop the queued messages and all later ones."""
         self._closed = True
         self._queue = asyncio.Queue()
 

@@ -1,4 +1,4 @@
-"""Accounts and their passwords. Guessing gets slower with every failure of an address."""
+"""Accounts and their passwords. Every wrong password of an address makes its next try slower."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pipeline.serving.limits import MOST_KEYS
 log = logging.getLogger(__name__)
 
 COOKIE = "self_forcing"
-FIRST_DELAY = 0.5  # seconds before the answer to a wrong password; doubles with every further one
+FIRST_DELAY = 0.5  # seconds before a wrong password is answered; each further one doubles it
 LONGEST_DELAY = 60.0
-FORGIVEN_AFTER = 600.0  # seconds without a failure
+FORGIVEN_AFTER = 600.0  # seconds without a wrong password until the delay starts again
 LOG_SECONDS = 60.0
 
 
@@ -31,16 +31,18 @@ class Failures:
 
     count: int = 0
     last: float = 0.0
-    """When the latest one came, in ``time.monotonic()`` seconds."""
+    """Time of the latest one in ``time.monotonic()`` seconds."""
     next_at: float = 0.0
-    """Before this time no password of the address is looked at."""
+    """Until this time no password of the address is checked."""
 
 
 class Passwords:
-    """Checks HTTP's basic scheme, and the cookie that replaces it, as browsers do not send it with a WebSocket.
+    """Checks passwords (HTTP basic authentication), and a cookie in their place.
+
+    The cookie is needed because browsers do not send a password with a WebSocket.
 
     Args:
-        accounts: "user:password" each.
+        accounts: accounts, each written as "user:password".
     """
 
     def __init__(self, accounts: Sequence[str], *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,11 +53,11 @@ class Passwords:
         self._logged_at, self._unlogged = -LOG_SECONDS, 0
 
     def cookie(self, user: str) -> str:
-        """The value of the cookie that says that somebody is this user."""
+        """Return the value of the cookie that proves that a request comes from this user."""
         return next(token for token, owner in self._cookies.items() if owner == user)
 
     def user_of_cookie(self, headers: Headers) -> str | None:
-        """Who the request's cookie says it is from."""
+        """Return the user that the request's cookie proves, or None."""
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
@@ -63,12 +65,12 @@ class Passwords:
         return None if cookie is None else _find(self._cookies, cookie.value)
 
     def wait(self, address: str) -> float:
-        """Seconds until the next password of this address is looked at."""
+        """Return the seconds until the next password of this address is checked."""
         failures = self._failures.get(address)
         return 0.0 if failures is None else max(0.0, failures.next_at - self._clock())
 
     def user_of_password(self, headers: Headers, address: str) -> str | None:
-        """Who the request's password says it is from. A wrong one makes the address wait."""
+        """Return the user that the request's password proves, or None. A wrong password makes the address wait."""
         scheme, _, value = headers.get("authorization", "").partition(" ")
         try:
             given = base64.b64decode(value, validate=True) if scheme.lower() == "basic" else b""
@@ -97,13 +99,13 @@ class Passwords:
     def _log(self, address: str, count: int, now: float) -> None:
         self._unlogged += 1
         if now - self._logged_at >= LOG_SECONDS:
-            log.warning("wrong passwords: %d since the last such line; the latest from %s, its number %d",
-                        self._unlogged, address, count)  # fmt: skip
+            log.warning("%d wrong passwords since the last such line; the latest is number %d from %s",
+                        self._unlogged, count, address)  # fmt: skip
             self._logged_at, self._unlogged = now, 0
 
 
 def _find(known: dict, given: str | bytes) -> str | None:
-    """The user whose secret was given; every secret is compared, so that the time says nothing."""
+    """Return the user whose secret was given, or None. Every secret is compared, so the time taken reveals nothing."""
     found = None
     for secret, user in known.items():
         left, right = (part if isinstance(part, bytes) else part.encode() for part in (secret, given))

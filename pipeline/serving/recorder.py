@@ -1,4 +1,4 @@
-"""Writing the clip of a running stream: its chunks go to an mp4, and the gallery shows it when the stream ends."""
+"""Write the clip of a running stream: its chunks go to an mp4, and the gallery shows it when the stream ends."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LONGEST_STEM = 60  # bytes of a clip's file name that come from its prompt
+LONGEST_STEM = 60  # bytes of a clip's file name that come from its first prompt
 
 
 class ClipRecorder:
-    """Writes one stream's chunks to its mp4. Used by one thread.
+    """Writes the chunks of one stream to its mp4. Only one thread may use it.
 
     Raises:
-        OSError: the file cannot be written; call :meth:`give_up` then.
+        OSError: the file cannot be written. Call :meth:`give_up` then.
     """
 
     def __init__(self, gallery: Gallery, spec: StreamSpec) -> None:
@@ -49,8 +49,8 @@ class ClipRecorder:
 
         Args:
             frames: uint8 [F H W 3].
-            end_frame: the latent frame after its last one.
-            change: the change of the prompt that takes effect with it.
+            end_frame: the index of the latent frame after the chunk.
+            change: the change of the prompt that takes effect with this chunk.
         """
         fps = self._spec.fps
         if self._frames >= self._gallery.longest * fps:
@@ -58,14 +58,14 @@ class ClipRecorder:
         if not self._whole:
             return
         if change is not None:
-            at = math.floor(1000 * self._frames / fps) / 1000  # down, so that a frame's time does not pass it
+            at = math.floor(1000 * self._frames / fps) / 1000  # rounded down, so that it is not after the frame
             self._cues.append(Cue(at, change.prompt, change.style))
         self._writer.write(frames)
         self._frames += len(frames)
         self._latents = end_frame
 
     def finish(self, *, visitor: str, session_id: str) -> Clip:
-        """Close the file and show it in the gallery."""
+        """Close the file, add the clip to the gallery and return it."""
         self._files.close()
         self._save_side_files()
         spec = self._spec
@@ -87,11 +87,11 @@ class ClipRecorder:
         return clip
 
     def give_up(self, error: Exception) -> None:
-        """Close the files after an error; what the writer can keep, it keeps."""
+        """Close the files after an error. The writer keeps the frames that it can save."""
         self._files.__exit__(type(error), error, error.__traceback__)
 
     def _save_side_files(self) -> None:
-        """The storyboard and the first frame beside the clip, and the list that ``inference.py --i2v`` reads."""
+        """Write the storyboard, the first frame and the list for ``inference.py --i2v`` beside the clip."""
         if self._cues:
             board = [vars(cue) for cue in self._cues]
             atomic_write_text(self._path.with_suffix(".yaml"), yaml.safe_dump(board, allow_unicode=True))
@@ -103,11 +103,11 @@ class ClipRecorder:
 
 
 class Recorders:
-    """The clips that are being written. A clip that cannot be written ends with a message; its stream goes on."""
+    """The clips that are being written. If a clip cannot be written, the viewer is told and the stream continues."""
 
     def __init__(self, gallery: Gallery) -> None:
         self._gallery = gallery
-        self._open: dict[Viewer, ClipRecorder | None] = {}  # None: it was given up
+        self._open: dict[Viewer, ClipRecorder | None] = {}  # None: writing it has failed
 
     def write(self, viewer: Viewer, frames: Tensor, block: Any, change: PromptChange | None) -> None:
         """Add a chunk to the viewer's clip."""
@@ -146,7 +146,7 @@ class Recorders:
 
 
 def _reason(error: Exception) -> str:
-    """The error in words, without paths of the server."""
+    """Return the error in words, without paths of the server."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk for clips is full"

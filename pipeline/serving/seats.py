@@ -1,6 +1,6 @@
-"""Who may stream: a seat for the first few viewers, a line for the others, and a fair share for each visitor.
+"""Decide who may stream: the first viewers get a seat, the others wait in line, and each visitor gets a fair share.
 
-Nothing here locks; the hub does.
+The hub holds a lock when it calls this code.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from collections.abc import Iterable
 from pipeline.serving.limits import Limits
 from pipeline.serving.viewer import Viewer
 
-NOBODY_WATCHES = "Stopped: nobody was watching."
-OTHERS_WAIT = "Stopped: others are waiting, and you have more than your share of the seats."
-LONG_ENOUGH = "Stopped: others are waiting, and this video has had its turn. Press Start to line up again."
+NOBODY_WATCHES = "This video was stopped because nobody was watching it. Press Start to begin again."
+OTHERS_WAIT = "This video was stopped because others are waiting and you have several. Press Start to wait in line."
+LONG_ENOUGH = "This video was stopped because others are waiting. Press Start to wait in line again."
 
 
 class Seats:
     """Seats and the line in front of them.
 
     Args:
-        count: streams that run at once.
-        limits: how long a seat is kept.
+        count: number of streams that run at the same time.
+        limits: how long a viewer may keep its seat.
     """
 
     def __init__(self, count: int, limits: Limits) -> None:
         self.count, self._limits = count, limits
         self.taken: list[Viewer] = []
-        """In the order in which they were seated."""
+        """Viewers with a seat, in the order in which they got it."""
         self.line: list[Viewer] = []
-        """In the order in which they came."""
+        """Waiting viewers, in the order in which they came."""
 
     def join(self, viewer: Viewer) -> None:
-        """Line up."""
+        """Put a viewer at the end of the line."""
         self.line.append(viewer)
 
     def leave(self, viewer: Viewer) -> None:
-        """Give up the seat."""
+        """Free the seat of a viewer."""
         self.taken.remove(viewer)
 
     def fill(self) -> list[Viewer]:
-        """Seat those who are next; returns them."""
+        """Give free seats to the next viewers in line. Return these viewers."""
         seated = []
         while self.line and len(self.taken) < self.count:
             viewer = self.in_order()[0]
@@ -50,15 +50,15 @@ class Seats:
         return seated
 
     def drop_stopped(self) -> list[Viewer]:
-        """Take those who do not want a seat any more out of the line; returns them."""
+        """Remove stopped viewers from the line. Return them."""
         stopped = [viewer for viewer in self.line if viewer.stopped]
         self.line = [viewer for viewer in self.line if not viewer.stopped]
         return stopped
 
     def in_order(self) -> list[Viewer]:
-        """The line in the order in which seats are given.
+        """Return the line in the order in which seats are given.
 
-        Whoever's visitor has the fewest seats is next, and of these whoever came first.
+        The next viewer is the one whose visitor has the fewest seats. Among several, the one that came first is next.
         """
         given = Counter(viewer.visitor for viewer in self.taken)
         ranked = []
@@ -68,7 +68,7 @@ class Seats:
         return [viewer for *_, viewer in sorted(ranked, key=lambda entry: entry[:2])]
 
     def to_stop(self, now: float) -> list[tuple[Viewer, str]]:
-        """Seated viewers who have to make room, with the reason."""
+        """Return the viewers that must give up their seat, each with the reason."""
         running = [viewer for viewer in self.taken if not viewer.stopped]
         limit = self._limits.idle_seat_in_demand if self.line else self._limits.idle_seat
         out = {viewer: NOBODY_WATCHES for viewer in running if viewer.idle_seconds(now) > limit}
@@ -81,7 +81,7 @@ class Seats:
         return list(out.items())
 
     def _beyond_its_share(self, running: list[Viewer]) -> Viewer | None:
-        """A viewer of the visitor with the most seats, if somebody waits who would still have fewer afterwards."""
+        """Return a viewer of the visitor with the most seats if a waiting visitor has at least two seats less."""
         seats = Counter(viewer.visitor for viewer in running)
         visitor, most = seats.most_common(1)[0]
         fewest = min(seats[viewer.visitor] for viewer in self.line)
@@ -91,22 +91,23 @@ class Seats:
 
 
 def least_missed(viewers: Iterable[Viewer]) -> Viewer:
-    """Return the paused viewer, or the one that came last if none is paused. `viewers` are in the order they came."""
+    """Return the first paused viewer, or the last viewer if none is paused. `viewers` are in the order they came."""
     viewers = list(viewers)
     return next((viewer for viewer in viewers if viewer.paused), viewers[-1])
 
 
 class FairTurns:
-    """Whose turn it is: the visitor whose streams have used the least time.
+    """Decides whose turn it is: the visitor whose streams have used the least time.
 
-    A visitor that comes, or comes back, begins with as much as the one who has used least, so that nobody saves up.
+    A visitor that arrives or returns begins with the time of the visitor that has used the least. So nobody can save
+    up unused time.
     """
 
     def __init__(self) -> None:
         self._used: dict[str, float] = {}
 
     def order(self, visitors: Iterable[str]) -> dict[str, float]:
-        """The visitors that have seats, with what each has used; lower is next."""
+        """Return visitor -> used seconds for the visitors that have seats. The visitor with the least is next."""
         present = set(visitors)
         known = [self._used[visitor] for visitor in present if visitor in self._used]
         least = min(known, default=0.0)
@@ -114,6 +115,6 @@ class FairTurns:
         return self._used
 
     def used(self, visitor: str, seconds: float) -> None:
-        """A turn is over."""
+        """Add the seconds of a finished turn to a visitor's time."""
         if visitor in self._used:
             self._used[visitor] += seconds

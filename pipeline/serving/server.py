@@ -1,4 +1,4 @@
-"""The state behind the API: the model on its way into memory, the sessions, the hub and the gallery."""
+"""The state behind the API: the model, which is loaded in the background, the sessions, the hub and the gallery."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STATUS_SECONDS = 0.2  # for which a status is told again; shorter than the time between two reports to a client
-LONGEST_START_WAIT = 10.0  # seconds that a start may have to wait for the visitor's share
+STATUS_SECONDS = 0.2  # for which a status is reused; shorter than the time between two reports to a client
+LONGEST_START_WAIT = 10.0  # seconds; a start that would have to wait longer is refused
 
 
 class Model(Protocol):
-    """What is served; ``pipeline.serving.models.Models`` in the demo."""
+    """The interface of a model to serve. The demo uses ``pipeline.serving.models.Models``."""
 
     def load(self, report: Callable[[str, float], None]) -> None:
-        """Bring it into memory; ``report`` gets what is being done and the share that is done. Raises UserError."""
+        """Load the model. `report` gets the stage as text and the finished share in [0, 1]. Raises UserError."""
         ...
 
     def options(self) -> dict[str, Any]:
-        """What the page may offer; docs/api.md lists the keys."""
+        """Return the choices that the page may offer. docs/api.md lists the keys."""
         ...
 
     def spec(self, message: messages.Start, image: bytes | None) -> StreamSpec:
-        """A checked request. Raises UserError for what the model cannot do."""
+        """Return the checked request. Raises UserError if the model cannot do what it asks for."""
         ...
 
     def is_prepared(self, spec: StreamSpec) -> bool:
-        """Whether a stream can begin without :meth:`prepare`."""
+        """Return whether a stream can begin without :meth:`prepare`."""
         ...
 
     def prepare(self, spec: StreamSpec) -> None:
-        """Load what a stream needs and is not there yet; may take a while."""
+        """Load what a stream needs and is not loaded yet. This may take minutes."""
         ...
 
     def open(self, spec: StreamSpec) -> Session:
-        """Begin a stream."""
+        """Open the session of a stream."""
         ...
 
 
 class Server:
-    """Everything a route needs.
+    """Everything that a route needs.
 
     Args:
-        model: loaded by :meth:`load` on a thread of its own.
+        model: the model. :meth:`load` loads it on its own thread.
         hub, gallery: see their modules.
-        limits: what visitors may ask for.
+        limits: how much visitors may use.
     """
 
     def __init__(self, model: Model, hub: Hub, gallery: Gallery, limits: Limits | None = None) -> None:
@@ -76,18 +76,18 @@ class Server:
         self.connections = 0
         self._starts = Rate(limits.starts, limits.starts_at_once)
         self._precisions = Rate(limits.precisions, 2)
-        self._loader = ThreadPoolExecutor(1, "prepare")  # one at a time; those who answer requests are not kept
+        self._loader = ThreadPoolExecutor(1, "prepare")  # one model at a time, beside the threads of requests
 
     def connected(self) -> None:
-        """A WebSocket was opened."""
+        """Count a WebSocket that was opened."""
         self.connections += 1
 
     def disconnected(self) -> None:
-        """A WebSocket was closed."""
+        """Stop counting a WebSocket that was closed."""
         self.connections -= 1
 
     def load(self) -> None:
-        """Load the model; a failure is kept for whoever started the server and shown on the page."""
+        """Load the model. An error is shown on the page and kept in `error`."""
         try:
             self.model.load(self.report)
         except Exception as error:
@@ -98,38 +98,38 @@ class Server:
         self.hub.ready(self.model.open)
 
     def fail(self, error: Exception) -> None:
-        """Say on the page, and to whoever started the server, why it cannot serve."""
+        """Record why the server cannot serve. The page shows the reason, and `error` keeps it."""
         self.error = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
         if not isinstance(error, UserError):
             log.error("the model did not load", exc_info=error)
         self.state, self.stage = "failed", str(self.error)
 
     def report(self, stage: str, progress: float) -> None:
-        """Say what is being loaded and how far it is."""
+        """Record what is being loaded, and the finished share in [0, 1]."""
         self.stage, self.progress = stage, progress
 
     async def take_start(self, visitor: str) -> None:
-        """Take a start from the visitor's share, after a wait if need be. Raises UserError if it would be long."""
+        """Count a start of a stream, and wait if the visitor has started many. Raises UserError if the wait is long."""
         wait = self._starts.try_spend(visitor, LONGEST_START_WAIT)
         if wait is None:
-            raise UserError("too many videos were started from here: wait a minute")
+            raise UserError("too many videos were started from your address; wait a minute")
         await asyncio.sleep(wait)
 
     async def prepare(self, spec: StreamSpec, visitor: str) -> None:
-        """As the model's ``prepare``, on a thread. Raises UserError if the visitor asks too often."""
+        """Call the model's ``prepare`` on a thread. Raises UserError if the visitor asks too often."""
         if self.model.is_prepared(spec):
             return
         if self._precisions.try_spend(visitor) is None:
-            raise UserError("the precision was changed too often from here: wait a minute")
+            raise UserError("the precision was changed too often from your address; wait a minute")
         await asyncio.get_running_loop().run_in_executor(self._loader, self.model.prepare, spec)
 
     def close(self) -> None:
-        """Stop every stream; clips are finished first."""
+        """Stop every stream and finish the clips."""
         self.hub.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _status(self) -> dict[str, Any]:
-        """What every client sees."""
+        """Return the status message that every client gets."""
         return {
             "type": "status",
             "model": {"state": self.state, "stage": self.stage, "progress": round(self.progress, 3)},

@@ -1,4 +1,4 @@
-"""The page around the API: a splash at once, then Gradio's page as soon as Gradio is imported."""
+"""The page around the API. A splash page is there at once; Gradio's page follows when Gradio is imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OWN_PATHS = ("/api/", "/page/", "/healthz", "/metrics")
 TITLE = "Self Forcing"
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-# Relative to the page, which a proxy may show at any path.
+# Relative paths, because a proxy may show the page at any path.
 HEAD = '<link rel="stylesheet" href="page/style.css"><meta name="color-scheme" content="light dark">'
 ON_LOAD = "import(new URL('page/app.js', document.baseURI).href).then((app) => app.start(element));"
 
@@ -31,9 +31,9 @@ class Site:
     """The whole server as an ASGI application.
 
     Args:
-        server: its model begins to load when the application starts, after the page is ready.
-        started: called on a thread once requests are answered.
-        failed: called once if the model does not load.
+        server: the server. Its model begins to load when the application has started and the page is ready.
+        started: called on a thread as soon as requests are answered.
+        failed: called once if the model cannot be loaded.
         root_path: the path below which a proxy shows the site, such as "/wan".
     """
 
@@ -50,9 +50,9 @@ class Site:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif scope["method"] not in ("GET", "HEAD"):  # Gradio's own uploads and events are not used
-            await PlainTextResponse("not here\n", 405)(scope, receive, send)
+            await PlainTextResponse("this method is not allowed here\n", 405)(scope, receive, send)
         elif self._page is None and scope["path"] != "/":
-            await PlainTextResponse("not yet\n", 503, {"retry-after": "2"})(scope, receive, send)
+            await PlainTextResponse("the page is still loading\n", 503, {"retry-after": "2"})(scope, receive, send)
         elif self._page is None:
             await HTMLResponse((PAGE / "splash.html").read_text(encoding="utf-8"))(scope, receive, send)
         else:
@@ -69,7 +69,7 @@ class Site:
                 await run_in_threadpool(self._server.close)
 
     async def _start(self, stack: AsyncExitStack) -> None:
-        """Open the page, then load the model. Whatever fails ends the server with its reason."""
+        """Open the page, then load the model. If one fails, the server ends and says why."""
         try:
             self._server.report("opening the page", 0.02)
             await on_a_thread(self._started)
@@ -80,12 +80,12 @@ class Site:
         except Exception as error:
             self._server.fail(error)
         if self._server.error is not None:
-            await asyncio.sleep(1.0)  # so that open pages hear why
+            await asyncio.sleep(1.0)  # so that open pages can show the reason
             self._failed()
 
 
 async def on_a_thread(run: Callable[[], T]) -> T:
-    """Run something long on a thread that does not keep the program from ending."""
+    """Run a long function on a daemon thread and return its result. Such a thread does not stop the program's end."""
     loop, result = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
     def deliver(set_result: Callable, value: object) -> None:
@@ -105,7 +105,7 @@ async def on_a_thread(run: Callable[[], T]) -> T:
 
 
 def gradio_page(root_path: str = "") -> FastAPI:
-    """A Gradio application whose one component holds the page, for a site below ``root_path``."""
+    """Return a Gradio application with one component, which holds the page, for a site below `root_path`."""
     import gradio
 
     theme = gradio.themes.Base(font=SYSTEM_FONTS, font_mono=MONO_FONTS)

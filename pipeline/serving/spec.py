@@ -1,4 +1,4 @@
-"""What a viewer asks for, after it was checked."""
+"""Checked requests of a viewer."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class StreamSpec:
     width: int
     """Pixels."""
     fps: int
-    """Frames a second at which the viewer plays."""
+    """Frames per second at which the viewer plays."""
     seed: int = 0
     num_frames: int | None = None
-    """Latent frames; None never ends."""
+    """Number of latent frames. None: the stream never ends."""
     steps: int | None = None
-    """Denoising steps of a chunk; None is the model's own number."""
+    """Denoising steps of a chunk. None: the model's own number."""
     decoder: str = ""
-    """Name of the video decoder; "" is the first one on offer."""
+    """Name of the video decoder. "": the first one that the model offers."""
     precision: str = "full"
-    """Precision of the matrix products: full, or the name of a ``pipeline.optimize.Quantization``."""
+    """Precision of the matrix products: "full", or the name of a ``pipeline.optimize.Quantization``."""
     compiled: bool = False
-    """Compile the denoiser."""
+    """Whether the denoiser is compiled."""
     scale: int = 1
-    """Whole-number enlargement of the clip's file."""
+    """Whole factor by which the frames of the clip's file are enlarged."""
     image: bytes | None = field(default=None, repr=False)
-    """First frame, as a PNG."""
+    """The first frame as a PNG."""
 
     @property
     def kind(self) -> tuple:

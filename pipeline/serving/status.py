@@ -1,4 +1,4 @@
-"""Figures of the server: memory, and the counters of /metrics."""
+"""Figures of the server: its memory, and the text of /metrics."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any, Protocol
 
 import psutil
 
-MEMORY_SECONDS = 1.0  # for which a figure of the memory is used again
+MEMORY_SECONDS = 1.0  # for which a measured memory figure is reused
 
 
 def memory_use() -> dict[str, float | None]:
-    """Gigabytes in use: ``ram`` of this process, ``vram`` of the GPU."""
-    torch = sys.modules.get("torch")  # not worth waiting for its import
+    """Return the gigabytes in use: ``ram`` of this process, ``vram`` of the GPU, and ``vram_total`` of the GPU.
+
+    The last two are None if there is no CUDA GPU in use.
+    """
+    torch = sys.modules.get("torch")  # importing it here would take seconds
     vram = total = None
-    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():  # asking would open a context
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():  # else asking opens a context
         free, total = torch.cuda.mem_get_info()
         vram, total = (total - free) / 1e9, total / 1e9
     return {"ram": resident_bytes() / 1e9, "vram": vram, "vram_total": total}
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """Return the resident memory of this process in bytes."""
     return psutil.Process().memory_info().rss
 
 
 class Remembered:
-    """A figure that is measured again only after a while, however many ask for it."""
+    """A figure that is measured at most once in `seconds`, no matter how many clients ask for it."""
 
     def __init__(self, measure: Callable[[], dict], seconds: float) -> None:
         self._measure, self._seconds = measure, seconds
@@ -43,7 +46,7 @@ class Remembered:
 
 
 class Observed(Protocol):
-    """What :func:`metrics_text` reads: the server."""
+    """The parts of the server that :func:`metrics_text` reads."""
 
     hub: Any
     connections: int
@@ -53,7 +56,7 @@ class Observed(Protocol):
 
 
 def metrics_text(server: Observed) -> str:
-    """All figures in Prometheus' text format, one a line with its type."""
+    """Return all figures in the text format of Prometheus, each with its type."""
     hub, counters = server.hub, server.hub.counters
     memory = server.memory()
     vram = {"gpu_used_bytes": memory["vram"], "gpu_total_bytes": memory["vram_total"]}

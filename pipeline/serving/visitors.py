@@ -1,4 +1,4 @@
-"""Sessions: one browser page each, also after it connected anew. Nobody can push out the sessions of others."""
+"""Sessions of browsers. A session outlives its connections, and no visitor can displace the sessions of others."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ TOKEN_BYTES = 24
 
 
 class BrowserSession:
-    """What is remembered of one page.
+    """What the server remembers of one browser.
 
     Args:
-        visitor: whose share it counts for; see ``limits.visitor_of``.
+        visitor: the visitor that the session counts for; see ``limits.visitor_of``.
     """
 
     def __init__(self, visitor: str) -> None:
         self.id = secrets.token_urlsafe(TOKEN_BYTES)
-        """Unguessable: who knows it sees the session's clips."""
+        """A secret that nobody can guess. Who knows it can see the session's clips."""
         self.visitor = visitor
         self.connections = 0
-        """Open WebSockets of it."""
+        """Number of its open WebSockets."""
         self.image: bytes | None = None
-        """A PNG to start from."""
+        """The uploaded first frame as a PNG."""
 
 
 class Sessions:
-    """All sessions. Used on the event loop only.
+    """All sessions. Only the event loop may use this object.
 
-    If there are too many, the oldest one without a connection goes, of the visitor that has the most.
+    If there are too many, the visitor with the most unconnected sessions loses the oldest of them.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._sessions: OrderedDict[str, BrowserSession] = OrderedDict()  # the one longest unseen first
+        self._sessions: OrderedDict[str, BrowserSession] = OrderedDict()  # the least recently used one is first
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def greet(self, session_id: str | None, visitor: str) -> BrowserSession:
-        """The session of that id, or a new one if it is not known. It has one more connection now."""
+        """Return the session of that id, or a new one if the id is not known. Count one more connection of it."""
         session = self._sessions.pop(session_id, None) if session_id else None
         session = session or BrowserSession(visitor)
         session.connections += 1
@@ -50,15 +50,15 @@ class Sessions:
         return session
 
     def leave(self, session: BrowserSession) -> None:
-        """A connection of it has ended."""
+        """Count one connection of the session less."""
         session.connections -= 1
 
     def known(self, session_id: str) -> BrowserSession | None:
-        """The session of that id."""
+        """Return the session of that id, or None."""
         return self._sessions.get(session_id)
 
     def keep_image(self, session: BrowserSession, image: bytes | None) -> None:
-        """Remember a session's image, or forget it. The images of all sessions together are limited."""
+        """Set or delete (None) a session's image. If all images together are too large, old ones are deleted."""
         session.image = image
         while (total := self._image_bytes()).total() > self._limits.image_bytes:
             visitor = total.most_common(1)[0][0]

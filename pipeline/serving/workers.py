@@ -1,4 +1,4 @@
-"""Work on what strangers send, in child processes: few at a time, with limits of memory and time."""
+"""Handle uploads and clips in child processes: only a few at the same time, with limits of memory and time."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from utils.files import is_own_file
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE_SECONDS = 20.0  # of the clock
+IMAGE_SECONDS = 20.0  # of wall-clock time
 IMAGE_MEMORY = 1.5 * 2**30  # bytes of addresses; Python and Pillow alone take 0.1 GB
 GIF_SECONDS = 120.0
 GIF_MEMORY = 8 * 2**30  # torch alone takes 4 GB of addresses
 
 
 class Busy(Exception):
-    """There is too much to do: try again later."""
+    """The server is too busy or the file cannot be made. The message says which."""
 
 
 class ImageDecoder:
-    """Decodes uploads, two at a time."""
+    """Decodes uploaded images, at most ``limits.decoders`` at the same time."""
 
     def __init__(self, limits: Limits) -> None:
         self._slots = asyncio.Semaphore(limits.decoders)
 
     async def clean(self, data: bytes) -> tuple[bytes, int, int]:
-        """As ``images.clean_image``.
+        """Run ``images.clean_image`` in a child process.
 
         Raises:
-            images.Refused: the image is not taken.
+            images.Refused: the image is refused. The message says why.
         """
         async with self._slots:
             code, out, err = await run_child("pipeline.serving.images", data=data, seconds=IMAGE_SECONDS)
@@ -49,7 +49,7 @@ class ImageDecoder:
 
 
 class GifMaker:
-    """Makes the GIF of a clip once, one clip at a time; who asks meanwhile waits for the same one."""
+    """Makes each clip's GIF once, one GIF at a time. Further requests for the same GIF wait for it."""
 
     def __init__(self, gallery: Gallery, limits: Limits) -> None:
         self._gallery, self._most = gallery, limits.gifs_waiting
@@ -57,7 +57,7 @@ class GifMaker:
         self._making: dict[str, asyncio.Task[Path]] = {}
 
     async def path(self, clip: Clip) -> Path:
-        """The clip's GIF.
+        """Return the path of the clip's GIF. Make it if it does not exist.
 
         Raises:
             Busy: too many GIFs are waiting, or this one could not be made.
@@ -67,7 +67,7 @@ class GifMaker:
             return path
         if clip.name not in self._making:
             if len(self._making) >= self._most:
-                raise Busy("too many GIFs are being made: try again in a minute")
+                raise Busy("too many GIFs are being made; try again in a minute")
             task = asyncio.create_task(self._make(clip, path))
             self._making[clip.name] = task
             task.add_done_callback(lambda _: self._making.pop(clip.name, None))
@@ -81,7 +81,7 @@ class GifMaker:
             code, _, err = await run_child("pipeline.serving.gifs", *arguments, seconds=GIF_SECONDS, memory=GIF_MEMORY)
         if code != 0 or not is_own_file(path):
             log.warning("a GIF was not made: %s", err.decode(errors="replace").strip().rpartition("\n")[2])
-            raise Busy("the GIF could not be made")
+            raise Busy("the GIF could not be made; the server's log says why")
         if self._gallery.get(clip.name) is None:  # deleted meanwhile
             path.unlink(missing_ok=True)
             raise Busy("the clip is gone")
@@ -91,10 +91,10 @@ class GifMaker:
 async def run_child(
     module: str, *arguments: str, data: bytes = b"", seconds: float, memory: float = IMAGE_MEMORY
 ) -> tuple[int, bytes, bytes]:
-    """Run a module of this project in a process of its own, with lower priority. Returns exit code, output and errors.
+    """Run a module of this project in a child process with lower priority. Return its exit code, output and errors.
 
-    The process ends after ``seconds`` of the clock or of computing, and when it needs more than ``memory`` bytes of
-    addresses.
+    The process is ended after `seconds` of wall-clock or CPU time. It cannot use more than `memory` bytes of address
+    space.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", LIMITED, str(int(memory)), str(int(seconds)), module, *arguments),
@@ -116,7 +116,7 @@ async def run_child(
     return process.returncode, out, err
 
 
-# What the child runs: it limits itself, then becomes the module.
+# The program of the child process. It sets its own limits, then runs the module.
 LIMITED = """
 import os, runpy, sys
 memory, seconds = int(sys.argv[1]), int(sys.argv[2])
