@@ -1,4 +1,4 @@
-"""Weights on disk: read, check, rename, merge and write them. Every format is read under the names of the original Wan.
+"""Weights on disk: read, check, rename, merge and write them. In memory, tensors have their original Wan names.
 
 A new format or dialect is a new row of a table (see docs/weights.md):
 

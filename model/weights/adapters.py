@@ -17,14 +17,18 @@ class Adapter(Protocol):
     """The difference of one tensor of a model."""
 
     kind: str
-    """The name that people know it by."""
+    """The usual name of this kind."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the difference. A kernel may be flattened into the inputs."""
 
     def difference(self, weight: Tensor) -> Tensor:
-        """The difference to add to `weight` (float32, any shape with as many values), in float32."""
+        """Return the difference to add to `weight`, in float32.
+
+        Args:
+            weight: float32, in any shape with as many values.
+        """
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class LowRank:
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
     def difference(self, weight: Tensor | None = None) -> Tensor:
-        """``scale * up @ down`` [O I ...]. It does not depend on the weight."""
+        """Return ``scale * up @ down`` [O I ...]. It does not depend on the weight."""
         up, down = self.up.float().flatten(1), self.down.float().flatten(1)
         if self.mid is not None:
             return self.scale * torch.einsum("or,rs...,si->oi...", up, self.mid.float(), down)
@@ -76,7 +80,7 @@ class Hadamard:
         return (len(a), *b.shape[1:]) if self.kernels is None else (a.shape[1], b.shape[1], *self.kernels[0].shape[2:])
 
     def difference(self, weight: Tensor | None = None) -> Tensor:
-        """The scaled product of both factors [O I ...]. It does not depend on the weight."""
+        """Return the scaled product of both factors [O I ...]. It does not depend on the weight."""
         if self.kernels is None:
             first, second = (a.float() @ b.float().flatten(1) for a, b in (self.w1, self.w2))
         else:
@@ -107,7 +111,7 @@ class Kronecker:
         return (rows * inner[0], columns * inner[1], *inner[2:])
 
     def difference(self, weight: Tensor | None = None) -> Tensor:
-        """The scaled Kronecker product [O I ...]. It does not depend on the weight."""
+        """Return the scaled Kronecker product [O I ...]. It does not depend on the weight."""
         first = self.w1.float() if isinstance(self.w1, Tensor) else self.w1[0].float() @ self.w1[1].float()
         if isinstance(self.w2, Tensor):
             second = self.w2.float()
@@ -145,7 +149,7 @@ class Decomposed:
         return self.inner.shape
 
     def difference(self, weight: Tensor) -> Tensor:
-        """The difference between the scaled weight and `weight`, in the weight's shape."""
+        """Return the scaled weight minus `weight`, in the weight's shape."""
         changed = weight + self.inner.difference(weight).view_as(weight)
         of_rows = self.magnitude.ndim == 1 or self.magnitude.shape[0] == len(weight) != 1
         others = [axis for axis in range(weight.ndim) if axis != (0 if of_rows else 1)]
@@ -153,7 +157,7 @@ class Decomposed:
         return self.magnitude.float().view_as(lengths) / lengths * changed - weight
 
     def fits(self) -> bool:
-        """Whether the stored lengths are as many as the rows or the columns of the weight."""
+        """Return whether there is one stored length for each row, or one for each column, of the weight."""
         rows, columns = self.shape[0], self.shape[1]
         if self.magnitude.numel() == 0 or self.magnitude.ndim not in (1, 2, len(self.shape), 5):
             return False
@@ -164,7 +168,7 @@ class Decomposed:
 
 @dataclass(frozen=True)
 class Whole:
-    """A difference that is stored as it is; files bring these for biases, norms and modulations."""
+    """A difference that is stored as a whole tensor. Files use this for biases, norms and modulations."""
 
     tensor: Tensor
     """In the shape of the parameter."""
@@ -178,7 +182,7 @@ class Whole:
         return tuple(self.tensor.shape)
 
     def difference(self, weight: Tensor | None = None) -> Tensor:
-        """The scaled tensor. It does not depend on the weight."""
+        """Return the scaled tensor. It does not depend on the weight."""
         return self.scale * self.tensor.float()
 
 
@@ -196,12 +200,12 @@ class Replacement:
         return tuple(self.tensor.shape)
 
     def difference(self, weight: Tensor) -> Tensor:
-        """New value minus old value."""
+        """Return the new value minus the old value."""
         return self.tensor.float() - weight
 
 
 def _tucker(kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """kernel [r r ...], a [r O], b [r I] -> [O I ...]."""
+    """Multiply a Tucker decomposition: kernel [r r ...], a [r O], b [r I] -> [O I ...]."""
     return torch.einsum("rs...,ro,si->oi...", kernel.float(), a.float(), b.float())
 
 

@@ -36,16 +36,16 @@ The method is Self Forcing ([arXiv:2506.08009](https://arxiv.org/abs/2506.08009)
 def write_card(
     folder: str | Path, config: WanConfig, *, parameters: int, source: str | Path, about: str, usage: str = ""
 ) -> Path | None:
-    """Write `README.md` into a folder of exported weights. A file that is there already is kept.
+    """Write `README.md` into a folder of exported weights. An existing file is kept.
 
     Args:
         parameters: number of weights.
-        source: what was exported.
-        about: a sentence on what the model does.
-        usage: a section in Markdown on how to run it.
+        source: the weights that were exported.
+        about: a sentence that says what the model does.
+        usage: a section in Markdown that says how to run it.
 
     Returns:
-        The card, or None if one was there.
+        the path of the card, or None if there was one already.
     """
     path = Path(folder) / CARD_FILE
     if os.path.lexists(path):

@@ -21,17 +21,18 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Give `module` (on the meta device or not) the tensors of `state`: strictly, and without a second copy.
+    """Load the tensors of `state` into `module`. Names and shapes must match, and no second copy is made.
 
     Args:
-        state: the tensors. It is emptied, so that the memory of each one is free as soon as it is converted.
+        module: the module. Its parameters may be on the meta device.
+        state: the tensors. It is emptied, so that the memory of each tensor is freed as soon as it is converted.
         source: the file they came from, for the error message.
-        dtype: converts floating-point tensors one by one. None keeps their dtype; packed ones become bfloat16.
-        device: the device to put them on; None leaves them on theirs.
+        dtype: converts floating-point tensors one by one. None keeps their dtype. Packed tensors become bfloat16.
+        device: the device to put them on. None leaves them where they are.
 
     Raises:
-        UserError: names the first three tensors that are missing, unexpected or of another shape, with both shapes;
-            or the first that holds NaN or infinity, in `dtype`.
+        UserError: tensors are missing, unexpected or of another shape (the message names three with both shapes), or
+            a tensor holds NaN or infinity after it is converted to `dtype`.
     """
     check_fit(module, state, source=source)
     converted: StateDict = {}
@@ -43,9 +44,9 @@ def load_into(
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hint: str = "") -> None:
-    """Raise UserError if names and shapes are not those of `module`; the message names three tensors with both shapes.
+    """Raise UserError if the names or shapes differ from those of `module`. The message names three such tensors.
 
-    A tensor of whole numbers in the place of a floating-point one is refused too.
+    A tensor of integers in the place of a floating-point one is refused too.
     """
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     given = {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -65,7 +66,7 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], *, source: str, hi
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise UserError if a tensor holds NaN or infinity. It takes no memory. 8-bit types are not looked at."""
+    """Raise UserError if a tensor holds NaN or infinity. This needs no memory. 8-bit types are not checked."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.dtype.itemsize == 1:
         return
     low, high = tensor.detach().aminmax()
@@ -75,10 +76,11 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def weights_hash(weights: Mapping[str, Tensor] | str | Path) -> str:
-    """12 hex digits that identify weights: the same names, dtypes, shapes and values give the same, in any format.
+    """Return 12 hex digits that identify weights. Equal names, dtypes, shapes and values give equal digits.
 
-    Of tensors above 256 KiB only 16 evenly spaced blocks are read, so that 14B parameters take a second, not a minute.
-    The hash tells checkpoints apart; it does not prove that nobody changed them.
+    The file format does not matter. Only 16 evenly spaced blocks are read of a tensor above 256 KiB, so that 14B
+    parameters take a second instead of a minute. The hash tells checkpoints apart. It does not prove that nobody
+    changed them.
     """
     block, blocks = 16 * 1024, 16
     state = weights if isinstance(weights, Mapping) else load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""GGUF files, as city96's ComfyUI-GGUF writes Wan and UMT5: read with bounds, unpacked by the `gguf` package.
+"""Read GGUF files, as city96's ComfyUI-GGUF writes them for Wan and UMT5. The package `gguf` unpacks their tensors.
 
 Layout (ggml/docs/gguf.md): magic, version, counts, key-value pairs, tensor entries, padding, data.
 """
@@ -27,7 +27,7 @@ PLAIN = {0: torch.float32, 1: torch.float16, 24: torch.int8, 30: torch.bfloat16}
 
 
 def read_gguf(path: Path) -> StateDict:
-    """The tensors of a GGUF file, memory-mapped; quantised ones are unpacked one at a time when they are used.
+    """Return the tensors of a GGUF file, memory-mapped. A quantised tensor is unpacked when it is used.
 
     Raises:
         UserError: the package `gguf` is missing, or the file is damaged or in a format that cannot be unpacked.
@@ -49,11 +49,13 @@ def read_gguf(path: Path) -> StateDict:
             except (ValueError, KeyError):
                 raise UserError(f"{path}: {name!r} has the unknown type {kind}; use another quantisation") from None
             if shape[-1] % block:
-                raise UserError(f"{path}: {name!r} has rows of {shape[-1]}, not of blocks of {block}; damaged")
+                raise UserError(
+                    f"{path}: {name!r} has rows of {shape[-1]} values, no multiple of {block}; use another file"
+                )
             entries[name] = Entry(torch.uint8, (*shape[:-1], shape[-1] // block * size), start + offset)
             kinds[name] = gguf.GGMLQuantizationType(kind)
         if entries[name].end > path.stat().st_size:
-            raise UserError(f"{path}: truncated: {name!r} ends behind the end of the file; download it again")
+            raise UserError(f"{path}: is truncated: {name!r} lies beyond the end of the file; download it again")
     state = map_tensors(path, entries)
     for name, kind in kinds.items():
         state[name] = _packed(state[name], kind, tensors[name][0], f"{path}: {name!r}")
@@ -78,7 +80,9 @@ def _in_shape(tensor: Tensor, shape: Any, path: Path) -> Tensor:
         return tensor
     sizes = shape if isinstance(shape, list) else [None]
     if not all(type(size) is int and size > 0 for size in sizes) or math.prod(sizes) != tensor.numel():
-        raise UserError(f"{path}: states a shape {str(shape)[:60]} for {tuple(tensor.shape)}; the file is damaged")
+        raise UserError(
+            f"{path}: the shape {str(shape)[:60]} does not fit a tensor {tuple(tensor.shape)}; the file is damaged"
+        )
     if isinstance(tensor, PackedTensor):
         return PackedTensor(tuple(shape), tensor.stored, partial(_read_as, tensor, tuple(shape)))
     return tensor.view(shape)
@@ -89,13 +93,13 @@ def _read_as(tensor: PackedTensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class _Header:
-    """A cursor over the beginning of a file. Nothing it reads may be longer than the bytes that are there."""
+    """A cursor over the header of a file. It reads nothing beyond the end of the data."""
 
     def __init__(self, data: bytes, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]], int]:
-        """Fields, tensors (shape, type, offset) and where the data begin."""
+        """Return the fields, the tensors (shape, type, offset) and the position at which the data begin."""
         try:
             magic, version, tensors, fields = self.take("4sIQQ")
             if magic != MAGIC or version not in (2, 3) or max(tensors, fields) > MAX_ITEMS:

@@ -1,4 +1,4 @@
-"""LoRA and its relatives: differences of a transformer's weights; merge them, or save them for peft.
+"""LoRA and similar adapters are differences of a transformer's weights. Merge them into weights or save them for peft.
 
 Letters: r rank, I inputs and O outputs of a layer.
 """
@@ -33,32 +33,32 @@ class LoRA:
     layers: dict[str, LowRank | Hadamard | Kronecker | Decomposed] = field(default_factory=dict)
     """Layer name, such as blocks.0.self_attn.q -> the difference of its weight."""
     full: dict[str, Whole | Replacement] = field(default_factory=dict)
-    """Parameter name -> its difference; files bring these for biases, norms and modulations."""
+    """Parameter name -> its difference. Files use this for biases, norms and modulations."""
     source: str = "LoRA"
     """The file, for messages."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Layers that a text-to-video model does not have, by the name in the file -> what they belong to."""
 
     def adapters(self) -> Iterator[tuple[str, LowRank | Hadamard | Kronecker | Decomposed | Whole | Replacement]]:
-        """Parameter names and their adapters."""
+        """Yield parameter names and their adapters."""
         for name, adapter in self.layers.items():
             yield f"{name}.weight", adapter
         yield from self.full.items()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape of its difference."""
+        """Return parameter name -> shape of its difference."""
         return {name: adapter.shape for name, adapter in self.adapters()}
 
     def differences(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Parameter names and their differences in float32, one at a time.
+        """Yield parameter names and their differences in float32, one at a time.
 
-        `weights` is needed by DoRA and by new values, which depend on the weight they change.
+        DoRA and new values need `weights`, because they depend on the weight that they change.
         """
         for name, adapter in self.adapters():
             yield name, adapter.difference(None if weights is None else weights[name].detach().float())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every stored tensor and scale under a name of its own: what identifies this LoRA."""
+        """Return every stored tensor and scale under its own name. Together they identify this LoRA."""
         return dict(_tensors(dict(self.adapters())))
 
 
@@ -75,10 +75,10 @@ def merge_loras(weights: dict[str, Tensor], loras: Sequence[tuple[LoRA, float]])
 
     Args:
         weights: a state dict, or ``dict(module.named_parameters())``.
-        loras: pairs of a LoRA and its scale (1 is as trained, 0 is nothing, negative takes it out again).
+        loras: pairs of a LoRA and its scale. 1 is as trained, 0 changes nothing, a negative scale subtracts it.
 
     Raises:
-        UserError: a tensor is not among the weights or has another shape there; the weights are then unchanged.
+        UserError: a tensor is not among the weights or has another shape there. The weights are then unchanged.
     """
     changes: dict[str, list[tuple[LowRank | Whole, float]]] = {}
     for lora, scale in loras:
@@ -143,7 +143,7 @@ def _named(lora: LoRA, source: str) -> LoRA:
 
 
 def _fitting(weights: Mapping[str, Tensor], lora: LoRA) -> Iterator[tuple[str, LowRank | Whole]]:
-    """The adapters of a LoRA that belong to `weights`; warn about the others if they are of another kind of model."""
+    """Yield the adapters that belong to `weights`. Warn about the others if they belong to another kind of model."""
     left_out, fitting = dict(lora.left_out), []
     for name, adapter in lora.adapters():
         given = tuple(weights[name].shape) if name in weights else "missing"
@@ -161,7 +161,7 @@ def _fitting(weights: Mapping[str, Tensor], lora: LoRA) -> Iterator[tuple[str, L
         named = ", ".join(list(left_out)[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
         purposes = " and ".join(sorted(set(left_out.values())))
         log.warning(
-            "%s: left out %d layers for %s models, which this model does not have (%s); the other %d are merged",
+            "%s: ignored %d layers for %s models, which this model does not have (%s); the other %d are merged",
             lora.source,
             len(left_out),
             purposes,
@@ -172,7 +172,7 @@ def _fitting(weights: Mapping[str, Tensor], lora: LoRA) -> Iterator[tuple[str, L
 
 
 def _same_values(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether a difference fits a weight: a kernel may be flattened into the inputs, and leading ones do not matter."""
+    """Return whether a difference fits a weight. A kernel may be flattened into the inputs; leading 1s are ignored."""
     flat = (weight[0], torch.Size(weight[1:]).numel()) if len(weight) > 2 else weight
     return shape in (weight, flat) or _without_leading_ones(shape) == _without_leading_ones(weight)
 

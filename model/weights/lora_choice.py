@@ -23,21 +23,21 @@ class LoRAChoice:
     path: str
     """File or folder."""
     adapter: str | None = None
-    """The adapter to take, if the file holds several."""
+    """The adapter to use, if the file holds several."""
     scale: float = 1.0
-    """Factor of its differences; 1 is as trained."""
+    """Factor of its differences. 1 is as trained."""
 
     def load(self) -> LoRA:
-        """Read it. Raises UserError."""
+        """Read the LoRA. Raises UserError."""
         return load_lora(self.path, adapter=self.adapter)
 
 
 def parse_loras(text: str | Sequence[str] | None) -> list[LoRAChoice]:
-    """The choices that a configuration names.
+    """Return the LoRA files that a configuration names.
 
     Args:
-        text: one choice, a list of choices, or a list as text: ``[a.safetensors:0.8, b.safetensors]``. A file that has
-            exactly this name counts more than any other reading.
+        text: one entry, a list of entries, or a list as text: ``[a.safetensors:0.8, b.safetensors]``. If a file has
+            exactly this name, that file is meant.
 
     Raises:
         UserError: names the entry that cannot be read.
@@ -61,7 +61,7 @@ def load_loras(text: str | Sequence[str] | None, scale: float = 1.0) -> list[tup
 
 
 def loras_hash(loras: Sequence[tuple[LoRA, float]]) -> str:
-    """What identifies LoRAs and their scales: "" for none, else ``+SCALE*HASH`` for each."""
+    """Return a text that identifies LoRAs and their scales: "" for none, else ``+SCALE*HASH`` for each."""
     return "".join(f"+{scale:g}*{weights_hash(lora.tensors())}" for lora, scale in loras)
 
 

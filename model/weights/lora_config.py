@@ -1,4 +1,4 @@
-"""What files say beside their tensors about an adapter's scale: peft's adapter_config.json, diffusers' metadata."""
+"""Read the settings of an adapter: peft's adapter_config.json, or the metadata that diffusers writes into the file."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from utils.side_files import check_schema, parse_json, read_json
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 PEFT_KINDS = ("LORA", "LOHA", "LOKR")
-# Ways to start a LoRA that change the base weights too: its matrices then mean nothing for the published weights.
+# Initialisations of a LoRA that change the base weights too. Its matrices do not fit the published weights then.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
@@ -28,14 +28,14 @@ Alpha = Annotated[float, Field(allow_inf_nan=False, ge=-(2**32), le=2**32)]
 
 @dataclass
 class AdapterSettings:
-    """The entries of adapter_config.json that decide what the tensors mean; the rest is ignored."""
+    """The entries of adapter_config.json that decide what the tensors mean. Others are ignored."""
 
     peft_type: str = "LORA"
     """The kind of adapter."""
     r: Rank | None = None
     """Rank of the matrices."""
     lora_alpha: Alpha | None = None
-    """Numerator of the scale; None is the rank."""
+    """Numerator of the scale. None: the rank."""
     alpha: Alpha | None = None
     """The same, for LoHa and LoKr."""
     rank_pattern: dict[str, Rank] | None = field(default_factory=dict)
@@ -43,9 +43,9 @@ class AdapterSettings:
     alpha_pattern: dict[str, Alpha] | None = field(default_factory=dict)
     """Regular expression of a layer's name -> its alpha."""
     use_rslora: bool | None = False
-    """Divide alpha by the root of the rank."""
+    """Divide alpha by the square root of the rank."""
     init_lora_weights: bool | str | None = True
-    """How the matrices began."""
+    """How the matrices were initialised."""
     modules_to_save: list[str] | None = None
     """Layers that are stored whole."""
     bias: str | None = "none"
@@ -55,16 +55,16 @@ class AdapterSettings:
 
     @property
     def has_whole_values(self) -> bool:
-        """Whether the file may hold new values of whole parameters."""
+        """Return whether the file may hold new values of whole parameters."""
         return bool(self.modules_to_save) or self.bias not in (None, "none")
 
     def scale(self, name: str, rank: int | None, alpha: Tensor | None) -> float:
-        """The factor of a layer's difference.
+        """Return the factor of a layer's difference.
 
         Args:
             name: the layer as the file spells it.
-            rank: the rank that its matrices show; None if they show none (LoKr of two whole factors).
-            alpha: the alpha in the file, which counts more than the settings.
+            rank: the rank of its matrices. None if they have none (LoKr of two whole factors).
+            alpha: the alpha in the file. It replaces the one of the settings.
         """
         if alpha is not None:
             return alpha.float().item() / rank if rank else 1.0
@@ -98,7 +98,7 @@ class AdapterSettings:
 
 
 def read_settings(path: Path) -> AdapterSettings:
-    """What the files beside an adapter's tensors, or its metadata, say about it; defaults if nothing does."""
+    """Return the settings in the files beside an adapter or in its metadata; the defaults if there are none."""
     config = path.parent / PEFT_CONFIG
     if config.is_file() and (path.stem == "adapter_model" or len(weight_files(path.parent)) == 1):
         settings = read_json(config, AdapterSettings)

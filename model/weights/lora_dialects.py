@@ -1,10 +1,9 @@
-"""How LoRA files spell what they hold. A new dialect is a new row in one of these tables, with a test.
+"""The names that LoRA files use. A new dialect is a new row in one of these tables, with a test.
 
-A key is made of a layer's name and a part: ``diffusion_model.blocks.0.self_attn.q`` + ``.lora_down.weight``.
+A key consists of a layer's name and a part: ``diffusion_model.blocks.0.self_attn.q`` + ``.lora_down.weight``.
 
-Layer names are compared without regard to their separators: dots and underscores are the same, however often they
-repeat. So ``lora_unet_blocks_0.self_attn.q``, ``lora_unet__blocks_0_self_attn_q`` and ``blocks.0.attn1.to_q`` are one
-layer.
+The separators of layer names do not matter: dots, underscores and repeated ones are the same. So
+``lora_unet_blocks_0.self_attn.q``, ``lora_unet__blocks_0_self_attn_q`` and ``blocks.0.attn1.to_q`` name one layer.
 """
 
 import re
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from model.weights.names import WAN_TO_DIFFUSERS
 
-# What may stand before a layer's name, in any order and number: trainers, wrappers and libraries.
+# Prefixes that trainers, wrappers and libraries put before a layer's name, in any order and number.
 PREFIXES = (
     "base_model",  # peft
     "model",
@@ -76,7 +75,7 @@ UNSUPPORTED = {
     "ln_tuning_layers": "LN tuning",
 }
 
-# Layers of other models that a text-to-video LoRA may be applied without -> what they are for.
+# Layers of other models, which a text-to-video model can ignore -> their purpose.
 FOREIGN_LAYERS = {
     r"blocks_\d+_cross_attn_(k_img|v_img|norm_k_img)": "image-to-video",
     r"img_emb(_.+)?": "image-to-video",
@@ -95,20 +94,20 @@ _KEY = re.compile(
 
 
 class Key(NamedTuple):
-    """A tensor's name, taken apart."""
+    """The components of a tensor's name."""
 
     layer: str
     """The layer as the file spells it, with its prefix."""
     part: str
     """A value of PARTS, or the key of UNSUPPORTED."""
     adapter: str | None
-    """The name of the adapter if the key says it, such as default."""
+    """The name of the adapter, such as default, if the key holds it."""
     is_bias: bool
     """Whether the key ends in .bias."""
 
 
 def split_key(key: str) -> Key | None:
-    """Take a tensor's name apart; None if it is not one of an adapter."""
+    """Split a tensor's name into its components. Return None if it is no name of an adapter's tensor."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -117,7 +116,7 @@ def split_key(key: str) -> Key | None:
 
 
 def our_layer(name: str) -> str | None:
-    """Our name of a layer, from any spelling; None if a text-to-video Wan transformer has no such layer."""
+    """Return our name of a layer, from any spelling. None if a text-to-video Wan transformer has no such layer."""
     plain = _plain(name)
     for pattern, ours in _layer_patterns():
         if match := pattern.fullmatch(plain):
@@ -126,7 +125,7 @@ def our_layer(name: str) -> str | None:
 
 
 def foreign_layer(name: str) -> str | None:
-    """What a layer of another model is for, such as image-to-video; None if it is not known."""
+    """Return the purpose of another model's layer, such as image-to-video. None if it is not known."""
     flat = re.sub(r"[._]+", "_", name)
     spellings = (_plain(name), flat)
     known = (purpose for pattern, purpose in FOREIGN_LAYERS.items() for s in spellings if re.fullmatch(pattern, s))
@@ -134,7 +133,7 @@ def foreign_layer(name: str) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """A layer's name with single underscores only and without prefixes."""
+    """Return a layer's name with single underscores and without prefixes."""
     return _PREFIX.sub("", re.sub(r"[._]+", "_", name).lstrip("_"), count=1)
 
 

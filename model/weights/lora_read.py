@@ -1,4 +1,4 @@
-"""Read a LoRA file or folder of any trainer: find the file, take its keys apart, build exact differences."""
+"""Read a LoRA file or folder of any trainer: find the file, split its keys, and build exact differences."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from model.weights.published import not_found
 from model.weights.read import read_file
 from utils.errors import UserError
 
-# What peft and diffusers call the file in a folder, in the order to look for them.
+# Names of the file in a folder of peft or diffusers, in the order in which they are tried.
 LORA_FILES = (
     "adapter_model.safetensors",
     "adapter_model.bin",
@@ -30,7 +30,7 @@ Parts = dict[str, Tensor]
 
 @dataclass
 class LoraFile:
-    """The tensors of one adapter, in order."""
+    """The tensors of one adapter, sorted by layer."""
 
     source: str
     settings: AdapterSettings
@@ -49,8 +49,8 @@ def load_lora(path: str | Path, *, adapter: str | None = None) -> LoRA:
         adapter: which adapter to read if the file or the folder holds several.
 
     Raises:
-        UserError: one line that names the file, for anything missing, damaged, incomplete, of an unknown kind, or
-            without a place in any Wan transformer.
+        UserError: the file is missing, damaged or incomplete, is of an unknown kind, or holds layers that no Wan
+            transformer has. The message names the file.
     """
     path = Path(path)
     if not path.exists():
@@ -76,12 +76,12 @@ def load_lora(path: str | Path, *, adapter: str | None = None) -> LoRA:
         else:
             raise UserError(f"{path}: the tensor {name!r} has no place in a text-to-video Wan transformer")
     if not (lora.layers or lora.full or lora.left_out):
-        raise UserError(f"{path}: holds no differences of any layer; use another LoRA")
+        raise UserError(f"{path}: changes no layer; use another LoRA")
     return lora
 
 
 def _find_file(folder: Path, adapter: str | None) -> Path:
-    """The file of weights in an adapter's folder; peft keeps named adapters in subfolders."""
+    """Return the file of weights in an adapter's folder. peft keeps named adapters in subfolders."""
     for name in LORA_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -115,9 +115,7 @@ def _sort_keys(path: Path, adapter: str | None) -> LoraFile:
         _check_tensor(tensor, key, f"{path}: the tensor {name!r}")
         if key is None:
             if not file.settings.has_whole_values:
-                raise UserError(
-                    f"{path}: the tensor {name!r} {tuple(tensor.shape)} is none of a LoRA this reader knows"
-                )
+                raise UserError(f"{path}: the tensor {name!r} {tuple(tensor.shape)} belongs to no known kind of LoRA")
             file.values[without_wrappers(name.replace(".modules_to_save", "").replace(".base_layer", ""))] = tensor
         elif key.adapter in (chosen, None):
             part = f"{key.part} bias" if key.is_bias else key.part
@@ -142,7 +140,7 @@ def _choose_adapter(path: Path, keys: Collection[Key | None], wanted: str | None
 def _check_tensor(tensor: Tensor, key: Key | None, name: str) -> None:
     if key is not None and key.part == "alpha":
         if tensor.numel() != 1:
-            raise UserError(f"{name} has {tensor.numel()} values; an alpha is one number")
+            raise UserError(f"{name} has {tensor.numel()} values, but an alpha is one number")
         tensor = tensor.float()
     if not tensor.is_floating_point():
         raise UserError(f"{name} is stored as {tensor.dtype}; use a LoRA in float or bfloat16")
@@ -169,11 +167,11 @@ def _add_layer(lora: LoRA, layer: str, name: str, parts: Parts, file: LoraFile) 
         if "up bias" in parts:
             lora.full[f"{layer}.bias"] = Whole(parts.pop("up bias"), lora.layers[layer].scale)
     elif parts.keys() - {"alpha"}:
-        raise UserError(f"{file.source}: {name}: the part {min(parts)!r} is alone; the file is incomplete")
+        raise UserError(f"{file.source}: {name} has only the part {min(parts)!r}; the file is incomplete")
 
 
 def _checked(kind: "Kind", name: str, parts: Parts, file: LoraFile) -> LowRank | Hadamard | Kronecker | Decomposed:
-    """Build an adapter of a kind, with its length vector if there is one; one line if its parts do not fit together."""
+    """Build an adapter of a kind, with its length vector if there is one. UserError if its parts do not fit."""
     missing = next((part for part in kind.needed if part not in parts), None)
     if missing is not None:
         raise UserError(f"{file.source}: {name} has no {missing} ({kind.name}); the file is incomplete")
@@ -185,7 +183,7 @@ def _checked(kind: "Kind", name: str, parts: Parts, file: LoraFile) -> LowRank |
         multiplies = False
     if not multiplies:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items() if part != "alpha")
-        raise UserError(f"{file.source}: {name}: the matrices do not multiply ({shapes})")
+        raise UserError(f"{file.source}: {name}: the matrices cannot be multiplied ({shapes})")
     if "row lengths" in parts:
         decomposed = Decomposed(adapter, parts["row lengths"].flatten())
     elif "lengths" in parts:
@@ -199,7 +197,7 @@ def _checked(kind: "Kind", name: str, parts: Parts, file: LoraFile) -> LowRank |
 
 
 def _on_meta(part: str, tensor: Tensor) -> Tensor:
-    """A tensor without values, which shows whether shapes multiply; alphas are numbers."""
+    """Return a tensor without values, to check whether shapes can be multiplied. Alphas keep their value."""
     return tensor if part == "alpha" else tensor.to("meta")
 
 
@@ -231,14 +229,14 @@ def _kronecker(name: str, parts: Mapping[str, Tensor], file: LoraFile) -> Kronec
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of adapter: which parts it is made of."""
+    """A kind of adapter and the parts that it consists of."""
 
     name: str
     build: Callable[[str, Mapping[str, Tensor], LoraFile], LowRank | Hadamard | Kronecker]
     parts: tuple[str, ...]
-    """Any of these shows the kind."""
+    """A layer with any of these parts is of this kind."""
     needed: tuple[str, ...] = ()
-    """All of these must be there."""
+    """All of these parts must be there."""
 
 
 KINDS = (

@@ -1,4 +1,4 @@
-"""Tensors of a file as memory maps: memory is used for the tensors that are kept, not for the whole file."""
+"""Map the tensors of a file into memory. Only the tensors that are kept use memory, not the whole file."""
 
 import mmap
 import os
@@ -30,7 +30,7 @@ MAX_WINDOWS = 32
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a contiguous tensor lies in a file."""
+    """The place of a contiguous tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ def map_tensors(path: Path, entries: Mapping[str, Entry]) -> StateDict:
     """Map the tensors of a file copy-on-write, in windows of many tensors.
 
     The memory of a window is freed with its last tensor. One map of the whole file would keep every page that was read.
-    One map for each tensor would need as many file descriptors.
+    One map for each tensor would need too many file descriptors.
     """
     state: StateDict = {}
     window, start, end = None, 0, 0

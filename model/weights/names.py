@@ -1,4 +1,4 @@
-"""Names of tensors: which names other libraries give them, and which prefixes wrappers add."""
+"""Names of tensors: the names that other libraries use, and the prefixes that wrappers add."""
 
 import re
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from torch import Tensor
 from model.weights.mapping import StateDict
 from utils.errors import UserError
 
-# Rows of (name here, name there). Each `*` is one part of a name between dots; both sides have equally many.
+# Rows of (name here, name there). Each `*` is one part of a name between dots. Both sides have the same number of them.
 KeyMap = tuple[tuple[str, str], ...]
 COMFYUI_PREFIX = "model.diffusion_model."
-# What wrappers add anywhere in a name, and what they add before it.
+# Parts that wrappers add anywhere in a name, and parts that they add before it.
 INNER_SEGMENTS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 WRAPPER_SEGMENTS = {"model", "module", "diffusion_model", *INNER_SEGMENTS}
 # Tensors that every transformer or text encoder has. Whatever stands before them is a prefix, such as "transformer.".
@@ -63,7 +63,7 @@ WAN_TO_DIFFUSERS: KeyMap = (
     ("head.head.*", "proj_out.*"),
     ("head.modulation", "scale_shift_table"),
 )
-# A tensor only that library's files have → how its names become ours.
+# A tensor that only files of one library have → how its names become ours.
 # GGUF of llama.cpp's T5 encoder, as city96 publishes UMT5 -> transformers' UMT5EncoderModel.
 GGUF_T5_TO_TRANSFORMERS: KeyMap = (
     ("token_embd.weight", "shared.weight"),
@@ -85,7 +85,7 @@ FOREIGN_NAMES: dict[str, KeyMap] = {
 
 
 def rename_keys(state: Mapping[str, Tensor], key_map: KeyMap, *, source: str = "state dict") -> StateDict:
-    """Rename every tensor by the row that fits. Raises UserError with the first tensor that no row knows."""
+    """Rename every tensor by the row that matches it. Raises UserError for a tensor that no row matches."""
     rows = [(re.compile(re.escape(old).replace(r"\*", r"([^.]+)")), new.replace("*", "{}")) for old, new in key_map]
     renamed: StateDict = {}
     for key, tensor in state.items():
@@ -97,19 +97,19 @@ def rename_keys(state: Mapping[str, Tensor], key_map: KeyMap, *, source: str = "
 
 
 def wan_to_diffusers(state: Mapping[str, Tensor]) -> StateDict:
-    """Original Wan transformer names → diffusers' WanTransformer3DModel names."""
+    """Rename tensors of an original Wan transformer to the names of diffusers' WanTransformer3DModel."""
     return rename_keys(state, WAN_TO_DIFFUSERS)
 
 
 def diffusers_to_wan(state: Mapping[str, Tensor]) -> StateDict:
-    """diffusers' WanTransformer3DModel names → original Wan transformer names."""
+    """Rename tensors of diffusers' WanTransformer3DModel to the names of an original Wan transformer."""
     return rename_keys(state, FOREIGN_NAMES["condition_embedder.time_proj.weight"])
 
 
 def strip_wrappers(state: StateDict, *, source: str) -> StateDict:
-    """Drop what wrappers, trainers and packers add to the names of a model's tensors.
+    """Remove the prefixes that wrappers, trainers and packers add to the names of tensors.
 
-    Of a checkpoint of several models, such as ComfyUI's, the diffusion model is kept.
+    If a checkpoint holds several models, as ComfyUI's do, only the diffusion model is kept.
     """
     if any(key.startswith(COMFYUI_PREFIX) for key in state):
         state = {key: tensor for key, tensor in state.items() if key.startswith(COMFYUI_PREFIX)}
@@ -117,14 +117,14 @@ def strip_wrappers(state: StateDict, *, source: str) -> StateDict:
     for key, tensor in state.items():
         name = plain_name(key)
         if name in stripped:
-            raise UserError(f"{source}: two tensors are called {name!r} once wrapper prefixes are dropped")
+            raise UserError(f"{source}: two tensors have the name {name!r} without their prefixes; use another file")
         stripped[name] = tensor
     prefix = _common_prefix(stripped, source)
     return {key.removeprefix(prefix): tensor for key, tensor in stripped.items() if key.startswith(prefix)}
 
 
 def _common_prefix(state: Mapping[str, Tensor], source: str) -> str:
-    """What stands before the name of a tensor that every model of a kind has; "" if nothing does."""
+    """Return the prefix of the tensors: the text before a name that every model of a kind has, or ""."""
     if any(anchor in state for anchor in ANCHORS):
         return ""
     found = sorted({key.removesuffix(anchor) for key in state for anchor in ANCHORS if key.endswith(f".{anchor}")})
@@ -134,21 +134,21 @@ def _common_prefix(state: Mapping[str, Tensor], source: str) -> str:
 
 
 def plain_name(key: str) -> str:
-    """A tensor's name without what FSDP, DDP, torch.compile, checkpointing and wrapper classes add anywhere in it."""
+    """Return a tensor's name without the parts that FSDP, DDP, torch.compile, checkpointing and wrapper classes add."""
     return ".".join(part for part in key.split(".") if part not in WRAPPER_SEGMENTS)
 
 
 def without_wrappers(key: str) -> str:
-    """A tensor's name without the parts that FSDP, torch.compile and checkpointing add inside it."""
+    """Return a tensor's name without the parts that FSDP, torch.compile and checkpointing add inside it."""
     return ".".join(part for part in key.split(".") if part not in INNER_SEGMENTS)
 
 
 def layer_numbers(state: Mapping[str, Tensor], prefix: str) -> list[int]:
-    """The numbers n of the modules `prefix`.n that names mention, in order."""
+    """Return the numbers n of the modules `prefix`.n that the names mention, in ascending order."""
     numbers = (re.match(rf"{re.escape(prefix)}\.(\d{{1,9}})\.", key) for key in state)
     return sorted({int(number[1]) for number in numbers if number})
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered modules `prefix`.0, `prefix`.1, ... the names mention."""
+    """Return how many numbered modules `prefix`.0, `prefix`.1, ... the names mention."""
     return len(layer_numbers(state, prefix))

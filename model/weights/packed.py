@@ -1,7 +1,7 @@
-"""Weights that are stored in fewer bits: they are unpacked one at a time, when they are used.
+"""Weights that are stored in fewer bits. Each one is unpacked when it is used.
 
-A `PackedTensor` has the shape of the unpacked weight and stands in a state dict beside ordinary tensors. Any operation
-on it computes with the unpacked values in float32; `unpack` gives them as an ordinary tensor.
+A `PackedTensor` has the shape of the unpacked weight and can be in a state dict beside ordinary tensors. Any operation
+on it computes with the unpacked values in float32. `unpack` returns them as an ordinary tensor.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-PLAIN_DTYPE = torch.bfloat16  # of an unpacked weight, if nobody asks for another
+PLAIN_DTYPE = torch.bfloat16  # of an unpacked weight, unless another dtype is asked for
 
 
 class PackedTensor(Tensor):
-    """A weight of `shape` whose values are computed from stored ones.
+    """A weight of `shape` whose values are computed from stored tensors.
 
     Attributes:
-        stored: what the file holds, memory-mapped.
+        stored: the tensors in the file, memory-mapped.
         read: computes the float32 values [shape].
     """
 
@@ -45,5 +45,5 @@ class PackedTensor(Tensor):
 
 
 def unpack(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An ordinary tensor: `tensor` itself, or its unpacked values in `dtype` (None: bfloat16)."""
+    """Return an ordinary tensor: `tensor` itself, or its unpacked values in `dtype` (None: bfloat16)."""
     return tensor.read().to(dtype or PLAIN_DTYPE) if isinstance(tensor, PackedTensor) else tensor

@@ -1,4 +1,4 @@
-"""Where weights lie: the folders and file names of published releases."""
+"""The folders and file names of published weights."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from utils.side_files import read_json
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-# What other programs call the weights in a folder.
+# Names that other programs give the weights in a folder.
 OTHER_WEIGHT_FILES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 WEIGHT_ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
-# What a release calls its parts: a diffusers pipeline's subfolder, then Wan's own file or folder.
+# Part -> its names in a release: the subfolder of a diffusers pipeline, then Wan's own file or folder.
 PARTS = {
     "transformer": ("transformer",),
     "text_encoder": ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
@@ -19,17 +19,17 @@ PARTS = {
 
 
 def find_part(path: str | Path, part: str) -> Path:
-    """The place of `part` (a key of PARTS) in a release folder; `path` itself if it is no such folder."""
+    """Return the path of `part` (a key of PARTS) in a release folder, or `path` itself if it is no release folder."""
     path = Path(path)
     return next((path / name for name in PARTS[part] if (path / name).exists()), path)
 
 
 def read_config(folder: str | Path) -> dict:
-    """The config.json of a model folder; UserError if it is missing or not a JSON object."""
+    """Return the config.json of a model folder. Raises UserError if it is missing or not a JSON object."""
     return read_json(Path(folder) / CONFIG_FILE, dict)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in a folder, whatever they are called; hidden files are not."""
+    """Return the files of weights in a folder, whatever their names are. Hidden files are ignored."""
     files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return sorted(path for path in files if path.suffix.lower() in WEIGHT_ENDINGS)

@@ -1,4 +1,4 @@
-"""Where published weights come from: the repository of each known path, and the command that downloads it."""
+"""Published weights: the repository of each known path, and the command that downloads it."""
 
 import re
 from dataclasses import dataclass
@@ -39,9 +39,9 @@ class Published:
     into: Path
     """The local folder that mirrors the repository."""
     file: str | None
-    """One file. None: the path lies in a release of several files."""
+    """The file. None: the path belongs to a release of several files."""
     patterns: tuple[str, ...]
-    """Which files of the repository the path stands for, in the style of a shell."""
+    """Shell patterns of the files of the repository that belong to the path."""
 
     @property
     def command(self) -> str:
@@ -51,7 +51,7 @@ class Published:
 
 
 def published(path: str | Path) -> Published | None:
-    """The source of a path to known weights, or None."""
+    """Return the source of a path to known weights, or None."""
     path = Path(path)
     for pattern, repository in REPOSITORIES:
         if (match := re.fullmatch(pattern, path.as_posix())) is None:
@@ -64,7 +64,7 @@ def published(path: str | Path) -> Published | None:
 
 
 def not_found(path: str | Path) -> UserError:
-    """The error for missing weights: which file, where it was looked for, and the command that gets it."""
+    """Return the error for missing weights: the file, the place where it was looked for, and the command to get it."""
     path = Path(path)
     remedy = "check the path, or download the weights"
     if (source := published(path)) is not None:

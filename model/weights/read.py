@@ -19,14 +19,14 @@ from utils.errors import UserError
 from utils.side_files import read_json
 from utils.unpickle import ZIP_MAGIC
 
-TOKENIZER_TENSOR = "spiece_model"  # repackaged text encoders hold their tokenizer's file as a tensor of bytes
+TOKENIZER_TENSOR = "spiece_model"  # in repackaged text encoders a tensor of bytes holds the tokenizer's file
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_NAME = 512
 
 
 @dataclass
 class ShardIndex:
-    """The listing beside the shards of a model."""
+    """The index file beside the shards of a model."""
 
     weight_map: Annotated[dict[str, str], Field(min_length=1)]
     """Tensor name -> file."""
@@ -39,12 +39,12 @@ def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDi
     `PackedTensor`s, which are unpacked when they are used.
 
     Args:
-        path: a file or a folder. docs/weights.md lists the formats. A diffusers pipeline gives its transformer.
+        path: a file or a folder. docs/weights.md lists the formats. Of a diffusers pipeline the transformer is read.
         use_ema: which generator of a training checkpoint to take: the averaged one, the raw one, or (None) the averaged
             one if there is one. Formats with a single set of weights ignore it.
 
     Raises:
-        UserError: one line that names the file, if it is missing, damaged, unsafe or holds no weights.
+        UserError: the file is missing, damaged, unsafe or holds no weights. The message names it.
     """
     path = Path(path)
     if not path.exists():
@@ -61,7 +61,7 @@ def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDi
 
 
 def read_folder(folder: Path) -> StateDict:
-    """The weights of a model folder, single or sharded with an index, under the names they are stored by."""
+    """Return the weights of a model folder, one file or shards with an index, under the names in the files."""
     for name in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES):
         if (folder / name).is_file():
             return read_file(folder / name)
@@ -83,7 +83,7 @@ def _read_shards(index: Path) -> StateDict:
     weight_map = read_json(index, ShardIndex, max_bytes=MAX_INDEX_BYTES).weight_map
     state: StateDict = {}
     for name in sorted(set(weight_map.values())):
-        # The name is checked, not the target: shards of a hub snapshot are links that lead out of the folder.
+        # Check the name, not the target: the shards of a hub snapshot are links that lead out of the folder.
         if Path(name).name != name or "\\" in name:
             raise UserError(f"{index}: names the shard {name!r} outside its own folder; refused")
         if not (index.parent / name).is_file():
@@ -91,17 +91,17 @@ def _read_shards(index: Path) -> StateDict:
         state |= read_file(index.parent / name)
     if absent := weight_map.keys() - state.keys():
         raise UserError(
-            f"{index}: lists {min(absent)!r}, which no shard holds ({len(absent)} such tensors); download it again"
+            f"{index}: lists {min(absent)!r}, but no shard holds it ({len(absent)} such tensors); download it again"
         )
     return state
 
 
 def read_file(path: Path, *, use_ema: bool | None = None, key: str | None = None) -> StateDict:
-    """The tensors of one file, under the names they are stored by.
+    """Return the tensors of one file, under the names in the file.
 
     Args:
-        use_ema: as for :func:`load_state_dict`.
-        key: the entry of a PyTorch file to take, if the file has it. None finds the right one.
+        use_ema: see :func:`load_state_dict`.
+        key: the entry of a PyTorch file to read, if the file has it. None finds the right one.
     """
     try:
         if path.stat().st_size == 0:
@@ -118,7 +118,7 @@ def read_file(path: Path, *, use_ema: bool | None = None, key: str | None = None
 
 
 def _read_kind(path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
-    """The tensors of a file. What it begins with says its format; the ending only counts if that says nothing."""
+    """Return the tensors of a file. Its first bytes decide the format. If they are unknown, the name's ending does."""
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith(GGUF_MAGIC):

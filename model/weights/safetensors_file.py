@@ -12,16 +12,16 @@ SAFETENSORS_ENDINGS = (".safetensors", ".sft")
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does."""
+    """Return whether a file begins like a safetensors file."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def safetensors_entries(path: Path) -> dict[str, Entry]:
-    """Where the tensors lie in a file.
+    """Return tensor name -> its place in the file.
 
     Raises:
-        UserError: the file is truncated, is something else, or holds a type that torch does not have.
+        UserError: the file is truncated, has another format, or holds a type that torch does not have.
     """
     try:
         with safe_open(path, framework="pt"):  # checks the header against the file
@@ -33,7 +33,7 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     if unknown := {tensor["dtype"] for tensor in header.values()} - SAFETENSORS_DTYPES.keys():
-        raise UserError(f"{path}: holds tensors of the type {min(unknown)}, which cannot be read")
+        raise UserError(f"{path}: holds tensors of the type {min(unknown)}, which cannot be read; use another file")
     return {
         name: Entry(SAFETENSORS_DTYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0])
         for name, tensor in header.items()
@@ -41,6 +41,6 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free text entries of a safetensors file."""
+    """Return the metadata of a safetensors file: texts by name."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}

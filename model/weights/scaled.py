@@ -1,6 +1,6 @@
-"""Weights in 8 bits with a scale: value = stored * scale. ComfyUI's scaled fp8, LightX2V's fp8 and int8.
+"""Weights in 8 bits with a scale: value = stored * scale. Examples: ComfyUI's scaled fp8, LightX2V's fp8 and int8.
 
-`X.weight` is float8 or int8; its scale is one number, or one number a row, or one a block of a row and column.
+`X.weight` is float8 or int8. Its scale is one number, one number for each row, or one number for each block.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from model.weights.packed import PackedTensor
 from utils.errors import UserError
 from utils.side_files import parse_json
 
-# Beside `X.weight`: the names of its scale; the scales of a layer's input, which are not needed for the weight.
+# Names beside `X.weight`: those of its scale, and those of the scale of the layer's input, which is not needed.
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 INPUT_SCALES = ("scale_input", "input_scale")
 MARKERS = ("scaled_fp8",)
@@ -24,7 +24,7 @@ EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 def apply_scales(state: StateDict, *, source: str) -> StateDict:
-    """Turn scaled 8-bit weights into packed tensors, and leave out markers and scales of inputs.
+    """Turn scaled 8-bit weights into packed tensors. Drop markers and scales of inputs.
 
     Raises:
         UserError: a scale has no weight, does not fit it, or belongs to a format that cannot be read.
@@ -61,7 +61,7 @@ def _is_marker(key: str, tensor: Tensor, source: str) -> bool:
 
 def _packed(weight: Tensor, scale: Tensor, name: str) -> PackedTensor:
     if not scale.is_floating_point() or not scale.float().isfinite().all():
-        raise UserError(f"{name} is not made of finite numbers; use an undamaged file")
+        raise UserError(f"{name} holds values that are not finite numbers; use an undamaged file")
     fits = scale.numel() == 1 or (
         weight.ndim == 2
         and (
@@ -74,12 +74,12 @@ def _packed(weight: Tensor, scale: Tensor, name: str) -> PackedTensor:
 
 
 def _divides(blocks: torch.Size, shape: torch.Size) -> bool:
-    """Whether a grid of blocks covers the weight: each block has the same size, the last ones may be cut."""
+    """Return whether a grid of equal blocks covers the weight. The last blocks of a row or column may be smaller."""
     return all(0 < count <= size for count, size in zip(blocks, shape, strict=True))
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight [O I] times a scale: of one number, [O], [O 1] or of blocks [o i]."""
+    """Return weight [O I] times a scale, which is one number, [O], [O 1], or [o i] for o x i blocks."""
     values, scale = weight.float(), scale.float()
     if scale.numel() == 1:
         return values.mul_(scale.reshape(()))

@@ -1,4 +1,4 @@
-"""PyTorch files (.pt, .pth, .bin): safe to read, memory-mapped, and the one state dict that is meant."""
+"""Read PyTorch files (.pt, .pth, .bin) safely and memory-mapped, and find the wanted state dict in them."""
 
 import logging
 import re
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def read_torch(path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
-    """The one state dict that is meant, out of what a PyTorch file holds.
+    """Return the wanted state dict of a PyTorch file.
 
     Args:
         use_ema: which generator of a training checkpoint: averaged, raw, or (None) averaged if there is one.
-        key: the entry that is meant, if the file has it; None finds it.
+        key: the wanted entry, if the file has it. None finds it.
     """
     content = load_torch(path)
     state = _select_weights(content, path, use_ema=use_ema, key=key)
@@ -33,10 +33,10 @@ def read_torch(path: Path, *, use_ema: bool | None, key: str | None) -> StateDic
 
 
 def _remap(content: object, state: StateDict, path: Path) -> StateDict:
-    """The tensors of `state`, mapped again in windows (see `map_tensors`).
+    """Map the tensors of `state` again, in windows (see `map_tensors`).
 
-    torch has mapped the whole file as one piece. Tensors lie in that piece as their records lie in the file, so their
-    places in the file are known. If tensors and records do not match one to one, torch's own map is kept.
+    torch has mapped the whole file as one piece. Tensors have the same order in that piece as their records in the
+    file, so their places in the file are known. If tensors and records do not match, torch's own map is kept.
     """
     if not zipfile.is_zipfile(path):  # files from before torch 1.6
         return state
@@ -60,7 +60,7 @@ def _tensors(content: object) -> Iterator[Tensor]:
 
 
 def _record_offsets(path: Path) -> Iterator[int]:
-    """The places in a PyTorch zip file at which the bytes of stored tensors begin."""
+    """Yield the positions in a PyTorch zip file at which the bytes of stored tensors begin."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for record in archive.infolist():
             if record.file_size and re.search(r"/data/\d+$", record.filename):
@@ -69,7 +69,7 @@ def _record_offsets(path: Path) -> Iterator[int]:
 
 
 def _select_weights(content: object, path: Path, *, use_ema: bool | None, key: str | None) -> StateDict:
-    """The one state dict meant, out of what a PyTorch file holds."""
+    """Return the wanted state dict in the content of a PyTorch file."""
     if isinstance(content, Mapping):
         if key is not None and key in content:
             content = content[key]
@@ -92,7 +92,7 @@ def _select_weights(content: object, path: Path, *, use_ema: bool | None, key: s
 
 
 def _only_entry(content: Mapping) -> object:
-    """The value of a mapping with one entry if that is a mapping too, such as {"lora": {...}}; else the mapping."""
+    """Return the inner mapping of a mapping like {"lora": {...}}, which has one entry; else the mapping itself."""
     value = next(iter(content.values()), None)
     return value if len(content) == 1 and isinstance(value, Mapping) else content
 
@@ -113,18 +113,18 @@ def _select_generator(content: Mapping, path: Path, *, use_ema: bool | None) -> 
 
 @cache
 def _say_which(path: Path, wanted: str) -> None:
-    """Log which of two generators is taken, once for each file and choice: files are read several times."""
+    """Log which of two generators is read. Files are read several times, so log each file and choice only once."""
     other = "generator" if wanted == "generator_ema" else "generator_ema"
     kind = "averaged" if wanted == "generator_ema" else "trained"
-    log.info("%s: takes the %s weights (%s), not %s; see generator.use_ema", path, kind, wanted, other)
+    log.info("%s: reads the %s weights (%s), not %s; generator.use_ema chooses", path, kind, wanted, other)
 
 
 def _check_not_swapped(content: Mapping, path: Path) -> None:
     """Refuse a checkpoint whose "generator" is the critic.
 
-    Two signs show it. Only a critic has the heads of a discriminator. And an average lies near the weights that it
-    averages: if generator_ema is 4 times nearer to the critic than to the generator, the two are swapped. Only small
-    tensors are compared.
+    There are two signs. Only a critic has the heads of a discriminator. And an average is close to the weights that it
+    averages: if the distance from generator_ema to the critic is less than a quarter of that to the generator, the two
+    are swapped. Only small tensors are compared.
     """
     generator, critic, ema = (content.get(name) for name in ("generator", "critic", "generator_ema"))
     if not isinstance(generator, Mapping) or not isinstance(critic, Mapping):

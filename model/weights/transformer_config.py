@@ -1,4 +1,4 @@
-"""The sizes of a transformer: from the shapes of its tensors and from every dialect of config.json."""
+"""Find the sizes of a transformer in the shapes of its tensors and in a config.json of any dialect."""
 
 import math
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ TextLen = Annotated[int, Field(strict=True, ge=1, le=2**14)]
 
 @dataclass
 class WanFile:
-    """The entries of a config.json of Wan's own or of ours; the others are ignored."""
+    """The entries of a config.json in Wan's own format or in ours. Others are ignored."""
 
     model_type: str = "t2v"
     """Must be t2v."""
@@ -66,7 +66,7 @@ class WanFile:
 
 @dataclass
 class DiffusersFile:
-    """The entries of diffusers' config.json; the others are ignored."""
+    """The entries of a config.json in diffusers' format. Others are ignored."""
 
     num_attention_heads: Size
     attention_head_dim: Size = WAN_HEAD_DIM
@@ -89,14 +89,15 @@ class DiffusersFile:
 
 
 def read_transformer_config(path: str | Path, state: Mapping[str, Tensor], *, preset: str) -> WanConfig:
-    """The sizes of the weights `state`.
+    """Return the sizes of the weights `state`.
 
-    Tensors do not show the heads, the text length, eps and what the model predicts. These come from a config.json in or
-    beside `path`; without one, from a preset of the same sizes; else they are Wan's: heads of 128, and flow.
+    The shapes of tensors do not show the number of heads, the text length, eps and the prediction type. These come
+    from a config.json in or beside `path`. If there is none, they come from a preset with the same sizes. If there is
+    no such preset, they are Wan's values: heads of 128 and flow.
 
     Raises:
-        UserError: the weights are not a Wan transformer's, or config.json makes no transformer. Sizes that it states
-            are taken as stated: weights that contradict them do not fit later.
+        UserError: the weights do not belong to a Wan transformer, or the sizes in config.json make no transformer. If
+            the weights contradict config.json, this function does not notice; loading them raises the error.
     """
     sizes = _checked_sizes(state, path)
     declared = read_declared_config(path)
@@ -110,12 +111,12 @@ def read_transformer_config(path: str | Path, state: Mapping[str, Tensor], *, pr
 
 
 def read_declared_config(path: str | Path) -> dict[str, object] | None:
-    """What the config.json in a folder, or beside a file, says of a transformer, named as in `WanConfig`.
+    """Return the sizes in the config.json in a folder or beside a file, named as in `WanConfig`.
 
-    Original Wan, diffusers and our own are understood. None if there is no config.json, or one of another kind.
+    The formats of Wan, diffusers and this project are understood. Return None if there is no config.json of these.
 
     Raises:
-        UserError: names the key and the value that no transformer can have.
+        UserError: a value is impossible. The message names the key and the value.
     """
     path = find_part(path, "transformer")
     file = (path if path.is_dir() else path.parent) / CONFIG_FILE
@@ -133,9 +134,9 @@ def read_declared_config(path: str | Path) -> dict[str, object] | None:
 
 
 def infer_transformer_sizes(state: Mapping[str, Tensor]) -> dict[str, int | list[int]]:
-    """Sizes of a Wan transformer, read off its tensors' shapes and named as in `WanConfig`.
+    """Return the sizes of a Wan transformer from the shapes of its tensors, named as in `WanConfig`.
 
-    num_heads, text_len, eps and prediction_type leave no trace in the shapes.
+    The shapes do not show num_heads, text_len, eps and prediction_type.
     """
     ranks = {
         "patch_embedding.weight": 5,
@@ -163,7 +164,7 @@ def infer_transformer_sizes(state: Mapping[str, Tensor]) -> dict[str, int | list
 
 
 def fitting_preset(state: Mapping[str, Tensor], *, first: str = "") -> str | None:
-    """The preset whose sizes are those of the weights; `first` is tried first."""
+    """Return the preset with the sizes of the weights, or None. `first` is tried first."""
     sizes = infer_transformer_sizes(state)
     names = sorted(PRESETS, key=lambda name: name != first)
     return next((name for name in names if sizes.items() <= asdict(PRESETS[name]).items()), None)
@@ -179,6 +180,6 @@ def _checked_sizes(state: Mapping[str, Tensor], path: str | Path) -> dict:
 
 
 def describe_sizes(state: Mapping[str, Tensor]) -> str:
-    """The sizes that tell models apart, for messages."""
+    """Return the sizes that tell models apart as a text for messages."""
     sizes = infer_transformer_sizes(state)
     return ", ".join(f"{name}={sizes[name]}" for name in ("dim", "ffn_dim", "num_layers"))

@@ -24,14 +24,14 @@ def read_transformer(
 
     Args:
         path: a folder or a file, as for `load_state_dict`.
-        preset: the preset to try first if no config.json says what tensors cannot.
+        preset: the preset to try first if there is no config.json.
         use_ema: see `load_state_dict`.
-        dtype: None keeps the stored one, or bfloat16 for packed weights.
+        dtype: type of the weights. None keeps the stored type; packed weights become bfloat16.
         device: where the weights go.
 
     Raises:
-        UserError: weights that are missing, damaged, not finite, or not those of a text-to-video Wan transformer, or
-            that a config.json beside them contradicts.
+        UserError: the weights are missing, damaged or not finite, do not belong to a text-to-video Wan transformer, or
+            do not fit the config.json beside them.
     """
     model, state = open_transformer(path, preset=preset, use_ema=use_ema)
     load_into(model, state, source=str(path), dtype=dtype, device=device)
@@ -39,19 +39,21 @@ def read_transformer(
 
 
 def open_transformer(path: str | Path, *, preset: str, use_ema: bool | None = None) -> tuple[WanTransformer, StateDict]:
-    """A transformer without values (on the meta device) and the memory-mapped weights that fit it.
+    """Return a transformer without values (on the meta device) and the memory-mapped weights that fit it.
 
     Arguments and errors are those of :func:`read_transformer`.
     """
     state = load_state_dict(path, use_ema=use_ema)
     config = read_transformer_config(path, state, preset=preset)
     if config.num_layers > len(state):  # building such a model would take very long
-        raise UserError(f"{path}: num_layers={config.num_layers}; the weights have {describe_sizes(state)}")
+        raise UserError(
+            f"{path}: config.json says num_layers={config.num_layers}, but the weights have {describe_sizes(state)}"
+        )
     try:
         with torch.device("meta"):
             model = WanTransformer(config)
     except RuntimeError as error:
-        raise UserError(f"{path}: the sizes in its config.json are beyond any model: {error}") from error
+        raise UserError(f"{path}: the sizes in its config.json are too large for any model: {error}") from error
     fit = fitting_preset(state)
     hint = f"; the weights are those of the preset {fit}" if fit else f"; the weights have {describe_sizes(state)}"
     check_fit(model, state, source=str(path), hint=hint)

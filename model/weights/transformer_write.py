@@ -21,13 +21,13 @@ WAN_FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Format:
-    """How a format is written: `write(path, state, config, dtype, shard_bytes)`."""
+    """A format and its function `write(path, state, config, dtype, shard_bytes)`."""
 
     write: Callable[[Path, StateDict, WanConfig, torch.dtype | None, int], None]
     suffix: str
-    """What a path must end in; "" is a folder."""
+    """The ending that a path must have. "": the path is a folder."""
     keeps_config: bool
-    """Whether heads, text length, eps and prediction type are written too."""
+    """Whether the number of heads, the text length, eps and the prediction type are written too."""
 
 
 def write_transformer(
@@ -42,13 +42,13 @@ def write_transformer(
     """Write a transformer in one of `FORMATS`.
 
     Raises:
-        UserError: the path does not suit the format.
+        UserError: the path does not have the ending of the format.
     """
     path, kind = Path(path), FORMATS[format]
     if path.suffix != kind.suffix and (kind.suffix or path.suffix in (".pt", ".pth", ".safetensors")):
         raise UserError(f"{path}: the format {format} is a {f'file *{kind.suffix}' if kind.suffix else 'folder'}")
     if not kind.keeps_config and config.prediction_type != "flow":
-        log.warning("the format %s does not say that this model predicts %s", format, config.prediction_type)
+        log.warning("the format %s cannot store that this model predicts %s", format, config.prediction_type)
     kind.write(path, state, config, dtype, shard_bytes)
 
 

@@ -1,6 +1,6 @@
-"""Write tensors to files, tensor by tensor: memory for one tensor is enough, whatever the size of the model.
+"""Write tensors to files, one tensor at a time, so that memory for one tensor is enough.
 
-Every file is written beside its place and then renamed: a reader never sees half a file.
+Every file is written under another name and then renamed, so that a reader never sees half a file.
 """
 
 import json
@@ -30,13 +30,13 @@ def save_folder(
     """Write a model folder: its weights and its config.json.
 
     Args:
-        folder: made if need be. Files of an earlier save are replaced.
+        folder: the folder. It is created if it does not exist. Files of an earlier save are replaced.
         weights: a module or its state dict. Tied tensors are written once for each name.
         config: the content of config.json.
-        dtype: converts floating-point tensors; None keeps them.
-        name: the file of the weights.
-        shard_bytes: larger weights are written in shards, with an index.
-        config_file: another name for config.json.
+        dtype: converts floating-point tensors. None keeps their type.
+        name: the name of the weights file.
+        shard_bytes: larger weights are written as several shards with an index.
+        config_file: the name of the file for `config`.
     """
     folder = Path(folder)
     config_text = json.dumps(config, indent=2) + "\n"
@@ -100,7 +100,7 @@ def save_torch(path: str | Path, content: Mapping[str, object]) -> None:
 
 
 def convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` on the CPU; a floating-point one in `dtype`, if that is not None."""
+    """Return `tensor` on the CPU. A floating-point tensor is converted to `dtype`, unless that is None."""
     return tensor.detach().to("cpu", _stored_dtype(tensor, dtype))
 
 
@@ -113,7 +113,7 @@ def _num_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 
 def _split(state: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int) -> list[list[str]]:
-    """Names in their order, cut into shards of at most `shard_bytes`. A larger tensor is a shard of its own."""
+    """Split the names, in order, into shards of at most `shard_bytes`. A larger tensor is a shard of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for key, tensor in state.items():

@@ -243,7 +243,7 @@ def broken_files(folder, lora):
     (folder / "hollow").mkdir()
     yield folder / "hollow", "holds neither adapter_model.safetensors nor"
     name, layer = next(iter(lora.layers.items()))
-    down, up, unread = layer.down, layer.up, "none of a LoRA this reader knows"
+    down, up, unread = layer.down, layer.up, "belongs to no known kind of LoRA"
     matrices = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     cases = {
         "half": ({f"{name}.lora_A.weight": down}, "blocks.0.self_attn.q has no up .LoRA.; the file is incomplete"),
@@ -251,7 +251,7 @@ def broken_files(folder, lora):
             {"single_blocks.0.q.lora_A.weight": down, "single_blocks.0.q.lora_B.weight": up},
             "no place in a text",
         ),
-        "dora": ({f"{name}.lora_magnitude_vector": down[0].clone()}, "part 'row lengths' is alone"),
+        "dora": ({f"{name}.lora_magnitude_vector": down[0].clone()}, "has only the part 'row lengths'"),
         "lengths": (matrices | {f"{name}.dora_scale": torch.ones(7)}, r"lengths \(7,\) of DoRA do not fit a weight"),
         "number": (matrices | {f"{name}.dora_scale": torch.ones(())}, r"lengths \(\) of DoRA do not fit a weight"),
         "long": ({f"blocks.{'9' * 5000}.self_attn.q.lora_A.weight": down}, "the name of a tensor has"),
@@ -271,7 +271,10 @@ def broken_files(folder, lora):
         "lokr": ({f"{name}.lokr_w1": down}, r"has no lokr_w2 .LoKr.; the file is incomplete"),
         "loha": ({f"{name}.hada_w1_a": up, f"{name}.hada_w1_b": down}, r"has no hada_w2_a .LoHa."),
         "model": ({f"{name}.weight": down}, unread),
-        "product": ({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up[:, :2].clone()}, "do not multiply"),
+        "product": (
+            {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up[:, :2].clone()},
+            "the matrices cannot be multiplied",
+        ),
     }
     for case, (state, message) in cases.items():
         save_file(state, folder / f"{case}.safetensors")

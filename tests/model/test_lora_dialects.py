@@ -236,7 +236,7 @@ def test_image_layers_are_left_out_with_one_warning_that_names_and_counts_them(t
     merge_loras(expected, [(lora, 1.0)])
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     (message,) = caplog.messages
-    assert "left out 5 layers for image-to-video and text encoder models" in message
+    assert "ignored 5 layers for image-to-video and text encoder models" in message
     assert "diffusion_model.blocks.0.cross_attn.k_img" in message
     assert f"the other {len(LAYERS)} are merged" in message
 

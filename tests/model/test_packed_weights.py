@@ -113,7 +113,7 @@ Q = "blocks.0.self_attn.q"
 BAD_SCALES = {
     "no weight": ({"blocks.0.lost.scale_weight": torch.ones(())}, "belongs to no weight"),
     "shape": ({f"{Q}.scale_weight": torch.ones(7)}, r"\(7,\) does not fit a weight \(128, 128\)"),
-    "not finite": ({f"{Q}.scale_weight": torch.tensor(float("inf"))}, "not made of finite numbers"),
+    "not finite": ({f"{Q}.scale_weight": torch.tensor(float("inf"))}, "holds values that are not finite numbers"),
     "packed": ({f"{Q}.weight": torch.zeros(128, 64, dtype=torch.uint8)}, "packed in fewer than 8 bits"),
     "deep": ({f"{Q}.comfy_quant": torch.tensor(list(b"[" * 5000), dtype=torch.uint8)}, "is not JSON"),
     "format": (
@@ -248,7 +248,7 @@ def test_a_quantised_vector_and_a_shape_that_is_no_shape(tmp_path):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with pytest.raises(UserError, match=r"s.gguf: states a shape .*; the file is damaged"):
+        with pytest.raises(UserError, match=r"s.gguf: the shape .* does not fit a tensor .*; the file is damaged"):
             load_state_dict(tmp_path / "s.gguf")
 
 

@@ -97,7 +97,7 @@ def test_folders_keep_what_shapes_do_not_show(tmp_path, format):
 def test_a_format_that_cannot_say_what_the_model_predicts_is_warned_about(tmp_path, caplog):
     config = replace(SMALL, prediction_type="x0")
     write_transformer(tmp_path / "out.safetensors", transformer_state(config, 1), config, format="comfyui")
-    assert caplog.messages == ["the format comfyui does not say that this model predicts x0"]
+    assert caplog.messages == ["the format comfyui cannot store that this model predicts x0"]
 
 
 def test_published_config_json_is_what_the_wan_format_writes(tmp_path, state):
@@ -174,7 +174,7 @@ def broken_folders(folder, state):
         write("wide", state, sizes | {"dim": 2**40, "num_heads": 2**33}),
         "json: dim = 1099511627776: Input should",
     )
-    yield write("layers", state, sizes | {"num_layers": 4000}), "num_layers=4000; the weights have dim=256"
+    yield write("layers", state, sizes | {"num_layers": 4000}), "num_layers=4000, but the weights have dim=256"
     yield write("words", state, sizes | {"text_len": 2**40}), "text_len = 1099511627776: Input should be less"
     yield write("i2v", state, sizes | {"model_type": "i2v"}), "model_type='i2v'; only t2v"
     yield (

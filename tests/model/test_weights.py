@@ -323,7 +323,7 @@ def hostile_files(folder, state):
     torch.save({}, folder / "nothing.pt")
     yield folder / "nothing.pt", "holds no tensors"
     torch.save({"model.a": torch.zeros(1), "a": torch.zeros(1)}, folder / "twice.pt")
-    yield folder / "twice.pt", "two tensors are called 'a'"
+    yield folder / "twice.pt", "two tensors have the name 'a'"
     (folder / "hollow").mkdir()
     yield folder / "hollow", "holds neither model.safetensors nor"
     key = next(iter(state))
@@ -332,7 +332,7 @@ def hostile_files(folder, state):
         yield (write_shards(folder / f"out{number}", state, {key: name}), "outside its own folder")
     yield (
         write_shards(folder / "short", state, {**dict.fromkeys(state, "part-0.safetensors")}),
-        "which no shard holds",
+        "but no shard holds it",
     )
     (write_shards(folder / "bad", state) / "diffusion_pytorch_model.safetensors.index.json").write_text("{")
     yield folder / "bad", "is not JSON"
