@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import exit_code
+from utils.cli import exit_code, merged_overrides
 from utils.errors import UserError
 from utils.signals import StopSignals
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("demo")
 
+KEYS = {"checkpoint_path": "generator.weights"}
+"""Options that set a key of the configuration: option -> key."""
 LARGEST_MESSAGE = 32 * 1024  # bytes of a WebSocket message from a client
 PING_SECONDS = 20  # between pings of a WebSocket, and until one without an answer is closed
 BACKLOG = 64  # connections that are accepted in one go, so that a flood cannot use up the files of the process
@@ -127,6 +129,7 @@ def check(args: argparse.Namespace) -> Access:
         raise UserError(f"{asked} lets others in: add --auth user:password, or --insecure to let anyone in")
     if not all(all(account.partition(":")) for account in args.auth or []):
         raise UserError("--auth is not of the form user:password")
+    merged_overrides(args, KEYS)
     if args.max_viewers < 1:
         raise UserError(f"--max-viewers {args.max_viewers} must be at least 1")
     if not 0 < args.longest_clip < float("inf"):
@@ -231,8 +234,7 @@ def read_config(args: argparse.Namespace) -> PipelineConfig:
     """The configuration; imports torch."""
     from pipeline.config import load_pipeline_config
 
-    weights = [] if args.checkpoint_path is None else [f"generator.weights={args.checkpoint_path}"]
-    config = load_pipeline_config(args.config_path, [*weights, *args.overrides])
+    config = load_pipeline_config(args.config_path, merged_overrides(args, KEYS))
     if args.download:
         from pipeline.download import download_weights
 

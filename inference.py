@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.inference.options import InferenceOptions
-from utils.cli import exit_code
+from utils.cli import exit_code, merged_overrides
 
 DEFAULT_CONFIG = "configs/shapes/self_forcing_dmd.yaml"
 # Options that set a key of the configuration: option -> key.
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Make the videos that the arguments ask for."""
-    given = {flag: getattr(args, flag) for flag in KEYS if getattr(args, flag) is not None}
+    overrides = merged_overrides(args, KEYS)
     keys = {text.partition("=")[0]: text.partition("=")[2] for text in args.overrides}
     names = InferenceOptions.__dataclass_fields__.keys() & vars(args).keys()
     values = {name: getattr(args, name) for name in names} | {
@@ -190,7 +190,6 @@ def run(args: argparse.Namespace) -> None:
     with _starting():
         from pipeline.config import load_pipeline_config
         from utils.config import to_yaml
-    overrides = [*(f"{KEYS[flag]}={value}" for flag, value in given.items()), *args.overrides]
     config = load_pipeline_config(args.config_path, overrides)
     if args.dry_run:
         print(to_yaml(config), end="")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 JSON_FILE, PIECES_FILE, SETTINGS_FILE = "tokenizer.json", "spiece.model", "tokenizer_config.json"
 TOKENIZER_FILES = (JSON_FILE, PIECES_FILE)  # the first is complete, for every class and version that wrote it
+TOKENIZER_ENDINGS = {Path(name).suffix for name in TOKENIZER_FILES}
 MAX_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
 MAX_DEPTH_OF_SETTINGS = 40
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # T5's names
@@ -50,8 +51,8 @@ def find_tokenizer(weights: Path, folder: str | Path | None = None) -> Path:
 
     Args:
         weights: the encoder's folder or file.
-        folder: the tokenizer's folder, or a release that has one. None takes the tokenizer in the weights, with them or
-            beside them. A missing folder is ignored if the weights have a tokenizer.
+        folder: the tokenizer's folder or file, or a release that has one. None takes the tokenizer in the weights,
+            with them or beside them. A missing folder is ignored if the weights have a tokenizer.
     """
     if folder is not None and (Path(folder).exists() or not _holds_tokenizer(weights)):
         return find_part(folder, "tokenizer")
@@ -62,10 +63,13 @@ def find_tokenizer(weights: Path, folder: str | Path | None = None) -> Path:
 
 
 def tokenizer_bytes(path: str | Path) -> bytes | None:
-    """Return the bytes of the vocabulary in a folder or in a file of weights; None if there is none."""
+    """Return the bytes of the vocabulary: of a folder, of a tokenizer's file, or in a file of weights.
+
+    None if there is none.
+    """
     path = Path(path)
-    if path.is_dir():
-        file = _tokenizer_file(path)
+    file = _tokenizer_file(path) if path.is_dir() else path
+    if path.is_dir() or path.suffix.lower() in TOKENIZER_ENDINGS:
         return None if file is None else read_limited(file, MAX_BYTES)
     tensor = read_file(path).get(TOKENIZER_TENSOR)
     if tensor is None:
@@ -76,7 +80,7 @@ def tokenizer_bytes(path: str | Path) -> bytes | None:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer in a local folder, or inside the file of a repackaged text encoder.
+    """Load the tokenizer of a local folder or file, or inside the file of a repackaged text encoder.
 
     Raises:
         UserError: the tokenizer is missing, damaged, or has a pattern that could take very long to match.

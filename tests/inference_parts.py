@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
 import inference
+from scripts.endurance.kills import launch, log_file
 from utils.video import read_video
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -73,3 +77,27 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def same(first: Path, second: Path) -> bool:
     return torch.equal(read_video(first), read_video(second))
+
+
+def start(release, folder: Path, *arguments: str, **options) -> BaseProcess:
+    """Run inference.py in a process of its own, which logs to log_file(folder)."""
+    command = ["--config_path", release.config_path, "--output_folder", str(folder), *arguments]
+    (process,) = launch(command, program="inference", **options)
+    return process
+
+
+def end(process: BaseProcess, folder: Path, seconds: float = 60) -> tuple[int, str]:
+    """Wait for the end of a process of :func:`start`; its exit code and what it logged."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"it has not ended: {log_file(folder).read_text()}")
+    return process.exitcode, log_file(folder).read_text()
+
+
+def wait_for(process: BaseProcess, folder: Path, condition: Callable[[], bool]) -> None:
+    """Wait until a process of :func:`start` has come so far; it must live until then."""
+    while not condition():
+        assert process.is_alive(), log_file(folder).read_text()
+        time.sleep(0.02)

@@ -50,6 +50,11 @@ def test_a_missing_file_is_named(refuse):
     assert "weights.pt" in refuse("--checkpoint_path", "weights.pt")
 
 
+def test_one_key_has_one_value(refuse):
+    error = refuse("--checkpoint_path", "config.yaml", "generator.weights=other.pt")
+    assert "--checkpoint_path config.yaml and generator.weights=other.pt give one key two values" in error
+
+
 def test_a_taken_port_is_named(refuse):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

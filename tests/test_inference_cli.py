@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from model.weights import load_state_dict, weights_hash
 from pipeline.config import load_pipeline_config
 from pipeline.loading import load_codec
 from pipeline.memory import GB, PROFILES, measure, need
-from tests.inference_parts import REPOSITORY, records, same, snapshot, videos
+from scripts.endurance.kills import launch, log_file
+from tests.inference_parts import REPOSITORY, end, records, same, snapshot, start, videos, wait_for
 from utils.files import safe_stem
 from utils.shapes import ATTRIBUTES
 from utils.video import read_video
@@ -201,28 +203,21 @@ def test_a_video_is_extended_and_followed(make):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
-    command = ("inference.py", "--config_path", release.config_path, "--output_folder", str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, *command, "--prompt", "a cat", "--num_output_frames", "30000"],
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    video, part = tmp_path / "a cat-0.mp4", tmp_path / "a cat-0.partial.mp4"
-    while not (part.exists() and part.stat().st_size > 20_000):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    folder = tmp_path / "videos"
+    process = start(release, folder, "--prompt", "a cat", "--num_output_frames", "30000")
+    video, part = folder / "a cat-0.mp4", folder / "a cat-0.partial.mp4"
+    wait_for(process, folder, lambda: part.exists() and part.stat().st_size > 20_000)
+    os.kill(process.pid, number)
+    code, errors = end(process, folder, 30)
     assert "Traceback" not in errors
     if number is signal.SIGKILL:
-        assert process.returncode == -number and not video.exists()
+        assert code == -number and not video.exists()
         assert len(read_video(part)) >= 12
         return
-    assert process.returncode == 128 + number
+    assert code == 128 + number
     assert not video.exists() and len(read_video(part)) > 12
     assert f"{part} plays" in errors
-    assert {path.name for path in tmp_path.iterdir()} == {part.name, ".lock"}
+    assert {path.name for path in folder.iterdir()} == {part.name, ".lock"}
 
 
 def write_mistakes(folder: Path) -> None:
@@ -257,6 +252,10 @@ BAD_INPUT = {
     "prompt beside a file": (["--prompt", "a", "--data_path", "x"], "--prompt and --data_path both give prompts"),
     "more videos than a run can hold": (["--num_samples", "999999999"], "2999999997 videos are too many for one run"),
     "prompt beside a key": (["--prompt", "a", "inference.data_path=x"], "--prompt and --data_path both give prompts"),
+    **{
+        f"two values of {key}": ([f"--{option}", "8", f"{key}=9"], f"--{option} 8 and {key}=9 give one key two values")
+        for option, key in inference.KEYS.items() if option != "output_folder"
+    },
     "negative seed": (["--seed", "-5"], "seed=-5 must be at least 0, or -1 to draw one"),
     "a video that no disk holds": (["--num_output_frames", "999999999999"], "choose another --output_folder or fewer"),
     "a rate that is no number": (["--fps", "nan"], "video.fps='nan' is not of type"),
@@ -435,29 +434,34 @@ def test_a_checkpoint_of_another_architecture_names_the_first_tensors(refuse, re
     assert "(file: (32, 16, 1, 2, 2), model: (64, 16, 1, 2, 2))" in line
 
 
-def run_process(*command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # rounding follows the threads
-    return subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
-    )
-
-
 def test_a_real_process_exits_with_2(tmp_path):
-    done = run_process("inference.py", "--config_path", str(tmp_path / "nowhere.yaml"))
+    command = [sys.executable, "inference.py", "--config_path", str(tmp_path / "nowhere.yaml")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert done.stderr == (
         f"error: {tmp_path / 'nowhere.yaml'}: cannot read the configuration: No such file or directory\n"
     )
 
 
-def test_two_processes_share_the_prompts_and_make_the_same_videos(make, release, tmp_path):
+@pytest.fixture
+def make_in_two(release, tmp_path):
+    """Runs inference.py in two processes into a folder, as torchrun does."""
+
+    def make_in_two(name: str, *arguments: str) -> Path:
+        folder = tmp_path / name
+        group = launch(["--config_path", release.config_path, "--output_folder", str(folder), *arguments], 2,
+                       program="inference")  # fmt: skip
+        for each in group:
+            each.join(240)
+        assert [each.exitcode for each in group] == [0, 0], log_file(folder).read_text()
+        return folder
+
+    return make_in_two
+
+
+def test_two_processes_share_the_prompts_and_make_the_same_videos(make, make_in_two, release):
     alone = make("--num_output_frames", "3", folder="alone")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "inference.py")
-    shared = tmp_path / "shared"
-    done = run_process(
-        *launcher, "--config_path", release.config_path, "--output_folder", str(shared), "--num_output_frames", "3"
-    )
-    assert done.returncode == 0, done.stderr
+    shared = make_in_two("shared", "--num_output_frames", "3")
     assert videos(shared) == videos(alone)
     assert sorted(record["prompt"] for record in records(shared)) == sorted(release.prompts)
     assert (shared / "contact_sheet.png").is_file()
@@ -465,14 +469,52 @@ def test_two_processes_share_the_prompts_and_make_the_same_videos(make, release,
         assert same(shared / name, alone / name)
 
 
-def test_two_processes_make_one_video_together(make, release, tmp_path):
+def test_two_processes_make_one_video_together(make, make_in_two, release):
     """Ulysses: each computes part of every frame's tokens; what is written is what one process writes."""
     frames = ("--num_output_frames", "3", "--prompt", release.prompts[0])
     alone = make(*frames, folder="alone")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "inference.py")
-    target = ("--config_path", release.config_path, "--output_folder", str(tmp_path / "together"), *frames)
-    done = run_process(*launcher, *target, "optimize.sequence_parallel=true")
-    assert done.returncode == 0, done.stderr
-    assert len(records(tmp_path / "together")) == 1
-    one, two = (read_video(folder / videos(alone)[0]).int() for folder in (alone, tmp_path / "together"))
+    together = make_in_two("together", *frames, "optimize.sequence_parallel=true")
+    assert len(records(together)) == 1
+    one, two = (read_video(folder / videos(alone)[0]).int() for folder in (alone, together))
     assert one.shape == two.shape and abs(one - two).max() <= 2  # of 255: rounding
+
+
+def processes_of(job: int) -> dict[int, int]:
+    """Rank -> process id of the children of torchrun."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(job):
+                rank = (folder / "environ").read_bytes().partition(b"\0RANK=")[2].partition(b"\0")[0]
+                found[int(rank)] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks through Linux's /proc")
+def test_a_killed_rank_ends_the_job_with_a_message_and_the_finished_videos_stay(make, release, tmp_path):
+    """A real SIGKILL under torchrun, in the middle of a video. The next run makes what is missing."""
+    folder, prompts = tmp_path / "videos", ("a cat", "a dog", "a cow", "a pig")
+    arguments = [*(word for prompt in prompts for word in ("--prompt", prompt)), "--num_output_frames", "60"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "inference.py"]
+    job = subprocess.Popen(
+        [*torchrun, "--config_path", release.config_path, "--output_folder", str(folder), *arguments],
+        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        begun = [folder / name for name in ("a cat-0.mp4", "a dog-0.mp4", "a pig-0.partial.mp4")]
+        while not all(path.exists() and path.stat().st_size > 5_000 for path in begun):
+            assert job.poll() is None, job.stderr.read()
+            time.sleep(0.02)
+        ranks, killed = processes_of(job.pid), time.monotonic()
+        os.kill(ranks[1], signal.SIGKILL)
+        errors = job.communicate(timeout=60)[1]
+    finally:
+        job.kill()
+    assert time.monotonic() - killed < 30 and job.returncode != 0
+    assert f"Signal 9 (SIGKILL) received by PID {ranks[1]}" in errors
+    assert not Path(f"/proc/{ranks[0]}").exists()
+    finished = {name: content for name, content in snapshot(folder).items() if "partial" not in name}
+    assert {"a cat-0.mp4", "a dog-0.mp4"} <= finished.keys() and "a pig-0.mp4" not in finished
+    make(*arguments)
+    assert finished.items() <= snapshot(folder).items()
+    assert videos(folder) == sorted(f"{prompt}-0.mp4" for prompt in prompts) and len(records(folder)) == 4

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,25 +14,12 @@ from PIL import Image
 
 import inference
 from scripts import repeat
-from tests.inference_parts import REPOSITORY, records, same, snapshot, videos
+from tests.inference_parts import REPOSITORY, end, records, same, snapshot, start, videos, wait_for
 from utils.video import read_video
 
 pytest_plugins = ["tests.shapes_parts", "tests.inference_parts"]
 
 SHORT = ("--num_output_frames", "3")
-
-
-def start(release, folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "inference.py", "--config_path", release.config_path, "--output_folder", str(folder)]
-    return subprocess.Popen(
-        [*command, *arguments], cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -121,18 +109,18 @@ def test_overwrite_replaces_the_same_video_only(make):
 def test_a_stopped_video_is_made_whole_by_the_next_run(make, release, tmp_path):
     length = ("--prompt", "a cat", "--num_output_frames", "120")
     folder = tmp_path / "videos"
-    partial = folder / "a cat-0.partial.mp4"
+    part = folder / "a cat-0.partial.mp4"
     process = start(release, folder, *length)
-    wait_for(process, lambda: partial.exists() and partial.stat().st_size > 5_000)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors
-    stopped = read_video(partial)
+    wait_for(process, folder, lambda: part.exists() and part.stat().st_size > 5_000)
+    os.kill(process.pid, signal.SIGINT)
+    code, errors = end(process, folder)
+    assert code == 128 + signal.SIGINT and "Traceback" not in errors
+    stopped = read_video(part)
     assert 12 < len(stopped) < 477 and not (folder / "a cat-0.mp4").exists()
     make("--prompt", "a cat", *SHORT)  # another video: the unfinished one keeps its name
-    assert partial.exists() and len(videos(folder)) == 2
+    assert part.exists() and len(videos(folder)) == 2
     make(*length)
-    assert not partial.exists()
+    assert not part.exists()
     whole = read_video(folder / "a cat-0.mp4")
     assert len(whole) == 477 and torch.equal(stopped[:-12], whole[: len(stopped) - 12])
 
@@ -140,7 +128,7 @@ def test_a_stopped_video_is_made_whole_by_the_next_run(make, release, tmp_path):
 def test_a_second_run_into_a_folder_is_refused_in_one_line_while_the_first_runs(make, release, tmp_path, capsys):
     folder = tmp_path / "videos"
     process = start(release, folder, "--prompt", "a cat", "--num_output_frames", "30000")
-    wait_for(process, (folder / "a cat-0.partial.mp4").exists)
+    wait_for(process, folder, (folder / "a cat-0.partial.mp4").exists)
     command = ["--config_path", release.config_path, "--output_folder", str(folder), "--prompt", "a dog"]
     try:
         assert inference.main(command) == 2
@@ -148,16 +136,21 @@ def test_a_second_run_into_a_folder_is_refused_in_one_line_while_the_first_runs(
         assert error.count("\n") == 1 and f"{folder} is in use by inference.py (process {process.pid} " in error
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     make("--prompt", "a dog", *SHORT)  # a crash releases the lock
     assert "a dog-0.mp4" in videos(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process through Linux's /proc")
 def test_ctrl_c_while_the_program_starts_is_one_line(release, tmp_path):
-    process = start(release, tmp_path / "videos", "--prompt", "a cat")
+    command = [sys.executable, "inference.py", "--config_path", release.config_path]
+    process = subprocess.Popen(
+        [*command, "--output_folder", str(tmp_path / "videos")], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
     maps = Path(f"/proc/{process.pid}/maps")
-    wait_for(process, lambda: "libtorch" in maps.read_text())
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
@@ -185,21 +178,18 @@ def test_leftovers_of_every_kind_do_not_stop_a_run(make):
     assert len(records(folder)) == 5
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files through the shell")
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
 def test_a_disk_that_is_full_keeps_what_plays_and_ends_in_one_line(release, tmp_path):
-    command = [sys.executable, "inference.py", "--config_path", release.config_path, "--output_folder", str(tmp_path)]
-    long = ["--prompt", "a cat", "--num_output_frames", "30000"]
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command, *long],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if " INFO " not in line and " WARNING " not in line]
+    import resource
+
+    folder = tmp_path / "videos"
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100 * 1024, 100 * 1024))
+    process = start(release, folder, "--prompt", "a cat", "--num_output_frames", "30000", prepare=full)
+    code, errors = end(process, folder, 120)
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if " INFO " not in line and " WARNING " not in line]
     assert line.startswith("error: cannot write ") and "a cat-0.partial.mp4" in line
-    assert len(read_video(tmp_path / "a cat-0.partial.mp4")) > 12
+    assert len(read_video(folder / "a cat-0.partial.mp4")) > 12
 
 
 def test_nothing_is_written_through_links(make, release, tmp_path, capsys):
@@ -265,9 +255,19 @@ def test_the_column_of_a_csv_and_the_prompt_of_a_storyboard_without_a_beginning(
 def test_words_the_model_does_not_know_and_long_prompts_are_one_warning_each(make, capsys):
     long = " ".join(["a red circle"] * 8)
     make("--prompt", "a purple cat, asleep", "--prompt", "a cat", "--prompt", long, *SHORT)
-    cut, unknown = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    cut, unknown, form = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert "the model does not know: cat, asleep; it knows: a, and, background, black, blue," in unknown
     assert f"the prompt '{long[:57]}...' has 25 tokens; the model reads the first 16" in cut
+    assert (
+        "1 of the prompts, such as 'a red circle a red circle" in form and "write it like 'a small red circle" in form
+    )
+
+
+def test_a_prompt_of_known_words_in_an_unknown_form_is_one_warning(make, capsys):
+    known = "a large red circle moving up and right on a navy background"
+    make("--prompt", "circle red", "--prompt", f"  {known.upper()}", "--prompt", "a red circle", *SHORT)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert "2 of the prompts, such as 'circle red', do not have the form that the Shapes model knows" in line
 
 
 def test_the_records_of_a_listing_that_was_lost_come_back(make):
@@ -284,6 +284,13 @@ def test_the_records_of_a_listing_that_was_lost_come_back(make):
 
 
 def test_a_file_depends_on_prompt_seed_and_settings_alone(release, capsys):
-    """Three runs here; scripts/repeat.py makes more, also beside busy loops."""
-    assert repeat.main(["--runs", "3", "--config_path", release.config_path, "--prompt", "a cat", *SHORT]) == 0
+    """Three runs beside a busy loop here; `python scripts/repeat.py --runs 100 --busy 2` makes more."""
+    options = ["--config_path", release.config_path, "--prompt", "a cat", *SHORT]
+    assert repeat.main(["--runs", "3", "--busy", "1", *options]) == 0
     assert "run 3 of 3: 1 different files" in capsys.readouterr().out
+
+
+def test_busy_loops_end_with_what_they_run_beside():
+    with repeat.busy_cores(2) as loops:
+        assert [loop.poll() for loop in loops] == [None, None]
+    assert None not in [loop.poll() for loop in loops]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from utils.errors import UserError
 
@@ -39,6 +40,25 @@ def exit_code(command: Callable[[], None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def merged_overrides(args: argparse.Namespace, keys: Mapping[str, str]) -> list[str]:
+    """Return the overrides of a command line: those of its options, then those that are written as key=value.
+
+    Args:
+        args: the parsed command line, with its `overrides`.
+        keys: option -> the key of the configuration that it sets.
+
+    Raises:
+        UserError: an option and an override give one key different values.
+    """
+    written = {text.partition("=")[0]: text.partition("=")[2] for text in args.overrides}
+    given = {name: str(getattr(args, name)) for name in keys if getattr(args, name) is not None}
+    for name, value in given.items():
+        other = written.get(keys[name], value)
+        if other != value:
+            raise UserError(f"--{name} {value} and {keys[name]}={other} give one key two values; leave one of them out")
+    return [*(f"{keys[name]}={value}" for name, value in given.items()), *args.overrides]
 
 
 def _leave_job() -> None:

@@ -87,6 +87,20 @@ def all_scenes() -> list[Scene]:
     return [Scene(*combination) for combination in combinations]
 
 
+def is_shapes_prompt(prompt: str) -> bool:
+    """Return whether a prompt describes a scene."""
+    try:
+        Scene.from_prompt(prompt)
+    except UserError:
+        return False
+    return True
+
+
+def shapes_words() -> set[str]:
+    """Return the words of all prompts."""
+    return {word for scene in all_scenes() for word in scene.prompt.split()}
+
+
 def held_out_scenes() -> list[Scene]:
     """Return the 96 combinations that are never trained on. Every attribute value occurs equally often in them."""
     return [scene for scene in all_scenes() if _is_held_out(scene)]

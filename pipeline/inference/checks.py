@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from model.text_encoder import clean_prompt
 from model.text_encoder_files import read_text_len
@@ -20,6 +20,7 @@ from pipeline.inference.options import InferenceOptions
 from pipeline.loading import needs_text_encoder
 from pipeline.sizes import token_size
 from utils.errors import UserError
+from utils.shapes import all_scenes, is_shapes_prompt, shapes_words
 
 log = logging.getLogger("inference")
 
@@ -97,6 +98,9 @@ def warn_of_prompts(config: TextConfig, prompts: Sequence[str]) -> None:
 def warn_of_long_and_unknown(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> None:
     """Log the warnings of :func:`warn_of_prompts`."""
     unknown: dict[str, None] = {}
+    other_forms: list[str] = []
+    words = sorted(word for word in tokenizer.get_vocab() if not word.startswith("<"))
+    shapes = bool(words) and set(words) <= shapes_words()
     for prompt in prompts:
         text = clean_prompt(prompt)
         encoding = tokenizer.encode(text)
@@ -104,14 +108,24 @@ def warn_of_long_and_unknown(tokenizer: Tokenizer, prompts: Sequence[str], lengt
             log.warning(
                 "the prompt %r has %d tokens; the model reads the first %d", _shorten(prompt), len(encoding.ids), length
             )
-        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
-            word = text[start:end]
-            if token == UNKNOWN and not all(unicodedata.category(c).startswith("P") for c in word):
-                unknown[word] = None
+        new = _unknown_words(text, encoding)
+        unknown |= dict.fromkeys(new)
+        if shapes and not new and not is_shapes_prompt(text):
+            other_forms.append(prompt)
     if unknown:
-        words = sorted(word for word in tokenizer.get_vocab() if not word.startswith("<"))
         known = f"; it knows: {', '.join(words)}" if len(words) <= LISTED_WORDS else ""
         log.warning("the model does not know: %s%s", ", ".join(list(unknown)[:LISTED_WORDS]), known)
+    if other_forms:
+        example, number = all_scenes()[0].prompt, len(other_forms)
+        log.warning("%d of the prompts, such as %r, %s not have the form that the Shapes model knows; write it like %r",
+                    number, _shorten(other_forms[0]), "does" if number == 1 else "do", example)  # fmt: skip
+
+
+def _unknown_words(text: str, encoding: Encoding) -> list[str]:
+    """Return the words of `text`, without punctuation, that the tokenizer does not know."""
+    words = (text[start:end] for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
+             if token == UNKNOWN)  # fmt: skip
+    return [word for word in words if not all(unicodedata.category(c).startswith("P") for c in word)]
 
 
 def _shorten(text: str) -> str:

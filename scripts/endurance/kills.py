@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import random
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from scripts.endurance.figures import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_IMPORTS = (
+    "train",
+    "trainer.build",
+    "pipeline.inference.run",
     "transformers.models.umt5.modeling_umt5",
     "transformers.models.auto.tokenization_auto",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "imageio",
 )
+FOLDERS = {"train": "--logdir", "inference": "--output_folder"}
+"""Program -> its option with the folder that it writes to."""
 UNFINISHED = ".step_*.unfinished"
 NOT_REPEATED = ("seconds", "memory", "samples_per_second")
 """The first letters of metrics that tell of the machine."""
@@ -93,13 +99,25 @@ def step_reached(folder: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in folder.glob("step_*")), default=0)
 
 
-def launch(arguments: Sequence[str], processes: int = 1) -> list[BaseProcess]:
-    """Start train.py in fresh processes, as torchrun does; imports are shared, so that it takes no time.
+def launch(
+    arguments: Sequence[str],
+    processes: int = 1,
+    *,
+    program: str = "train",
+    prepare: Callable[[], object] | None = None,
+) -> list[BaseProcess]:
+    """Start a program in fresh processes, as torchrun does; imports are shared, so that it takes no time.
 
-    What they log goes to ``<logdir>.<rank>.log``.
+    What they log goes to ``<folder>.<rank>.log``.
+
+    Args:
+        arguments: the program's command line.
+        processes: number of processes.
+        program: one of FOLDERS.
+        prepare: what each process calls first. It must be importable.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "trainer.build", *SLOW_IMPORTS])
+    context.set_forkserver_preload(list(SLOW_IMPORTS))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -107,7 +125,7 @@ def launch(arguments: Sequence[str], processes: int = 1) -> list[BaseProcess]:
         {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(processes)
     ]
-    group = [context.Process(target=_train, args=(list(arguments), place)) for place in places]
+    group = [context.Process(target=_run, args=(program, list(arguments), place, prepare)) for place in places]
     for each in group:
         each.start()
     return group
@@ -157,12 +175,19 @@ def repeated_metrics(logdir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith(NOT_REPEATED)} for line in lines]
 
 
-def _train(arguments: list[str], environment: dict[str, object]) -> None:
-    import train
+def log_file(folder: Path, rank: int = 0) -> Path:
+    """Return where a process of :func:`launch` logs to."""
+    return folder.with_name(f"{folder.name}.{rank}.log")
 
+
+def _run(
+    program: str, arguments: list[str], environment: dict[str, object], prepare: Callable[[], object] | None
+) -> None:
     os.environ |= {name: str(value) for name, value in environment.items()}
-    logdir = Path(arguments[arguments.index("--logdir") + 1])
-    logdir.parent.mkdir(parents=True, exist_ok=True)
-    with logdir.with_name(f"{logdir.name}.{environment['RANK']}.log").open("ab") as log:
+    folder = Path(arguments[arguments.index(FOLDERS[program]) + 1])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with log_file(folder, int(environment["RANK"])).open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
-    sys.exit(train.main(arguments))
+    if prepare is not None:
+        prepare()
+    sys.exit(importlib.import_module(program).main(arguments))

@@ -15,6 +15,8 @@ from model.tokenizer import load_tokenizer
 from model.weights import load_state_dict
 from model.weights.names import FOREIGN_NAMES, rename_keys
 from model.weights.write import save_safetensors
+from pipeline.config import TextConfig
+from pipeline.inference.checks import warn_of_prompts
 from tests.fake_release import SENTENCES, t5_state, write_tokenizer
 from utils.errors import UserError
 
@@ -104,6 +106,20 @@ def test_a_folder_without_config_or_known_names_is_read(tmp_path, wan, encoder):
     save_file(load_file_of(wan), tmp_path / "My UMT5 (bf16).SAFETENSORS")
     loaded = TextEncoder.from_files(tmp_path, tokenizer=wan, dtype=torch.float32)
     assert torch.equal(embeds(loaded), embeds(encoder))
+
+
+@pytest.mark.parametrize("name", [".", "spiece.model", "tokenizer.json"])
+def test_a_long_prompt_is_one_warning_whatever_file_holds_the_tokenizer(tmp_path, wan, caplog, name):
+    file = "spiece.model" if name == "." else name
+    (tmp_path / file).write_bytes((wan / "google" / "umt5-xxl" / file).read_bytes())
+    weights, tokenizer = wan / "models_t5_umt5-xxl-enc-bf16.pth", str(tmp_path / name)
+    warn_of_prompts(TextConfig(weights=str(weights), tokenizer=tokenizer), ["a cat sits " * 300, "a red circle"])
+    (record,) = caplog.records
+    assert "has 3001 tokens; the model reads the first 512" in record.getMessage()
+    assert (
+        load_tokenizer(tokenizer)("a cat")["input_ids"]
+        == load_tokenizer(wan / "google" / "umt5-xxl")("a cat")["input_ids"]
+    )
 
 
 def test_sentencepiece_and_json_give_the_same_ids_for_every_text(tmp_path, wan, pieces):
