@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import visible_frames
-from model.layer_cache import ChunkSlots, KeyLayout, LayerCache
+from model.layer_cache import ChunkSlots, KeyLayout, LayerBuffers, LayerCache
 from model.rope import shift_table
 
 
@@ -65,6 +65,9 @@ class KVCache:
             sink move with the window.
         append_only: keep every frame.
         fp8: store keys and values in 8-bit floats with a scale for every head and token: half the memory of bfloat16.
+        buffers: buffers to use if they fit, and to keep over :meth:`reset` and :meth:`restarted`. Nothing is allocated
+            a second time then, and CUDA graphs find every key at its address. For inference: nothing may need an
+            earlier state. None: every reset makes new ones.
     """
 
     def __init__(
@@ -76,9 +79,11 @@ class KVCache:
         relative: bool = False,
         append_only: bool = False,
         fp8: bool = False,
+        buffers: LayerBuffers | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.append_only = append_only
+        self._buffers = buffers
         self.configure(window=window, sink=sink, relative=relative, fp8=fp8)
         self.reset()
 
@@ -102,8 +107,12 @@ class KVCache:
     def restarted(self, *, keep_sink: bool = False) -> KVCache:
         """Make a new cache with the same settings. It is empty, or holds only the sink with its original keys.
 
-        This cache does not change, because backward may still recompute passes that read it.
+        This cache does not change, because backward may still recompute passes that read it. But if it keeps its
+        buffers, it is the new cache itself.
         """
+        if self._buffers is not None:
+            self._restart(keep_sink)
+            return self
         fresh = KVCache(
             self.num_layers,
             window=self.window,
@@ -122,6 +131,16 @@ class KVCache:
                     new.sink[:, :held] = old.sink[:, :held]
                     new.k.write_at(0, old.sink[:, :held])
         return fresh
+
+    def _restart(self, keep_sink: bool) -> None:
+        """Forget everything but, with ``keep_sink``, the sink with its original keys."""
+        if not (keep_sink and self.sink and self.layers):
+            self.reset()
+            return
+        self._expected = None
+        for layer in self.layers:
+            if layer.sink is not None:
+                layer.k.write_at(0, layer.sink[:, : layer.slots])
 
     @property
     def ring(self) -> bool:
@@ -190,6 +209,12 @@ class KVCache:
             return
         size = max(needed, min(2 * held, self.window) if self.ring else 2 * held)
         moved = self.sink if self.ring and self.relative else 0
+        kept = self._buffers
+        if kept is not None and not held:
+            if kept.fit(self.num_layers, layout, needed, fp8=self.fp8, sink=moved):
+                self.layers = kept.layers
+                return
+            kept.layers = []  # freed before new ones are made
         old_layers, self.layers = self.layers, []
         for layer in range(self.num_layers):
             fresh = LayerCache.empty(layout, size, sink=moved, fp8=self.fp8)
@@ -199,6 +224,8 @@ class KVCache:
                 fresh.v.copy_from(old.v, held)
                 fresh = LayerCache(fresh.k, fresh.v, old.sink)
             self.layers.append(fresh)
+        if kept is not None:
+            kept.layers, kept.layout, kept.fp8, kept.sink = self.layers, layout, self.fp8, moved
 
     def _slot(self, frame: int) -> int:
         if not self.ring or frame < self.window:

@@ -5,7 +5,7 @@ Shapes: B batch, F frames of a chunk, T tokens a frame, N heads, D head dim, S v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -204,3 +204,19 @@ def _read(buffer: FrameBuffer, low: int, high: int, dtype: torch.dtype, shift: T
     """Return the slots [low, high). ``shift`` moves the keys of the sink, which begins at slot 0."""
     part = buffer.read(low, high, dtype)
     return apply_rotary(part, shift) if shift is not None and low == 0 else part
+
+
+@dataclass
+class LayerBuffers:
+    """The caches of all layers. They may outlive a :class:`model.kv_cache.KVCache` and serve the next one."""
+
+    layers: list[LayerCache] = field(default_factory=list)
+    layout: KeyLayout | None = None
+    fp8: bool = False
+    sink: int = 0
+    """The frames whose keys move with the window."""
+
+    def fit(self, num_layers: int, layout: KeyLayout, frames: int, *, fp8: bool, sink: int) -> bool:
+        """Return whether they can hold ``frames`` frames of a layout in every layer."""
+        same = (len(self.layers), self.layout, self.fp8, self.sink) == (num_layers, layout, fp8, sink)
+        return same and self.layers[0].slots >= frames

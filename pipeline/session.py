@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from pipeline.text_to_video import TextToVideo
 from utils.video import to_uint8
 
 SOURCE_POLL_SECONDS = 0.01
+Show = Callable[[Tensor], None]
+"""It gets decoded frames, uint8 [F H W 3] on the CPU."""
 
 
 class SessionState(Enum):
@@ -73,7 +76,7 @@ class StreamSession:
         self._prompt = request.prompt
         self._state = SessionState.running
         device = self._stream.device
-        self._decode_stream = pipeline.decode_stream if device.type == "cuda" else None
+        self._decode_stream = pipeline.workspace.decoding_stream(device) if device.type == "cuda" else None
 
     @property
     def state(self) -> SessionState:
@@ -141,25 +144,33 @@ class StreamSession:
             if chunk is not None or not alive:
                 return chunk
 
-    def decode(self, block: LatentChunk) -> Chunk:
+    def decode(self, block: LatentChunk, show: Show | None = None) -> Chunk:
         """Return the frames of a chunk. Chunks must be decoded in order.
+
+        Args:
+            show: called with frames uint8 [F H W 3] on the CPU as soon as they are there. At the beginning of a clip
+                these are the frames of one latent, later all frames of the chunk.
 
         Raises:
             Stopped: the stream of the chunk was stopped or restarted.
         """
         if block.stream is not self._stream:
             raise Stopped(f"chunk {block.index} belongs to a stream that has ended")
-        frames = self._pixels(block)
+        frames = self._pixels(block, show)
         return Chunk(block.index, block.start_frame, frames, block.prompt, block.timer.seconds())
 
     def __iter__(self) -> Iterator[Chunk]:
+        """Yield chunks, see :meth:`chunks`."""
+        return self.chunks()
+
+    def chunks(self, show: Show | None = None) -> Iterator[Chunk]:
         """Yield chunks. While a thread decodes one chunk, the next one is denoised.
 
         The first chunk is decoded before the second one begins, because a viewer waits for it. Leaving the loop stops
-        the session.
+        the session. ``show`` is that of :meth:`decode`; the decoding thread calls it.
         """
         if self.pipeline.decode_last:
-            yield from map(self.decode, list(iter(self.denoise, None)))
+            yield from map(partial(self.decode, show=show), list(iter(self.denoise, None)))
             return
         decoding: deque[Future[Chunk]] = deque()
         first = True
@@ -168,7 +179,7 @@ class StreamSession:
                 while True:
                     alive, block = self._advance(wait=not decoding)
                     if block is not None:
-                        decoding.append(worker.submit(self.decode, block))
+                        decoding.append(worker.submit(self.decode, block, show))
                     if decoding and (first or not alive or len(decoding) > 1 or decoding[0].done()):
                         chunk = decoding.popleft().result()
                         first = False
@@ -233,18 +244,28 @@ class StreamSession:
                 self._changed.wait()
             return self._stream if self._state is SessionState.running else None
 
-    def _pixels(self, block: LatentChunk) -> Tensor:
+    def _pixels(self, block: LatentChunk, show: Show | None) -> Tensor:
         """Return frames uint8 [F H W 3] on the CPU. On CUDA a separate stream decodes them during denoising."""
         if self._decode_stream is None:
-            with block.timer("decode"):
-                return to_uint8(block.stream.decode(block)[0]).cpu().contiguous()
+            return self._copied(block, show)
         self._decode_stream.wait_event(block.finished)
-        with torch.cuda.stream(self._decode_stream), block.timer("decode"):
+        with torch.cuda.stream(self._decode_stream):
             block.latents.record_stream(self._decode_stream)
-            pixels = to_uint8(block.stream.decode(block)[0]).contiguous()
-            frames = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-            frames.copy_(pixels, non_blocking=True)
-            self._decode_stream.synchronize()
+            return self._copied(block, show)
+
+    def _copied(self, block: LatentChunk, show: Show | None) -> Tensor:
+        """Decode a chunk part by part into one tensor, on CUDA in pinned memory."""
+        on_gpu, made = self._decode_stream is not None, 0
+        frames = torch.empty(block.pixel_shape, dtype=torch.uint8, pin_memory=on_gpu)
+        for part in block.stream.decode_parts(block):
+            pixels = to_uint8(part[0])
+            shown = frames[made : made + len(pixels)]
+            shown.copy_(pixels, non_blocking=on_gpu)
+            if on_gpu:
+                self._decode_stream.synchronize()
+            made += len(pixels)
+            if show is not None:
+                show(shown)
         return frames
 
     def _move(self, state: SessionState, *origins: SessionState) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from model.codec import VideoCodec
 from model.denoiser import Denoiser, Prediction
 from model.flow_matching import add_noise
-from model.kv_cache import KVCache
 from pipeline.config import Sampler
 from pipeline.request import PromptSwitch, StreamRequest
 from pipeline.rollout import ChunkInput, FinishedChunk, Pass, SwitchStyle, full_timesteps, randn, rollout_passes
@@ -43,6 +42,13 @@ class LatentChunk(FinishedChunk):
     """The stream it belongs to."""
     finished: torch.cuda.Event | None = None
     """On CUDA, the event after which its latents are complete."""
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int, int]:
+        """The shape of the decoded frames of one video, F H W 3."""
+        codec = self.stream.pipeline.codec
+        height, width = (side * codec.spatial_scale for side in self.latents.shape[-2:])
+        return pixel_frames(codec, self.latents, begins=self.begins), height, width, 3
 
 
 class Abandoned(Exception):
@@ -156,10 +162,23 @@ class Stream:
 
     def decode(self, chunk: LatentChunk) -> Tensor:
         """Decode the next chunk to frames [B F 3 H W] in [-1, 1]. One thread may decode while another denoises."""
+        parts = list(self.decode_parts(chunk))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def decode_parts(self, chunk: LatentChunk) -> Iterator[Tensor]:
+        """Decode the next chunk, and yield frames [B F 3 H W] in [-1, 1] as soon as they are there.
+
+        At the beginning of a clip, the latents of a chunk are decoded one by one, so that a viewer sees the first frame
+        before the chunk is decoded. Later chunks are decoded in one piece.
+        """
         if chunk.begins:
             self.decoder.reset()
-        with torch.no_grad():
-            return self.decoder.decode(chunk.latents)
+        size = self.config.frames_per_chunk
+        for index, latents in enumerate(chunk.latents.split(size, dim=1)):
+            for part in latents.split(1 if chunk.begins and index == 0 else size, dim=1):
+                with torch.no_grad(), chunk.timer("decode"):
+                    frames = self.decoder.decode(part)
+                yield frames
 
     def _run(self) -> Generator[Pass | FinishedChunk, Tensor | None, None]:
         request, pipeline = self.request, self.pipeline
@@ -177,7 +196,7 @@ class Stream:
             self.config.timesteps(pipeline.denoiser),
             self._inputs(),
             self.embeds,
-            KVCache(pipeline.denoiser.transformer.config.num_layers),
+            pipeline.cache(),
             self.config,
             context_latents=context,
             generator=[each.generator("steps") for each in self.requests],
@@ -269,8 +288,7 @@ class Stream:
 
     def _pixel_frames(self, latents: Tensor) -> int:
         """Return the number of pixel frames of the next chunk, whose latents are [B f C h w]."""
-        frames, codec = latents.shape[1], self.pipeline.codec
-        return codec.num_frames(frames) if self.begins else frames * codec.temporal_scale
+        return pixel_frames(self.pipeline.codec, latents, begins=self.begins)
 
     def _first_step(self, chunk: int) -> int:
         """Return the index of the first denoising step that is at most 1000 * strength; the last step if none is."""
@@ -287,6 +305,12 @@ def initial_noise(
     generators = [each.generator("noise") for each in requests]
     for frames in chunk_sizes:
         yield randn((len(generators), frames, *shape), generators, like)
+
+
+def pixel_frames(codec: VideoCodec, latents: Tensor, *, begins: bool) -> int:
+    """Return the number of pixel frames of latents [B f C h w]. ``begins``: a clip begins with them."""
+    frames = latents.shape[1]
+    return codec.num_frames(frames) if begins else frames * codec.temporal_scale
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
 from model.attention import resolve_backend
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
+from model.kv_cache import KVCache
 from model.prompt_cache import PromptCache
 from pipeline.config import PipelineConfig, Sampler
 from pipeline.loading import load_codec, load_denoiser, load_prompt_cache
@@ -20,6 +20,7 @@ from pipeline.optimize import optimize, optimize_codec, rollout_flops
 from pipeline.rollout import RolloutConfig
 from pipeline.sampling import SamplingConfig
 from pipeline.sizes import token_size
+from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +39,13 @@ class TextToVideo:
     decode_last: bool = False
     """True: decode a clip after all its latents are complete and the cache is freed. False: chunk by chunk."""
 
-    @cached_property
-    def decode_stream(self) -> torch.cuda.Stream:
-        """The CUDA stream that decodes chunks. All sessions share it, because each stream has its own memory."""
-        return torch.cuda.Stream(next(self.denoiser.parameters()).device)
+    workspace: Workspace = field(default_factory=Workspace)
+    """What streams share on the device. A copy of this object by ``replace`` shares it too."""
+
+    def cache(self) -> KVCache:
+        """Make the cache of a stream. It takes the buffers of an ended stream, unless memory is short."""
+        layers = self.denoiser.transformer.config.num_layers
+        return KVCache(layers) if self.decode_last else self.workspace.cache(layers)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError if a size in pixels is not a multiple of codec scale times patch size."""

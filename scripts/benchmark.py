@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 MEASURES = {
     "inference": "inference",
-    "session": "inference",
+    "session": "sessions",
+    "viewers": "sessions",
     "endless": "inference",
     "floor": "floors",
     "peer": "floors",
@@ -116,11 +118,16 @@ def make_bench(args: argparse.Namespace) -> Bench:
 
 
 def measure(name: str, bench: Bench) -> Figures:
-    """Make one of the measurements."""
+    """Make one of the measurements. Every figure has a name of scripts/measuring/figures.py."""
     from importlib import import_module
 
+    from scripts.measuring.figures import is_known
+
     module = import_module(f"scripts.measuring.{MEASURES[name]}")
-    return getattr(module, f"measure_{name}")(bench)
+    figures = getattr(module, f"measure_{name}")(bench)
+    unknown = [figure for figure in figures if not is_known(name, figure)]
+    assert not unknown, f"{name}: {unknown} are not in scripts/measuring/figures.py"
+    return figures
 
 
 def print_head(report: dict, against: dict | None) -> None:
@@ -131,12 +138,13 @@ def print_head(report: dict, against: dict | None) -> None:
         print(f"ratios to: {against['command']} ({against['machine']['device']}, torch {against['machine']['torch']})")
 
 
-def print_figures(name: str, figures: Figures, earlier: Figures) -> None:
-    """Print the figures of one measurement, each with its ratio to an earlier one."""
+def print_figures(name: str, figures: Figures, earlier: Figures, goals: Mapping[str, object] | None = None) -> None:
+    """Print the figures of one measurement, each with its ratio to an earlier one and its goal, if it has one."""
     print(f"\n{name}")
     for figure, value in figures.items():
         ratio = f"  {value / earlier[figure]:8.3f} x" if earlier.get(figure) else ""
-        print(f"  {figure:32} {value:12.4g}{ratio}", flush=True)
+        goal = f"  goal: {goals[figure]}" if goals and figure in goals else ""
+        print(f"  {figure:32} {value:12.4g}{ratio}{goal}", flush=True)
 
 
 if __name__ == "__main__":

@@ -91,11 +91,12 @@ def run_benchmark(device) -> dict[str, dict[str, float]]:
     """Measure speed and return the figures of each row."""
     from scripts.benchmark import print_figures
     from scripts.checks.speed import measure_row, rows
+    from scripts.measuring.figures import goals_of
 
     results = {}
     for row in rows(device):
         results[row.title] = measure_row(row, device)
-        print_figures(f"{row.title} (benchmark.py {row.name})", results[row.title], {})
+        print_figures(f"{row.title} (benchmark.py {row.name})", results[row.title], {}, goals_of(row.title))
     return results
 
 

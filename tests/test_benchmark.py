@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts import benchmark
-from scripts.measuring import codecs, floors, inference
+from scripts.measuring import codecs, floors, inference, sessions
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -51,7 +51,16 @@ def test_comparisons_measure_both_sides(bench, what, monkeypatch):
 def test_a_session_shows_its_first_chunk_long_before_its_last(bench):
     report, _ = bench("session", "--frames", "12")
     figures = report["results"]["session"]
+    assert figures["first frame p50 ms"] < figures["first chunk p50 ms"]
     assert figures["first chunk best ms"] <= figures["first chunk p50 ms"] < 1e3 * 45 / figures["frames/s p50"]
+
+
+def test_viewers_are_measured_one_by_one_and_as_a_batch(bench, monkeypatch):
+    monkeypatch.setattr(sessions, "VIEWERS", (2,))
+    report, _ = bench("viewers", "--frames", "6")
+    figures = report["results"]["viewers"]
+    ratio = figures["2 viewers batched frames/s"] / figures["2 viewers in turn frames/s"]
+    assert figures["2 viewers batched / in turn"] == pytest.approx(ratio)
 
 
 def test_late_chunks_are_compared_with_early_ones(bench, monkeypatch):

@@ -111,11 +111,22 @@ def test_the_memory_of_full_size_parts_is_known_without_files():
     assert "weights are not on disk" in facts.memory_profile(config, CPU, torch.bfloat16)
 
 
+def test_every_goal_is_a_figure_of_a_row(monkeypatch):
+    monkeypatch.setattr(speed, "installed", lambda package: "1.0")
+    from scripts.measuring.figures import GOALS, is_known
+
+    known = {row.title: row.name for kind in ("cpu", "cuda") for row in speed.rows(torch.device(kind))}
+    for goal in GOALS:
+        assert goal.row in known and is_known(known[goal.row], goal.figure), goal
+
+
 def test_the_table_of_speed_uses_the_names_of_benchmark_py(monkeypatch):
     """Each row is a measurement of benchmark.py whose configuration loads."""
     from scripts.benchmark import MEASURES
+    from scripts.measuring.figures import FIGURES
 
     monkeypatch.setattr(speed, "installed", lambda package: "1.0")
+    assert FIGURES.keys() == MEASURES.keys()
     for kind in ("cpu", "cuda"):
         table = list(speed.rows(torch.device(kind)))
         assert len(table) >= 5 and len({row.title for row in table}) == len(table)

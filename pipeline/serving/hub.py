@@ -25,6 +25,8 @@ from pipeline.serving.spec import PromptChange, StreamSpec
 from pipeline.serving.viewer import Session, Viewer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.session import Chunk
 
 log = logging.getLogger(__name__)
@@ -311,14 +313,21 @@ class Hub:
             viewer.stop()
 
     def _deliver_chunk(self, job: FinishedBlock) -> Chunk:
-        """Decode a chunk and send its frames to the viewer."""
-        viewer = job.viewer
-        chunk = job.session.decode(job.block)
-        ready, first = time.time(), viewer.pace.produced
-        options = {"stream": viewer.number, "first_frame": first, "chunk": chunk.index, "ready": ready}
-        for message in frame_messages(chunk.frames, **options):
-            viewer.deliver(message)
-        timings = dict(chunk.timings) | {"encode": time.time() - ready, "queue": max(0.0, job.started - job.wanted)}
+        """Decode a chunk and send its frames. The first ones of a stream go before the whole chunk is decoded."""
+        viewer, first = job.viewer, job.viewer.pace.produced
+        shown, packing = first, 0.0
+
+        def show(frames: Tensor) -> None:
+            nonlocal shown, packing
+            ready = time.time()
+            options = {"stream": viewer.number, "first_frame": shown, "chunk": job.block.index, "ready": ready}
+            for message in frame_messages(frames, **options):
+                viewer.deliver(message)
+            shown += len(frames)
+            packing += time.time() - ready
+
+        chunk = job.session.decode(job.block, show)
+        timings = dict(chunk.timings) | {"encode": packing, "queue": max(0.0, job.started - job.wanted)}
         viewer.chunk_ready(len(chunk.frames), job.wanted if first else job.started)
         self.counters.add_chunk(len(chunk.frames), timings)
         viewer.deliver(

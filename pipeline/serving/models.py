@@ -249,15 +249,13 @@ class Models:
         return denoiser
 
     def _pipeline(self, spec: StreamSpec) -> TextToVideo:
-        from pipeline.text_to_video import TextToVideo
-
         base, special = self._base, self._special
         denoiser = base.denoiser
         if special is not None and special[:2] == (spec.precision, spec.compiled):
             denoiser = special[2]
         elif (spec.precision, spec.compiled) != (FULL_PRECISION, False):
             raise UserError("another precision was asked for meanwhile: start again")
-        return TextToVideo(denoiser, base.text_encoder, self._codecs[spec.decoder], base.config)
+        return replace(base, denoiser=denoiser, codec=self._codecs[spec.decoder])
 
     def _warm_up(self, spec: StreamSpec) -> None:
         """One chunk, so that no viewer waits for what happens once."""

@@ -12,6 +12,8 @@ from pipeline.serving.pace import Pace
 from pipeline.serving.spec import PromptChange, StreamSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.session import Chunk, SessionState, SwitchStyle
 
 
@@ -25,7 +27,7 @@ class Session(Protocol):
     def stop(self) -> None: ...
     def switch(self, prompt: str, style: SwitchStyle) -> None: ...
     def denoise(self, wait: bool = True) -> Any: ...
-    def decode(self, block: Any) -> Chunk: ...
+    def decode(self, block: Any, show: Callable[[Tensor], None]) -> Chunk: ...
 
 
 class Viewer:

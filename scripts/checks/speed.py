@@ -12,9 +12,11 @@ from pipeline.config import load_pipeline_config
 from scripts.benchmark import measure
 from scripts.checks.facts import installed, preset_sizes
 from scripts.measuring.bench import Bench, Figures
+from scripts.measuring.figures import COMPILED_ROW, FP8_ROW, FULL_ROW
 
 FULL, SHAPES = "configs/self_forcing_dmd.yaml", "configs/shapes/self_forcing_dmd.yaml"
-TAEHV = ("codec.kind=tiny",)
+TAEHV, COMPILED = ("codec.kind=tiny",), ("optimize.compile=default",)
+TINY = ("generator.preset=shapes", *TAEHV)
 
 
 class Row(NamedTuple):
@@ -31,16 +33,21 @@ class Row(NamedTuple):
 def rows(device: torch.device) -> Iterator[Row]:
     """What is measured on a device."""
     if device.type == "cuda":
-        yield Row("1.3B at 480x832, Wan VAE", "inference", FULL)
-        yield Row("the same, compiled", "inference", FULL, ("optimize.compile=default",))
+        yield Row(FULL_ROW, "inference", FULL)
+        yield Row(COMPILED_ROW, "inference", FULL, COMPILED)
+        if installed("torchao"):
+            yield Row(FP8_ROW, "inference", FULL, (*COMPILED, "optimize.quantize=fp8"))
         yield Row("session, Wan VAE", "session", FULL)
+        yield Row("session, Wan VAE, compiled", "session", FULL, COMPILED)
         yield Row("session, TAEHV", "session", FULL, TAEHV)
-        yield Row("session, TAEHV, compiled", "session", FULL, ("optimize.compile=default", *TAEHV))
+        yield Row("session, TAEHV, compiled", "session", FULL, (*COMPILED, *TAEHV))
+        yield Row("several viewers, TAEHV", "viewers", FULL, TAEHV, repeats=1)
         yield Row("Wan VAE, 81 frames", "codec", FULL)
         yield Row("TAEHV, 81 frames", "codec", FULL, TAEHV)
     else:
-        yield Row("Shapes at 64x64", "inference", SHAPES, ("generator.preset=shapes", *TAEHV))
-        yield Row("session", "session", SHAPES, ("generator.preset=shapes", *TAEHV))
+        yield Row("Shapes at 64x64", "inference", SHAPES, TINY)
+        yield Row("session", "session", SHAPES, TINY)
+        yield Row("several viewers", "viewers", SHAPES, TINY, repeats=1)
     yield Row("rollout over bare products", "floor", FULL)
     if installed("diffusers"):
         yield Row("one pass, beside diffusers", "peer", FULL)

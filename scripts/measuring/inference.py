@@ -1,10 +1,9 @@
-"""Stages of making videos, sessions, and streams without an end."""
+"""Stages of making videos, and streams without an end."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 
@@ -14,13 +13,9 @@ from torch import Tensor
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.kv_cache import KVCache
-from pipeline.request import StreamRequest
 from pipeline.rollout import FinishedChunk, Stage, rollout, rollout_passes
-from pipeline.session import StreamSession
 from pipeline.steps import steps_of_chunk
-from pipeline.text_to_video import TextToVideo
-from scripts.measuring.bench import PROMPT, Bench, Figures
-from utils.distributed import share_cores
+from scripts.measuring.bench import Bench, Figures
 from utils.frames import to_uint8
 from utils.tracking import peak_memory
 
@@ -66,11 +61,16 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
             chunk += 1
             if chunk == LONG_CHUNK:
                 bench.spans.setdefault(f"steps of chunk {chunk}", []).append(denoised - before)
-            with bench.stage("decode"):
-                pixels = decoder.decode(event.latents)
-            with bench.stage("host copy"):
-                to_uint8(pixels[0]).cpu()
-            first = first or bench.now() - begin
+            if chunk == 1:  # as Stream.decode_parts does
+                for latent in event.latents.split(1, dim=1):
+                    with bench.stage("decode of a first latent"):
+                        to_uint8(decoder.decode(latent)[0]).cpu()
+                    first = first or bench.now() - begin
+            else:
+                with bench.stage("decode"):
+                    pixels = decoder.decode(event.latents)
+                with bench.stage("host copy"):
+                    to_uint8(pixels[0]).cpu()
             event = next(passes, None)
             continue
         step = (
@@ -84,43 +84,6 @@ def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Calla
         before = denoised if event.stage is Stage.context else before
         event = passes.send(x0)
     return {"first frame": first, "denoise and context": denoised, "total": bench.now() - begin}
-
-
-@dataclass
-class Embedder:
-    """Stands in for a pipeline's text encoder."""
-
-    embed: Callable[[], Tensor]
-
-    def encode(self, prompts: list[str]) -> Tensor:
-        """One prompt, every time anew."""
-        return self.embed()
-
-
-def measure_session(bench: Bench) -> Figures:
-    """Streams as inference.py and the demo make them, decode beside denoising; by the wall's clock."""
-    threads = torch.get_num_threads()
-    if not bench.threads:
-        share_cores(bench.device)
-    denoiser, video = bench.denoiser(), bench.config.video
-    embedder = Embedder(bench.text(denoiser.transformer.config))
-    pipeline = TextToVideo(denoiser, embedder, bench.codec(), bench.config.rollout)
-    frames = bench.num_frames
-    rates, firsts = [], []
-    for _ in range(bench.repeats + 1):
-        request = StreamRequest(PROMPT, video.height, video.width, num_frames=frames)
-        begin = time.perf_counter()
-        arrivals = [(time.perf_counter() - begin, len(chunk.frames)) for chunk in StreamSession(pipeline, request)]
-        firsts.append(arrivals[0][0])
-        rates.append(sum(count for _, count in arrivals) / arrivals[-1][0])
-    torch.set_num_threads(threads)
-    rates, firsts = torch.tensor(rates[1:]), torch.tensor(firsts[1:])
-    return {
-        "frames/s p50": rates.median().item(),
-        "frames/s best": rates.max().item(),
-        "first chunk p50 ms": 1e3 * firsts.median().item(),
-        "first chunk best ms": 1e3 * firsts.min().item(),
-    }
 
 
 def measure_endless(bench: Bench) -> Figures:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.attention import AttentionBackend, visible_frames
 from model.kv_cache import CachedText, KVCache
-from model.layer_cache import KeyLayout
+from model.layer_cache import KeyLayout, LayerBuffers
 from tests.parity import TINY, random, relative_error, tiny_denoiser
 
 TOKENS, HEADS, DIM = 2, 2, 4
@@ -300,3 +300,34 @@ def test_misuse_is_refused():
             extend(cache, (2, 3, TOKENS, HEADS, DIM), 3)
     with pytest.raises(ValueError, match="sink=6 must be at least 0 and smaller than window=6"):
         KVCache(1, window=6, sink=6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("keep_sink", [False, True])
+def test_kept_buffers_give_what_new_ones_give_at_the_same_addresses(keep_sink, relative, fp8, monkeypatch):
+    """Over a restart, and for the next cache. Another layout gets new ones."""
+    made, zeros = [], KeyLayout.zeros
+    monkeypatch.setattr(KeyLayout, "zeros", lambda *args, **options: made.append(1) or zeros(*args, **options))
+    options = {"window": 6, "sink": 2, "relative": relative, "fp8": fp8}
+    live = [random(1, 3, TOKENS, HEADS, 8, seed=index) for index in range(5)]
+    buffers, counts, addresses = LayerBuffers(), [], []
+
+    def run(cache) -> list[Tensor]:
+        seen = [cache.extend(0, x, x, 3 * index)[0].clone() for index, x in enumerate(live)]
+        cache = cache.restarted(keep_sink=keep_sink)
+        start = 2 if keep_sink else 0
+        seen += [cache.extend(0, x, x, start + 3 * index)[0].clone() for index, x in enumerate(live)]
+        addresses.append(cache.layers[0].k.data.data_ptr())
+        return seen
+
+    expected = run(KVCache(1, **options))
+    for _ in range(2):
+        made.clear()
+        again = run(KVCache(1, buffers=buffers, **options))
+        counts.append(len(made))
+        assert all(torch.equal(mine, other) for mine, other in zip(again, expected, strict=True))
+    assert counts[0] > 0 and counts[1] == 0 and addresses[1] == addresses[2]
+    KVCache(1, buffers=buffers, **options).extend(0, live[0].expand(2, -1, -1, -1, -1), live[0], 0)
+    assert made

@@ -69,14 +69,17 @@ class SyntheticSession:
             self.finished = True
             return None
         self.denoised += 1
-        return SimpleNamespace(start_frame=start, latents=torch.zeros(1, 3), prompt=self.prompt)
+        return SimpleNamespace(index=start // 3, start_frame=start, latents=torch.zeros(1, 3), prompt=self.prompt)
 
-    def decode(self, block: Any) -> Chunk:
+    def decode(self, block: Any, show: Callable[[torch.Tensor], None]) -> Chunk:
         if self.stopped.is_set():
             raise Stopped("stopped")
         first = block.start_frame * CHUNK_FRAMES // 3
         frames = torch.stack([numbered(self.picture, first + i) for i in range(CHUNK_FRAMES)])
-        return Chunk(block.start_frame // 3, block.start_frame, frames, block.prompt, {"denoise": self.seconds})
+        parts = frames.split([1, 4, CHUNK_FRAMES - 5]) if block.index == 0 else [frames]
+        for part in parts:
+            show(part)
+        return Chunk(block.index, block.start_frame, frames, block.prompt, {"denoise": self.seconds})
 
 
 def numbered(picture: torch.Tensor, number: int) -> torch.Tensor:
