@@ -24,7 +24,7 @@ KEYS = {
     "dtype": "dtype",
     "vram": "vram",
 }
-# A test compares these words with the vocabulary in utils/shapes.py, which takes a second to import.
+# A test compares these words with the vocabulary in utils/shapes, which takes a second to import.
 EPILOG = """\
 The shipped Shapes model understands sentences of this form:
   a SIZE COLOUR SHAPE moving DIRECTION on a BACKGROUND background

@@ -99,6 +99,18 @@ TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {
         latent_limit=12.0,
         first_frame_alone=True,
     ),
+    "shapes-rich": TinyVAEConfig(
+        patch_size=4,
+        latent_channels=32,
+        encoder_widths=(48, 32),
+        decoder_widths=(128, 96),
+        encoder_blocks=0,
+        decoder_blocks=2,
+        spatial_strides=(1,),
+        temporal_strides=(4,),
+        latent_limit=12.0,
+        first_frame_alone=True,
+    ),
 }
 
 

@@ -65,6 +65,18 @@ PRESETS: dict[str, WanConfig] = {
     "shapes": WanConfig(
         dim=128, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, freq_dim=64, prediction_type="x0"
     ),
+    "shapes-rich": WanConfig(
+        dim=128,
+        ffn_dim=512,
+        num_heads=4,
+        num_layers=5,
+        text_dim=64,
+        text_len=24,
+        freq_dim=64,
+        in_dim=32,
+        out_dim=32,
+        prediction_type="x0",
+    ),
     "wan2.1-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }

@@ -22,10 +22,10 @@ from utils.distributed import resolve_device, resolve_dtype
 from utils.errors import UserError
 from utils.files import atomic_write_text, ensure_writable_folder
 from utils.previews import save_contact_sheet
-from utils.shapes import held_out_scenes, measure, summarise
+from utils.shapes import Scene, held_out_scenes, measure, summarise
 from utils.tracking import progress
 
-COLUMNS = ("present", "colour", "shape", "size", "background", "direction", "smooth", "speed", "all_right")
+COLUMNS = ("present", "colour", "shape", "size", "background", "texture", "direction", "smooth", "speed", "all_right")
 
 
 def run(args: Namespace) -> None:
@@ -35,14 +35,14 @@ def run(args: Namespace) -> None:
         UserError: a count for which there is nothing to measure, or weights that cannot be used.
     """
     config = load_config(Config, args.config_path, [f"generator.weights={args.checkpoint}", *args.overrides])
-    check_counts(args)
+    scenes = chosen_scenes(args, config)
     folder = ensure_writable_folder(args.output_folder)
     device = resolve_device(config.device)
     pipeline = load_pipeline(
         config, device=device, dtype=resolve_dtype(config.dtype, device), use_ema=config.generator.average(args.use_ema)
     )
     lengths = [1] if args.sampler == "teacher" else args.lengths
-    tables = {f"{length}x": measure_length(args, config, pipeline, length, folder) for length in lengths}
+    tables = {f"{length}x": measure_length(args, config, pipeline, scenes, length, folder) for length in lengths}
     report = {
         "checkpoint": args.checkpoint,
         "sampler": args.sampler,
@@ -54,19 +54,22 @@ def run(args: Namespace) -> None:
     print(format_table(args, tables))
 
 
-def check_counts(args: Namespace) -> None:
-    """Refuse counts for which there is nothing to measure."""
-    available = len(held_out_scenes())
+def chosen_scenes(args: Namespace, config: Config) -> list[Scene]:
+    """Return the held-out scenes to measure, evenly spread. Refuse counts for which there is nothing to measure."""
+    scenes = held_out_scenes(config.data.shapes.world)
+    available = len(scenes)
     if not 1 <= args.prompts <= available:
         raise UserError(f"--prompts={args.prompts} must be from 1 to {available}, the number of held-out prompts")
     for name, least in (("batch", args.batch), ("lengths", min(args.lengths))):
         if least < 1:
             raise UserError(f"--{name}={least} must be at least 1")
+    return [scenes[index * available // args.prompts] for index in range(args.prompts)]
 
 
-def measure_length(args: Namespace, config: Config, pipeline: TextToVideo, length: int, folder: Path) -> dict[str, Any]:
-    """Generate and measure one clip a held-out prompt, ``length`` times as long as in training."""
-    scenes = held_out_scenes()[: args.prompts]
+def measure_length(
+    args: Namespace, config: Config, pipeline: TextToVideo, scenes: list[Scene], length: int, folder: Path
+) -> dict[str, Any]:
+    """Generate and measure one clip a scene, ``length`` times as long as in training."""
     clips, started = [], time.perf_counter()
     for start in progress(range(0, len(scenes), args.batch), f"{length}x length", unit="batch"):
         size = config.video.height, config.video.width
@@ -105,7 +108,8 @@ def make_clips(sampler: str, pipeline: TextToVideo, config: Config, requests: li
 def format_table(args: Namespace, tables: dict[str, dict[str, Any]]) -> str:
     """Return the table as text, with one row for each length."""
     lines = [f"{args.prompts} held-out prompts, seed {args.seed}, {args.sampler}, {args.checkpoint}"]
-    lines.append("length  frames  " + "  ".join(f"{name:>10}" for name in COLUMNS))
+    columns = [name for name in COLUMNS if all(name in table for table in tables.values())]
+    lines.append("length  frames  " + "  ".join(f"{name:>10}" for name in columns))
     for length, table in tables.items():
-        lines.append(f"{length:>6}  {table['frames']:>6}  " + "  ".join(f"{table[name]:10.3f}" for name in COLUMNS))
+        lines.append(f"{length:>6}  {table['frames']:>6}  " + "  ".join(f"{table[name]:10.3f}" for name in columns))
     return "\n".join(lines)

@@ -138,14 +138,14 @@ class ShapesData:
     def __init__(self, config: ShapesConfig, num_frames: int) -> None:
         self.config = config
         self.num_frames = num_frames
-        self.scenes: list[Scene] = training_scenes()
+        self.scenes: list[Scene] = training_scenes(config.world)
         self.prompts = [scene.prompt for scene in self.scenes]
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def samples(self, draws: Sequence[Draw]) -> Samples:
-        """Return prompts and frames. The seed decides where the object starts."""
+        """Return prompts and frames. The seed decides where the objects start, and their patterns."""
         scenes = [self.scenes[draw.item] for draw in draws]
         clips = [
             render_clips([scene], self.num_frames, torch.Generator().manual_seed(draw.seed), self.config)

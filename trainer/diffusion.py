@@ -95,7 +95,7 @@ class DiffusionTrainer(Trainer):
             return load_text_encoder(config.text_encoder, device=self.device).requires_grad_(True)
         sizes = self.denoiser.transformer.config
         encoder = build_text_encoder(
-            [scene.prompt for scene in all_scenes()],
+            [scene.prompt for scene in all_scenes(self.config.data.shapes.world)],
             TextEncoderConfig(dim=sizes.text_dim, text_len=sizes.text_len),
             seed=config.trainer.seed,
         )
