@@ -40,11 +40,20 @@ ROOT_PATH = re.compile(r"(/[\w.~-]+)*")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    add_server_arguments(parser)
+    add = parser.add_argument
+    add("--download", action="store_true", help="fetch the published weights that are missing first")
+    add("--share", action="store_true", help="also make a public https address through Gradio's servers")
+    add("--no-browser", action="store_true", help="do not open a browser window")
+    return parser.parse_intermixed_args(arguments)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every server of the page needs: the model, who may come in, and the clips."""
     add = parser.add_argument
     add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file; default: %(default)s")
     add("--checkpoint_path", help="weights of the generator: a folder, .safetensors or .pt")
     add("--use_ema", action="store_true", help="averaged weights, where a checkpoint holds both")
-    add("--download", action="store_true", help="fetch the published weights that are missing first")
     add("--tiny_decoder", type=Path, help="TAEHV weights (taew2_1.pth) to offer beside the Wan VAE: faster, less sharp")
     add("--host", default="127.0.0.1", help="address to listen on; any but this machine needs --auth or --insecure")
     add("--port", type=int, default=7860, help="default: %(default)s")
@@ -54,14 +63,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--allowed-host", metavar="NAME", action="append", default=[], help="name by which a proxy makes it known")
     add("--trusted-proxy", metavar="ADDRESS", action="append", default=[],
         help="proxy, or network of proxies, whose X-Forwarded-For says who a visitor is")  # fmt: skip
-    add("--share", action="store_true", help="also make a public https address through Gradio's servers")
     add("--max-viewers", type=int, default=4, help="videos made at once; further viewers wait; default: %(default)s")
     add("--batch", action="store_true", help="make chunks of several viewers as one batch where they are alike")
     add("--clips_folder", default="videos/demo", help="where finished clips go; default: %(default)s")
     add("--longest_clip", type=float, default=120.0, help="seconds of a clip that are kept; default: %(default)s")
-    add("--no-browser", action="store_true", help="do not open a browser window")
     add("overrides", nargs="*", metavar="key=value", help="any key of the configuration, such as rollout.window=9")
-    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -217,8 +223,8 @@ def make_runner(app: ASGIApp, door: Door, proxies: list[str]) -> uvicorn.Server:
     )
 
 
-def build_server(args: argparse.Namespace) -> Server:
-    """The model (not loaded yet), the hub and the gallery."""
+def build_server(args: argparse.Namespace, *, greeting: str = "") -> Server:
+    """The model (not loaded yet), the hub and the gallery. ``greeting`` is for clients of another server."""
     from pipeline.serving.clips import Gallery
     from pipeline.serving.hub import Hub
     from pipeline.serving.models import Models, ModelSource
@@ -227,7 +233,8 @@ def build_server(args: argparse.Namespace) -> Server:
     source = ModelSource(lambda: read_config(args), model_arguments(args), args.use_ema, args.tiny_decoder)
     models = Models(source)
     gallery = Gallery(Path(args.clips_folder), models.command, longest=args.longest_clip)
-    return Server(models, Hub(args.max_viewers, gallery, models.denoise_batch if args.batch else None), gallery)
+    hub = Hub(args.max_viewers, gallery, models.denoise_batch if args.batch else None)
+    return Server(models, hub, gallery, greeting=greeting)
 
 
 def read_config(args: argparse.Namespace) -> PipelineConfig:

@@ -31,6 +31,7 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "triton": ["triton>=3.2"],  # optimize.kernels=triton; torch for CUDA brings it, on a CPU only tests use it
         "quant": ["torchao>=0.10"],
+        "fleet": ["ray[serve]>=2.60"],  # scripts/serve_fleet.py
         "dev": requirements("requirements-dev.txt"),
     },
 )

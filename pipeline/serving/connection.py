@@ -72,6 +72,8 @@ class Connection:
         clips = [clip.describe() for clip in self._server.gallery.of(session.id)]
         greeting = {"type": "hello", "version": VERSION, "session": session.id, "clips": clips}
         await self._socket.send_json(greeting | {"image": session.image is not None})
+        if hello.session not in (None, session.id) and self._server.greeting:
+            self._outbox.put({"type": "notice", "message": self._server.greeting})
         return session
 
     async def _serve(self) -> None:

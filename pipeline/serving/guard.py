@@ -43,6 +43,8 @@ class Access:
     """Accounts, each written as "user:password". Without accounts no password is needed."""
     root_path: str = ""
     """Path below which a proxy shows the server, such as "/wan". It is removed from requests that still have it."""
+    cookie_key: bytes | None = None
+    """The key of the cookies of signed-in visitors. The servers of a fleet share it. None makes a new one."""
 
 
 class Guard:
@@ -53,7 +55,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, access: Access, limits: Limits) -> None:
         self._app, self._access, self._limits = app, access, limits
-        self._passwords = Passwords(access.accounts) if access.accounts else None
+        self._passwords = Passwords(access.accounts, key=access.cookie_key) if access.accounts else None
         self._requests = Rate(limits.requests, 10 * limits.requests)
         self._health_checks = Rate(limits.health_checks, limits.health_checks)
         self._websockets = Count(limits.connections_each)

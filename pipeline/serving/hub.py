@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.serving.busy_times import BusyTimes
 from pipeline.serving.clips import Gallery
 from pipeline.serving.frames import frame_messages
 from pipeline.serving.limits import Limits
@@ -89,6 +90,7 @@ class Hub:
         if max_viewers < 1:
             raise ValueError(f"max_viewers={max_viewers} must be at least 1")
         self.counters = Counters()
+        self._busy = BusyTimes()
         self._seats = Seats(max_viewers, limits or Limits())
         self._wake = threading.Condition()
         self._turns = FairTurns()
@@ -119,6 +121,13 @@ class Hub:
     def waiting(self) -> int:
         """Number of streams that wait in line."""
         return len(self._seats.line)
+
+    def stalled(self, seconds: float) -> str | None:
+        """Say in one line which thread has ended, or works on one chunk for longer than ``seconds``; None if none."""
+        if not self._closing and (ended := [thread.name for thread in self._threads if not thread.is_alive()]):
+            return f"the thread {ended[0]!r} has ended"
+        name, busy = self._busy.longest()
+        return f"the thread {name!r} has worked on one chunk for {busy:.0f} s" if busy > seconds else None
 
     def place(self, viewer: Viewer) -> int | None:
         """Return the place of a viewer in line, from 1; None if it does not wait."""
@@ -193,7 +202,8 @@ class Hub:
 
     def _generate(self) -> None:
         while turn := self._next_turn():
-            self._try_turn(turn)
+            with self._busy.at_work("generate"):
+                self._try_turn(turn)
             del turn  # keep no viewer alive while waiting
         self._to_decode.put(None)
 
@@ -296,11 +306,12 @@ class Hub:
 
     def _decode(self) -> None:
         while (job := self._to_decode.get()) is not None:
-            try:
-                chunk = None if job.block is None else self._deliver_chunk(job)
-                self._to_record.put((job, chunk))
-            except Exception as error:
-                self._drop(job.viewer, error)
+            with self._busy.at_work("decode"):
+                try:
+                    chunk = None if job.block is None else self._deliver_chunk(job)
+                    self._to_record.put((job, chunk))
+                except Exception as error:
+                    self._drop(job.viewer, error)
             chunk = job = None  # keep nothing alive while waiting
         self._to_record.put(None)
 
@@ -348,15 +359,19 @@ class Hub:
 
     def _record(self) -> None:
         while (entry := self._to_record.get()) is not None:
-            job, chunk = entry
-            if chunk is not None:
-                self._recorders.write(job.viewer, chunk.frames, job.block, job.change)
-            else:
-                frames = job.viewer.pace.produced
-                job.viewer.deliver({"type": "ended", "stream": job.viewer.number, "frames": frames})
-                self._recorders.finish(job.viewer)
-                job.viewer.close()
-            entry = job = chunk = None  # keep nothing alive while waiting
+            with self._busy.at_work("record"):
+                self._record_chunk(*entry)
+            entry = None  # keep nothing alive while waiting
+
+    def _record_chunk(self, job: FinishedBlock, chunk: Chunk | None) -> None:
+        """Add a chunk to its clip; without one, end the stream and finish its clip."""
+        viewer = job.viewer
+        if chunk is not None:
+            self._recorders.write(viewer, chunk.frames, job.block, job.change)
+            return
+        viewer.deliver({"type": "ended", "stream": viewer.number, "frames": viewer.pace.produced})
+        self._recorders.finish(viewer)
+        viewer.close()
 
     def _fail(self, viewer: Viewer, error: Exception) -> None:
         known = isinstance(error, ValueError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import logging
 import secrets
 import time
@@ -43,11 +44,15 @@ class Passwords:
 
     Args:
         accounts: accounts, each written as "user:password".
+        key: the key of the cookies. Servers with the same key accept the cookies of each other. None makes a new one.
     """
 
-    def __init__(self, accounts: Sequence[str], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, accounts: Sequence[str], *, key: bytes | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        key = secrets.token_bytes(32) if key is None else key
         self._accounts = {account.encode(): account.partition(":")[0] for account in accounts}
-        self._cookies = {secrets.token_urlsafe(32): user for user in self._accounts.values()}
+        self._cookies = {hmac.digest(key, account, "sha256").hex(): user for account, user in self._accounts.items()}
         self._clock = clock
         self._failures: OrderedDict[str, Failures] = OrderedDict()
         self._logged_at, self._unlogged = -LOG_SECONDS, 0

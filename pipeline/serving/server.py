@@ -60,10 +60,14 @@ class Server:
         model: the model. :meth:`load` loads it on its own thread.
         hub, gallery: see their modules.
         limits: how much visitors may use.
+        greeting: text for a client that comes with a session of another server. It gets none if this is empty.
     """
 
-    def __init__(self, model: Model, hub: Hub, gallery: Gallery, limits: Limits | None = None) -> None:
+    def __init__(
+        self, model: Model, hub: Hub, gallery: Gallery, limits: Limits | None = None, *, greeting: str = ""
+    ) -> None:
         limits = limits or Limits()
+        self.greeting = greeting
         self.model, self.hub, self.gallery, self.limits = model, hub, gallery, limits
         self.stage, self.progress, self.state = "starting", 0.0, "loading"
         self.error: UserError | None = None
@@ -87,7 +91,9 @@ class Server:
         self.connections -= 1
 
     def load(self) -> None:
-        """Load the model. An error is shown on the page and kept in `error`."""
+        """Load the model, unless it is loaded. An error is shown on the page and kept in `error`."""
+        if self.state == "ready":
+            return
         try:
             self.model.load(self.report)
         except Exception as error:

@@ -50,18 +50,18 @@ class Site:
         return connect(f"ws://127.0.0.1:{self.port}/api/v1/stream", **options)
 
     @contextmanager
-    def client(self, **options):
+    def client(self, session: str | None = None, **options):
         with self.connect(**options) as socket:
-            yield Client(socket)
+            yield Client(socket, session)
 
 
 class Client:
     """Speaks the protocol of docs/api.md."""
 
-    def __init__(self, socket) -> None:
+    def __init__(self, socket, session: str | None = None) -> None:
         self.socket = socket
         self.seen: list[dict] = []  # all messages but frames
-        self.send("hello")
+        self.send("hello", **({} if session is None else {"session": session}))
         self.session = self.wait_for("hello")["session"]
 
     def send(self, kind: str, **fields) -> None:
@@ -110,11 +110,11 @@ def serve(tmp_path):
         access: Access | None = None,
         proxies: Sequence[str] = (),
         clips: int = 200,
+        greeting: str = "",
     ) -> Site:
         limits = limits or Limits()
-        server = synthetic_server(
-            tmp_path, model or SyntheticModel(), max_viewers=max_viewers, limits=limits, clips=clips
-        )
+        options = {"max_viewers": max_viewers, "limits": limits, "clips": clips, "greeting": greeting}
+        server = synthetic_server(tmp_path, model or SyntheticModel(), **options)
         server.load()
         listener = socket.create_server(("127.0.0.1", 0))
         app = Guard(create_app(server), access or Access(LOOPBACK), limits)

@@ -142,11 +142,17 @@ class SyntheticModel:
 
 
 def synthetic_server(
-    folder: Path, model: SyntheticModel, *, max_viewers: int = 4, limits: Limits | None = None, clips: int = 200
+    folder: Path,
+    model: SyntheticModel,
+    *,
+    max_viewers: int = 4,
+    limits: Limits | None = None,
+    clips: int = 200,
+    greeting: str = "",
 ) -> Server:
     """A server without a socket."""
     gallery = Gallery(folder, model.command, most=clips)
-    return Server(model, Hub(max_viewers, gallery, limits=limits), gallery, limits)
+    return Server(model, Hub(max_viewers, gallery, limits=limits), gallery, limits, greeting=greeting)
 
 
 def main() -> None:
