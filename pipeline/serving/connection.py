@@ -110,9 +110,9 @@ class Connection:
             raise UserError(f"{message.type} is not possible now: no stream is running; send start first")
         elif isinstance(message, messages.Shown):
             if message.stream == viewer.number:
-                viewer.frames_shown(message.frames)
+                viewer.frames_shown(message.frames, message.late)
         elif isinstance(message, messages.SwitchPrompt):
-            viewer.change_prompt(PromptChange(message.prompt, message.style))
+            viewer.change_prompt(PromptChange(message.prompt, message.style, message.id))
         else:
             {"pause": viewer.pause, "resume": viewer.resume, "stop": viewer.stop}[message.type]()
 

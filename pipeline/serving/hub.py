@@ -327,6 +327,9 @@ class Hub:
         """Decode a chunk and send its frames. The first ones of a stream go before the whole chunk is decoded."""
         viewer, first = job.viewer, job.viewer.pace.produced
         shown, packing = first, 0.0
+        if job.change is not None:
+            change = {"prompt": job.change.prompt, "style": job.change.style, "id": job.change.id}
+            viewer.deliver({"type": "switched", "stream": viewer.number, "first_frame": first} | change)
 
         def show(frames: Tensor) -> None:
             nonlocal shown, packing
@@ -339,7 +342,7 @@ class Hub:
 
         chunk = job.session.decode(job.block, show)
         timings = dict(chunk.timings) | {"encode": packing, "queue": max(0.0, job.started - job.wanted)}
-        viewer.chunk_ready(len(chunk.frames), job.wanted if first else job.started)
+        viewer.chunk_ready(len(chunk.frames), job.wanted if first else job.started, usual=job.change is None)
         self.counters.add_chunk(len(chunk.frames), timings)
         viewer.deliver(
             {

@@ -67,6 +67,7 @@ class SwitchPrompt(_Message):
     type: Literal["switch"]
     prompt: Prompt
     style: Literal["cut", "keep", "recache", "blend"] = DEFAULT_STYLE
+    id: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
 
 
 class Pause(_Message):
@@ -93,6 +94,7 @@ class Shown(_Message):
     type: Literal["shown"]
     stream: int
     frames: Annotated[int, Field(ge=0)]
+    late: Annotated[int, Field(ge=0)] = 0
 
 
 ClientMessage = Hello | Start | SwitchPrompt | Pause | Resume | Stop | Shown

@@ -1,14 +1,16 @@
-"""The pace of a stream: it runs only so far ahead of its viewer that the next chunk comes in time."""
+"""The pace of a stream: its next chunk is made as late as the measured time of a chunk allows."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-LEAD_MARGIN = 1.5  # factor of the mean time that a chunk takes
-LEAD_SECONDS = 0.15  # added to that, for the network and the browser
+SPREAD = 3.0  # factor of the mean deviation of the time that chunks take
+LEAST_MARGIN, MOST_MARGIN = 0.04, 0.6  # seconds for the network and the browser
+RAISE, LOWER = 2.0, 0.97  # factors of the margin, after a frame that came too late and after each chunk
 LONGEST_LEAD = 1.25  # chunks; more would not help a model that is too slow, and would delay a new prompt
-SMOOTHING = 0.3  # weight of the latest chunk in the running mean of the time that chunks take
+MOST_UNSEEN = 2.0  # chunks that a viewer has not seen yet; with more, a switch is not made at once
+SMOOTHING = 0.3  # weight of the latest chunk in the running means
 EXTRAPOLATION = 1.0  # seconds for which a viewer is assumed to continue watching after its last report
 FIRST_CHUNK_FRAMES = 12  # assumed until the first chunk is decoded
 
@@ -16,6 +18,10 @@ FIRST_CHUNK_FRAMES = 12  # assumed until the first chunk is decoded
 @dataclass
 class Pace:
     """Counts the frames of one stream and says when its next chunk is wanted. Times are ``time.monotonic()`` seconds.
+
+    The fewer frames wait at the viewer, the sooner it sees a new prompt. So a chunk begins as late as possible: its
+    mean time before its first frame is due, plus some mean deviations, plus a margin. The margin doubles when the viewer
+    reports a frame that came too late, and then shrinks slowly. On a busy machine more frames wait.
 
     A frame counts as shown only if it was written to the socket and the viewer reported it. So neither a slow network
     nor a client with false reports makes the server buffer without limit.
@@ -33,8 +39,14 @@ class Pace:
     """Frames that the viewer has reported as shown."""
     shown_at: float = 0.0
     """Time of its last report."""
+    late: int = 0
+    """Frames that came too late, as the viewer has reported."""
     turnaround: float = 0.0
     """Mean seconds from the time at which a chunk is wanted until it is decoded."""
+    deviation: float = 0.0
+    """Mean deviation of these seconds."""
+    margin: float = LEAST_MARGIN
+    """Seconds from the time at which a chunk should be decoded until its first frame is due."""
     chunk_frames: int = FIRST_CHUNK_FRAMES
     """Frames of the latest chunk."""
 
@@ -42,21 +54,38 @@ class Pace:
         """Count a denoised chunk."""
         self.pending += 1
 
-    def decoded(self, frames: int, seconds: float) -> None:
-        """Count a decoded chunk of `frames` frames, which was ready `seconds` after it was wanted."""
+    def decoded(self, frames: int, seconds: float, *, usual: bool = True) -> None:
+        """Count a decoded chunk of `frames` frames, which was ready `seconds` after it was wanted.
+
+        The seconds are measured only if the chunk is `usual`.
+        """
         self.produced += frames
         self.pending -= 1
         self.chunk_frames = frames
-        self.turnaround += (seconds - self.turnaround) * (SMOOTHING if self.turnaround else 1.0)
+        self.margin = max(LOWER * self.margin, LEAST_MARGIN)
+        if not usual:
+            return
+        if not self.turnaround:
+            self.turnaround, self.deviation = seconds, seconds / 4
+            return
+        difference = seconds - self.turnaround
+        self.turnaround += SMOOTHING * difference
+        self.deviation += SMOOTHING * (abs(difference) - self.deviation)
 
     def frame_sent(self) -> None:
         """Count a frame that was written to the socket."""
         self.sent += 1
 
-    def report_shown(self, frames: int, now: float) -> bool:
-        """Record that the viewer has shown `frames` frames. Return whether that is more than before."""
+    def report_shown(self, frames: int, now: float, late: int = 0) -> bool:
+        """Record that the viewer has shown `frames` frames, and that `late` of them so far came too late.
+
+        Return whether it has shown more than before.
+        """
         before = self.shown
         self.shown, self.shown_at = max(self.shown, min(frames, self.sent)), now
+        if late > self.late:
+            self.margin = min(RAISE * self.margin, MOST_MARGIN)
+        self.late = late
         return self.shown > before
 
     @property
@@ -66,15 +95,27 @@ class Pace:
 
     @property
     def lead(self) -> float:
-        """Seconds of video that the viewer should have in its buffer while the next chunk is made."""
-        longest = max(LONGEST_LEAD * self.chunk_frames / self.fps, 2 * LEAD_SECONDS)
-        return min(LEAD_MARGIN * self.turnaround + LEAD_SECONDS, longest)
+        """Seconds from the time at which the next chunk begins until its first frame is due."""
+        longest = max(LONGEST_LEAD * self.chunk_frames / self.fps, MOST_MARGIN)
+        return min(self.turnaround + SPREAD * self.deviation + self.margin, longest)
 
     def wanted_at(self) -> float:
         """Return the time at which the next chunk is wanted; infinity if that depends on the viewer's next report."""
         expected = self.produced + self.pending * self.chunk_frames
-        watched = expected - self.lead * self.fps  # frames that will be shown by then
+        ahead = expected + 1 - self.lead * self.fps  # frames that will be shown by then, the one on screen included
+        watched = min(ahead, expected)
         wait = (watched - self.shown) / self.fps
-        if wait > EXTRAPOLATION or watched > max(self.sent, 0):
+        if not self.shown:
+            return math.inf if watched > 0 else 0.0
+        if wait > EXTRAPOLATION or watched > self.sent:
             return math.inf
         return self.shown_at + wait
+
+    def resumed(self, now: float) -> None:
+        """Record that the viewer continues after a pause."""
+        self.shown_at = now
+
+    def may_hurry(self) -> bool:
+        """Return whether a switch may be made at once. It may not if the viewer has many frames that it has not shown."""
+        expected = self.produced + self.pending * self.chunk_frames
+        return expected - self.shown <= MOST_UNSEEN * self.chunk_frames

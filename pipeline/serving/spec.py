@@ -45,3 +45,5 @@ class PromptChange:
     prompt: str
     style: str
     """Name of a ``pipeline.rollout.SwitchStyle``."""
+    id: int = 0
+    """The client's number for it, which the answer repeats."""

@@ -62,6 +62,7 @@ class Viewer:
         self._session: Session | None = None
         self._paused = self._stopped = False
         self._asked: PromptChange | None = None  # not passed to the session yet
+        self._asked_at = 0.0
         self._taken: PromptChange | None = None  # passed to the session, and no chunk shows it yet
         now = time.monotonic()
         self._wanted_from = self._seated_at = self._progress_at = now  # no chunk is wanted before _wanted_from
@@ -83,9 +84,10 @@ class Viewer:
         self._command(lambda session: session.stop(), paused=False)
 
     def change_prompt(self, change: PromptChange) -> None:
-        """Change the prompt at the next chunk. If several changes come before that chunk, the last one counts."""
+        """Change the prompt with a chunk that is made at once. If several changes come before it, the last one counts."""
         with self._lock:
-            self._asked = change
+            self._asked, self._asked_at = change, time.monotonic()
+        self._changed()
 
     def frame_sent(self) -> None:
         """Record that one more frame was written to the socket."""
@@ -93,11 +95,11 @@ class Viewer:
             self.pace.frame_sent()
         self._changed()
 
-    def frames_shown(self, count: int) -> None:
-        """Record that the viewer has shown the first `count` frames."""
+    def frames_shown(self, count: int, late: int = 0) -> None:
+        """Record that the viewer has shown the first `count` frames, and that `late` frames so far came too late."""
         now = time.monotonic()
         with self._lock:
-            if self.pace.report_shown(count, now):
+            if self.pace.report_shown(count, now, late):
                 self._progress_at = now
         self._changed()
 
@@ -164,7 +166,11 @@ class Viewer:
         with self._lock:
             if self._stopped:
                 return 0.0
-            return float("inf") if self._paused else self.pace.wanted_at()
+            if self._paused:
+                return float("inf")
+            wanted = self.pace.wanted_at()
+            hurried = self._asked is not None and self.pace.produced and self.pace.may_hurry()
+            return min(wanted, self._asked_at) if hurried else wanted
 
     def turn_begins(self, due: float, now: float) -> float:
         """Return since when the chunk of a turn that begins `now` was wanted. `due` is the result of :meth:`due`."""
@@ -176,11 +182,14 @@ class Viewer:
         with self._lock:
             self.pace.denoised()
 
-    def chunk_ready(self, frames: int, wanted: float) -> None:
-        """Record that a chunk of `frames` frames was decoded, which was wanted since `wanted`."""
+    def chunk_ready(self, frames: int, wanted: float, *, usual: bool) -> None:
+        """Record that a chunk of `frames` frames was decoded, which was wanted since `wanted`.
+
+        Its time is measured only if it is `usual`: a chunk with a switch takes longer.
+        """
         now = time.monotonic()
         with self._lock:
-            self.pace.decoded(frames, now - max(wanted, self._wanted_from))
+            self.pace.decoded(frames, now - max(wanted, self._wanted_from), usual=usual)
             self._wanted_from = now
 
     def idle_seconds(self, now: float) -> float:
@@ -207,6 +216,8 @@ class Viewer:
 
     def _command(self, command: Callable[[Session], None], *, paused: bool) -> None:
         with self._lock:
+            if self._paused and not paused:
+                self.pace.resumed(time.monotonic())
             self._paused = paused
             self._wanted_from = time.monotonic()
             session = self._session

@@ -117,7 +117,7 @@ class SyntheticModel:
             "decoders": ["none"],
             "precisions": ["full"],
             "compile": False,
-            "styles": {"recache": "", "keep": ""},
+            "styles": {"recache": "", "keep": "", "cut": ""},
             "longest_prompt": 2000,
             "most_fps": 60,
             "most_seed": 2**53 - 1,

@@ -150,6 +150,23 @@ def test_a_switch_shows_in_the_next_chunk_and_in_the_clip(open_hub):
     assert viewer.wait_for("clip")["clip"]["prompts"] == ["numbers", "letters"]
 
 
+def test_a_switch_does_not_wait_until_the_frames_in_hand_are_watched(open_hub):
+    """They would last for four seconds; its chunk is there in less than half of that, and its first frame is named."""
+    viewer = Client(open_hub(), StreamSpec("numbers", 48, 48, fps=CHUNK_FRAMES // 4), watches=False)
+    viewer.wait_for("chunk")
+    for _ in range(CHUNK_FRAMES):
+        viewer.stream.frame_sent()
+    viewer.stream.frames_shown(1)
+    started = time.monotonic()
+    viewer.stream.change_prompt(PromptChange("letters", "cut", id=7))
+    viewer.wait(lambda: viewer.of("chunk")[-1]["prompt"] == "letters")
+    assert time.monotonic() - started < 2.0
+    stream, first = viewer.stream.number, viewer.of("chunk")[-1]["first_frame"]
+    assert viewer.of("switched") == [
+        {"type": "switched", "stream": stream, "first_frame": first, "prompt": "letters", "style": "cut", "id": 7}
+    ]
+
+
 def test_stop_does_not_wait_for_the_chunk(open_hub):
     """A session in the middle of a chunk of a minute is left within a moment, and its seat is free."""
     hub = open_hub(max_viewers=1, open_session=lambda spec: SyntheticSession(spec, 60 if spec.seed else 0))

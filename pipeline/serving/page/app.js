@@ -1,11 +1,13 @@
 // The page: controls, figures and gallery around the player. It uses only the API of docs/api.md.
-import { API, Connection } from "./connection.js";
+import { Connection } from "./connection.js";
+import { Gallery } from "./gallery.js";
 import { Player } from "./player.js";
 import { matchTheme, toggleTheme } from "./theme.js";
 
 const CRISP_PIXELS = 256; // frames up to this width are drawn with sharp pixels
 const LENGTHS = [1, 2, 4, 8]; // multiples of the model's own length
 const CAPTION_MS = 3000;
+const HURRY_MS = 400; // after which a new prompt should be seen
 const NARROW = "(max-width: 860px)"; // as in style.css
 const PROMPT_KEY = "self-forcing-prompt"; // keeps the prompt when the page is reloaded
 const ACTIVE = ["starting", "waiting", "running", "paused"];
@@ -24,15 +26,20 @@ class Page {
     this.options = null;
     this.chunks = [];
     this.asked = null; // the latest requested prompt, its time and the last chunk before it; null once it is visible
+    this.switches = 0;
     this.answered = null; // the latest prompt that became visible, with its first chunk
     this.player = new Player(this.get("canvas"), {
       onFrame: (frame) => this.onFrame(frame),
-      onReport: (stream, frames) => this.connection.send({ type: "shown", stream, frames }),
+      onReport: (stream, frames, late) => this.connection.send({ type: "shown", stream, frames, late }),
     });
     this.connection = new Connection({
       onMessage: (message) => this[`on_${message.type}`]?.(message),
       onFrame: (data) => this.player.push(data),
       onLost: () => this.onLost(),
+    });
+    this.gallery = new Gallery(this.get("gallery"), this.get("clip"), {
+      onAgain: (clip) => this.useAgain(clip),
+      onDelete: (name) => this.connection.deleteClip(name).catch((error) => this.say(error.message)),
     });
     this.listen();
     this.get("settings").open = !matchMedia(NARROW).matches;
@@ -116,7 +123,7 @@ class Page {
       compile: this.get("compile").checked,
       image: Boolean(this.image),
     };
-    this.asked = { at: performance.now(), prompt };
+    this.asked = { at: performance.now(), prompt, first: 0 };
     this.stream = null;
     this.player.reset(0, this.request.fps);
     this.setState("starting");
@@ -124,8 +131,11 @@ class Page {
   }
 
   switchTo(prompt) {
-    this.asked = { at: performance.now(), prompt, after: this.chunks.at(-1)?.chunk };
-    this.connection.send({ type: "switch", prompt, style: this.get("style").value });
+    const last = this.chunks.at(-1);
+    const style = this.get("style").value;
+    this.asked = { at: performance.now(), prompt, after: last?.chunk, first: null, id: ++this.switches };
+    this.connection.send({ type: "switch", prompt, style, id: this.switches });
+    if (last && style !== "cut") this.player.hurry(this.asked.at + Math.max(HURRY_MS, 1500 * makingSeconds(last) + 100));
     if (this.state === "paused") this.togglePause();
   }
 
@@ -178,8 +188,8 @@ class Page {
     if (this.session !== session) this.dropImage();
     this.session = session;
     if (this.state === "lost") this.setState("loading");
-    if (anew) for (const card of this.get("clips").children) this.markGone(card);
-    for (const clip of clips.reverse()) this.addClip(clip);
+    if (anew) this.gallery.markAllGone();
+    for (const clip of clips.reverse()) this.gallery.add(clip);
   }
 
   on_status(status) {
@@ -214,18 +224,23 @@ class Page {
     if (this.chunks.length > 64) this.chunks.shift();
   }
 
+  on_switched({ stream, first_frame, style, id }) {
+    if (stream !== this.stream) return;
+    if (this.asked?.id === id) this.asked.first = first_frame;
+    this.player.turn(first_frame, { drop: style === "cut" });
+  }
+
   on_ended({ stream, frames }) {
     if (stream === this.stream) this.total = frames;
     this.finishIfShown();
   }
 
   on_clip({ clip }) {
-    this.addClip(clip);
+    this.gallery.add(clip);
   }
 
   on_clip_deleted({ name }) {
-    this.card(name)?.remove();
-    this.get("gallery").hidden = !this.get("clips").children.length;
+    this.gallery.remove(name);
   }
 
   on_notice({ message }) {
@@ -245,7 +260,7 @@ class Page {
 
   onFrame(frame) {
     const chunk = this.chunks.find(({ chunk }) => chunk === frame.chunk);
-    if (this.asked && (chunk?.prompt === this.asked.prompt || frame.index === 0)) {
+    if (this.asked && this.asked.first !== null && frame.index >= this.asked.first) {
       this.response = performance.now() - this.asked.at;
       this.answered = { ...this.asked, chunk: frame.chunk };
       this.asked = null;
@@ -264,6 +279,13 @@ class Page {
 
   finishIfShown() {
     if (this.total !== null && this.player.shown >= this.total && this.active) this.setState("ready");
+  }
+
+  useAgain(clip) {
+    this.get("prompt").value = clip.prompts[0];
+    this.get("seed").value = clip.seed;
+    this.get("prompt").focus();
+    this.draw();
   }
 
   // What is seen.
@@ -369,7 +391,7 @@ class Page {
     if (!this.status) return;
     const { memory, viewers, waiting } = this.status;
     const last = this.chunks.at(-1);
-    const spent = last && (last.timings.denoise ?? 0) + (last.timings.context ?? 0) + (last.timings.decode ?? 0);
+    const spent = last && makingSeconds(last);
     const write = (id, text) => { this.get(id).textContent = text; };
     write("generated", spent ? `${(last.frames / spent).toFixed(1)} fps` : "–");
     write("shown", this.state === "running" && this.player.shownFps ? `${this.player.shownFps.toFixed(1)} fps` : "–");
@@ -379,67 +401,9 @@ class Page {
     write("memory-label", memory.vram === null ? "RAM" : "VRAM");
     write("memory", memory.vram === null ? `${memory.ram.toFixed(1)} GB` : `${memory.vram.toFixed(1)} of ${memory.vram_total.toFixed(0)} GB`);
   }
-
-  card(name) {
-    return [...this.get("clips").children].find((card) => card.dataset.name === name);
-  }
-
-  // Mark a clip whose files are not served any more. Its prompts and its command stay readable.
-  markGone(card) {
-    if (card.classList.contains("gone")) return;
-    card.classList.add("gone");
-    card.querySelector(".facts").textContent += " · made before the server restarted; the file is in the server's clips folder";
-    for (const control of card.querySelectorAll(".mp4, .gif, .delete")) control.remove();
-  }
-
-  useAgain(clip) {
-    this.get("prompt").value = clip.prompts[0];
-    this.get("seed").value = clip.seed;
-    this.get("prompt").focus();
-    this.draw();
-  }
-
-  addClip(clip) {
-    if (this.card(clip.name)) return;
-    const card = this.get("clip").content.cloneNode(true).firstElementChild;
-    const find = (selector) => card.querySelector(selector);
-    const seconds = (clip.frames / clip.fps).toFixed(1);
-    const url = (kind) => new URL(`clips/${clip.name}.${kind}`, API).href;
-    find("video").src = url("mp4");
-    find(".prompt").textContent = clip.prompts.join(" → ");
-    find(".prompt").title = clip.prompts.join("\n");
-    find(".facts").textContent = `${seconds} s · ${clip.width} × ${clip.height}${clip.whole ? "" : " · only the beginning"}`;
-    find(".mp4").href = url("mp4");
-    find(".gif").href = url("gif");
-    find("code").textContent = clip.command;
-    card.dataset.name = clip.name;
-    find(".again").addEventListener("click", () => this.useAgain(clip));
-    find(".delete").addEventListener("click", () => this.connection.deleteClip(clip.name).catch((error) => this.say(error.message)));
-    playOnDemand(find("video"));
-    const copy = find(".copy");
-    copy.addEventListener("click", async () => {
-      copy.textContent = (await copyText(clip.command, find("code"))) ? "Copied" : "Copy it below";
-      setTimeout(() => { copy.textContent = "Copy command"; }, 1500);
-    });
-    this.get("clips").prepend(card);
-    this.get("gallery").hidden = false;
-  }
 }
 
-// Browsers allow the clipboard only on https and on localhost. Elsewhere the text is selected, so that it can be copied.
-async function copyText(text, element) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    element.closest("details").open = true;
-    getSelection().selectAllChildren(element);
-    return document.execCommand("copy");
-  }
-}
-
-// Play a clip while the mouse is over it.
-function playOnDemand(video) {
-  video.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") video.play().catch(() => {}); });
-  video.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") video.pause(); });
+// Seconds that the model needed for a chunk.
+function makingSeconds({ timings }) {
+  return (timings.denoise ?? 0) + (timings.context ?? 0) + (timings.decode ?? 0);
 }

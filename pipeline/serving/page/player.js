@@ -4,10 +4,12 @@ const RAW = 0;
 const FIRST_BUFFER = 60; // ms from a frame's arrival until it is shown, after a start or a stall
 const LONGEST_BUFFER = 400;
 const REPORT_MS = 150;
+const MOST_RATE = 2; // times the usual speed, for frames before a new prompt
+const LATE_MS = 10; // a frame that comes later than this is reported, so that the server starts sooner
 const STALL_MS = 1000; // a longer gap comes from the browser (a hidden tab), not from the stream
 
 export class Player {
-  // onFrame(frame) is called after each shown frame, onReport(stream, count) about every REPORT_MS
+  // onFrame(frame) is called after each shown frame, onReport(stream, count, late) about every REPORT_MS
   constructor(canvas, { onFrame, onReport }) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d", { alpha: false });
@@ -32,7 +34,12 @@ export class Player {
     this.origin = null; // the time of frame 0, in performance.now()
     this.shown = 0;
     this.missed = 0;
-    this.late = 0;
+    this.late = 0; // times that the picture stood still for more than a frame
+    this.overdue = 0; // frames that came after their time
+    this.dry = false; // no frame was left at the last tick
+    this.hurried = null; // the frames before a new prompt are to be over at `until`; `first` is its first frame
+    this.jump = null; // frames before this one are not shown any more
+    this.ticked = 0;
     this.times = [];
     this.reported = 0;
     this.paused = false;
@@ -55,6 +62,17 @@ export class Player {
   resume() {
     this.paused = false;
     this.origin = null;
+  }
+
+  // Plays the frames that wait faster, so that they are over at the time `until` if a new prompt follows them.
+  hurry(until) {
+    this.hurried = { until, first: null };
+  }
+
+  // The new prompt begins with the frame `first`. After a cut nobody waits for the frames before it.
+  turn(first, { drop }) {
+    if (drop) this.jump = first;
+    else if (this.hurried) this.hurried.first = first;
   }
 
   push(data) {
@@ -83,20 +101,18 @@ export class Player {
   }
 
   tick(now) {
+    const passed = now - this.ticked;
+    this.ticked = now;
+    if (this.frames.length === 0) this.dry = true;
     if (this.paused || this.frames.length === 0) return;
-    const period = 1000 / this.fps;
+    if (this.jump !== null && this.frames.at(-1).index >= this.jump) this.leap(now);
     const first = this.frames[0];
     if (this.origin === null) {
       this.origin = now + this.buffer - (1000 * first.index) / this.fps;
       if (this.shown === 0) this.origin -= this.buffer / 2; // show the very first frame sooner
     }
-    const behind = now - this.due(first);
-    if (behind > STALL_MS || (behind > period && this.frames.length === 1)) {
-      // The stream was late, not the display: continue from here with a larger buffer.
-      if (behind <= STALL_MS && this.shown > 0) this.late += 1;
-      this.buffer = Math.min(1.5 * this.buffer, LONGEST_BUFFER);
-      this.origin += behind;
-    }
+    if (this.hurried) this.origin -= (this.rate(now) - 1) * passed;
+    this.catchUp(now - this.due(first));
     let frame = null;
     while (this.frames.length && this.due(this.frames[0]) <= now) {
       if (frame) {
@@ -108,6 +124,36 @@ export class Player {
     if (frame) this.show(frame, now);
   }
 
+  // If the stream was late, not the display, every frame is shown, from now on.
+  catchUp(behind) {
+    if (behind > STALL_MS || (behind > 0 && this.dry)) {
+      if (behind <= STALL_MS && this.shown > 0) {
+        if (behind > LATE_MS) this.overdue += 1;
+        if (behind > 1000 / this.fps) {
+          this.late += 1;
+          this.buffer = Math.min(1.5 * this.buffer, LONGEST_BUFFER);
+        }
+      }
+      this.origin += behind;
+    }
+    this.dry = false;
+  }
+
+  leap(now) {
+    while (this.frames[0].index < this.jump) this.frames.shift().image.close?.();
+    this.origin = now - (1000 * this.frames[0].index) / this.fps;
+    this.jump = this.hurried = null;
+    this.reported = 0;
+  }
+
+  // The speed at which the frames before a new prompt are over in time. Without its first frame some are kept.
+  rate(now) {
+    const { until, first } = this.hurried;
+    const left = (first ?? this.frames.at(-1).index + 1) - ((now - this.origin) * this.fps) / 1000;
+    if (first === null && this.frames.length < 3) return 1;
+    return Math.min(Math.max((1000 * left) / this.fps / Math.max(until - now, 1), 1), MOST_RATE);
+  }
+
   show(frame, now) {
     if (this.canvas.width !== frame.width || this.canvas.height !== frame.height) {
       this.canvas.width = frame.width;
@@ -117,12 +163,13 @@ export class Player {
     else this.context.drawImage(frame.image, 0, 0);
     frame.image.close?.();
     this.shown = frame.index + 1;
+    if (this.hurried && this.hurried.first !== null && frame.index >= this.hurried.first) this.hurried = null;
     this.times.push(now);
     if (this.times.length > 240) this.times.splice(0, 120);
     this.onFrame(frame);
     if (now - this.reported > REPORT_MS || this.frames.length === 0) {
       this.reported = now;
-      this.onReport(this.stream, this.shown);
+      this.onReport(this.stream, this.shown, this.overdue);
     }
   }
 }

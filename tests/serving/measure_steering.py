@@ -1,0 +1,86 @@
+"""Measures how long a new prompt takes from Enter to the screen: python -m tests.serving.measure_steering.
+
+It drives a real Chromium against `python demo.py`. Every style gets as many switches as there are phases, so that each
+part of a chunk is met equally often. One line for each style, in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+
+from playwright.sync_api import Page, sync_playwright
+
+from tests.serving.browser import FLAGS, PATIENCE, find_chromium, running
+
+PROMPTS = ("a large red circle moving up and right on a navy background",
+           "a large green triangle moving down and left on a black background")  # fmt: skip
+# In the page: switch at a phase of a chunk, and wait for the first frame whose chunk has the new prompt.
+SWITCH = """async ([prompt, style, frame]) => {
+    const page = window.selfForcing, { player } = page;
+    const field = document.querySelector("#prompt"), shown = player.onFrame;
+    const chunk = () => page.chunks.at(-1);
+    const until = (done) => new Promise((resolve) => { player.onFrame = (frame) => { shown(frame); if (done(frame)) resolve(); }; });
+    await until(({ index }) => index - chunk().first_frame === frame || index >= chunk().first_frame + chunk().frames + 24);
+    await new Promise((resolve) => setTimeout(resolve, Math.random() * 1000 / player.fps));
+    const known = new Set(page.chunks.filter((each) => each.prompt === prompt).map((each) => each.chunk));
+    document.querySelector("#style").value = style;
+    field.value = prompt;
+    const start = performance.now();
+    field.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true, cancelable: true }));
+    await until((frame) => page.chunks.some(({ chunk, prompt: its }) => chunk === frame.chunk && its === prompt && !known.has(chunk)));
+    const seconds = (performance.now() - start) / 1000;
+    player.onFrame = shown;
+    return seconds;
+}"""
+
+
+def measure(page: Page, style: str, count: int, frames: int) -> tuple[list[float], list[float], int, int]:
+    """Seconds of each switch, those that the page itself says, frames left out, and times that the picture stood."""
+    seconds, said = [], []
+    before = page.evaluate("[selfForcing.player.missed, selfForcing.player.late]")
+    for number in range(count):
+        phase = number * frames // count
+        seconds.append(page.evaluate(SWITCH, [PROMPTS[(number + 1) % 2], style, phase]))
+        said.append(page.evaluate("selfForcing.response / 1000"))
+        page.wait_for_timeout(1500)
+    missed, late = page.evaluate("[selfForcing.player.missed, selfForcing.player.late]")
+    return seconds, said, missed - before[0], late - before[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=24, help="switches of each style; default: %(default)s")
+    parser.add_argument("--styles", nargs="+", default=["recache", "keep", "blend", "cut"])
+    parser.add_argument("demo", nargs="*", help="further arguments of demo.py")
+    args = parser.parse_args()
+    print("| style | switches | median s | quarter to three quarters s | longest s | the page says s | left out | late |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        command = ("demo.py", "--no-browser", "--port", "0", "--clips_folder", folder, *args.demo)
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
+        with running(*command) as address:
+            page = browser.new_page()
+            page.goto(address)
+            page.wait_for_selector(".demo[data-state=ready]", timeout=1000 * PATIENCE)
+            page.fill("#prompt", PROMPTS[0])
+            page.press("#prompt", "Enter")
+            page.wait_for_function("selfForcing.chunks.length > 6", timeout=1000 * PATIENCE)
+            frames = page.evaluate("selfForcing.chunks.at(-1).frames")
+            for style in args.styles:
+                seconds, said, missed, late = measure(page, style, args.count, frames)
+                low, middle, high = statistics.quantiles(seconds, n=4)
+                print(
+                    f"| {style} | {len(seconds)} | {middle:.2f} | {low:.2f} to {high:.2f} | {max(seconds):.2f} | "
+                    f"{statistics.median(said):.2f} | {missed} | {late} |",
+                    flush=True,
+                )
+            page.click("#stop")
+        browser.close()
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main()
