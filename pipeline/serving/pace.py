@@ -20,7 +20,7 @@ class Pace:
     """Counts the frames of one stream and says when its next chunk is wanted. Times are ``time.monotonic()`` seconds.
 
     The fewer frames wait at the viewer, the sooner it sees a new prompt. So a chunk begins as late as possible: its
-    mean time before its first frame is due, plus some mean deviations, plus a margin. The margin doubles when the viewer
+    mean time before its first frame is due, plus some deviations, plus a margin. The margin doubles when the viewer
     reports a frame that came too late, and then shrinks slowly. On a busy machine more frames wait.
 
     A frame counts as shown only if it was written to the socket and the viewer reported it. So neither a slow network
@@ -116,6 +116,6 @@ class Pace:
         self.shown_at = now
 
     def may_hurry(self) -> bool:
-        """Return whether a switch may be made at once. It may not if the viewer has many frames that it has not shown."""
+        """Return whether a switch may be made at once. It may not if many frames wait to be shown."""
         expected = self.produced + self.pending * self.chunk_frames
         return expected - self.shown <= MOST_UNSEEN * self.chunk_frames

@@ -84,7 +84,7 @@ class Viewer:
         self._command(lambda session: session.stop(), paused=False)
 
     def change_prompt(self, change: PromptChange) -> None:
-        """Change the prompt with a chunk that is made at once. If several changes come before it, the last one counts."""
+        """Change the prompt, with a chunk made at once. If several changes come before it, the last one counts."""
         with self._lock:
             self._asked, self._asked_at = change, time.monotonic()
         self._changed()

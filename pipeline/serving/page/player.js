@@ -117,7 +117,7 @@ export class Player {
     while (this.frames.length && this.due(this.frames[0]) <= now) {
       if (frame) {
         frame.image.close?.();
-        this.missed += 1;
+        if (!this.hurried) this.missed += 1;
       }
       frame = this.frames.shift();
     }
