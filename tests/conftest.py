@@ -7,6 +7,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import site
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ import torch
 
 if not torch.cuda.is_available():  # Triton reads this when it is first imported, and torch.compile imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell starts background jobs, and nohup starts programs, with these signals ignored. Tests send them.
+for ignored in (number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN):
+    signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -134,15 +135,24 @@ class Connection:
         while True:
             message = await self._outbox.get()
             if isinstance(message, dict):
-                await asyncio.wait_for(self._socket.send_json(message), SEND_SECONDS)
+                await self._transmit(self._socket.send_json(message))
             else:
                 await self._send_frame(message)
+
+    async def _transmit(self, sending: Awaitable[None]) -> None:
+        """Send within SEND_SECONDS. Raises WebSocketDisconnect if another task has closed the socket meanwhile."""
+        try:
+            await asyncio.wait_for(sending, SEND_SECONDS)
+        except RuntimeError as error:
+            if self._socket.application_state is WebSocketState.CONNECTED:
+                raise
+            raise WebSocketDisconnect(1006) from error
 
     async def _send_frame(self, frame: bytes) -> None:
         """Send a frame, unless it belongs to a stream that was replaced."""
         # Keep the viewer in no local variable: asyncio keeps those of a cancelled task until a garbage collection.
         if self._viewer is not None and HEADER.unpack_from(frame)[1] == self._viewer.number:
-            await asyncio.wait_for(self._socket.send_bytes(frame), SEND_SECONDS)
+            await self._transmit(self._socket.send_bytes(frame))
             self._viewer.frame_sent()
 
     async def _report(self) -> None:

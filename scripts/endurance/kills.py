@@ -132,18 +132,22 @@ def launch(
 
 
 def wait(group: Sequence[BaseProcess], timeout: float | None = None) -> None:
-    """Wait until every process has ended well.
+    """Wait until every process has ended well. Kill those that still run after `timeout` seconds each.
 
     Raises:
-        UserError: one has not.
+        UserError: a process failed or had to be killed.
     """
     from utils.errors import UserError
 
     for each in group:
         each.join(timeout)
     codes = [each.exitcode for each in group]
-    if any(codes):
-        raise UserError(f"the training ended with {codes}; see the .log files beside its folder")
+    for each in group:
+        each.kill()
+    if any(code != 0 for code in codes):
+        raise UserError(
+            f"the processes ended with {codes}, None if killed; see the .log files beside the folder"
+        )
 
 
 def compare(first: Path, second: Path) -> list[str]:
