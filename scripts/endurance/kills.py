@@ -145,9 +145,7 @@ def wait(group: Sequence[BaseProcess], timeout: float | None = None) -> None:
     for each in group:
         each.kill()
     if any(code != 0 for code in codes):
-        raise UserError(
-            f"the processes ended with {codes}, None if killed; see the .log files beside the folder"
-        )
+        raise UserError(f"the processes ended with {codes}, None if killed; see the .log files beside the folder")
 
 
 def compare(first: Path, second: Path) -> list[str]:
