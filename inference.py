@@ -188,15 +188,8 @@ def run(args: argparse.Namespace) -> None:
     chosen = args.num_output_frames is not None or KEYS["num_output_frames"] in keys
     options = InferenceOptions(length_chosen=chosen, **values)
     with _starting():
-        from pipeline.config import load_pipeline_config
-        from utils.config import to_yaml
-    config = load_pipeline_config(args.config_path, overrides)
-    if args.dry_run:
-        print(to_yaml(config), end="")
-        return
-    with _starting():
-        from pipeline.inference.run import run as make_videos
-    make_videos(config, options)
+        from pipeline.inference.run import main as make_videos
+    make_videos(args.config_path, overrides, options, dry_run=args.dry_run)
 
 
 @contextmanager

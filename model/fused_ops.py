@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ def missing(device: torch.device) -> str | None:
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"a CUDA device, not {device}"
+
+
+def _kernels() -> ModuleType:
+    """Import the kernels, which need triton."""
+    from model import fused_kernels
+
+    return fused_kernels
 
 
 def norm_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -91,8 +99,7 @@ def _for_frames(x: Tensor, *signals: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("self_forcing::norm_modulated", mutates_args=())
 def _norm_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    from model import fused_kernels as kernels
-
+    kernels = _kernels()
     out, signals = torch.empty_like(x, memory_format=torch.contiguous_format), _channels_dense(shift, scale)
     with kernels.on_device(x):
         kernels.norm(x.contiguous(), None, None, *signals, None, out, eps=eps, offset=1.0)
@@ -108,8 +115,7 @@ def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 def _residual_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
-    from model import fused_kernels as kernels
-
+    kernels = _kernels()
     total, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     gates = None if gate is None else _channels_dense(gate)[0]
     signals = _channels_dense(shift, scale)
@@ -130,8 +136,7 @@ def _(
 def _split_qkv(
     qkv: Tensor, norm: Tensor, table: Tensor, index: Tensor, keys: Tensor, values: Tensor, num_heads: int, eps: float
 ) -> Tensor:
-    from model import fused_kernels as kernels
-
+    kernels = _kernels()
     q = _queries(qkv, num_heads)
     assert keys.is_contiguous() and values.is_contiguous()
     joint, turns = _channels_dense(qkv, table)
@@ -171,8 +176,7 @@ def norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, memory: Tensor, flo
     Returns:
         [K+T H W C].
     """
-    from model import fused_kernels as kernels
-
+    kernels = _kernels()
     assert memory.is_contiguous()
     buffer = _buffer(x, memory)
     with kernels.on_device(x):
@@ -193,8 +197,7 @@ def _buffer(x: Tensor, memory: Tensor) -> Tensor:
 @torch.library.custom_op("self_forcing::add_shortcut", mutates_args=())
 def add_shortcut(x: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
     """``x + bias + shortcut``: x and shortcut [T H W C], bias [C] of the convolution that made x and left it out."""
-    from model import fused_kernels as kernels
-
+    kernels = _kernels()
     out = x.new_empty(x.shape)
     with kernels.on_device(x):
         kernels.add_shortcut(x.contiguous(), bias, shortcut.contiguous(), out)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.text_encoder_files import read_encoder
-from model.tokenizer import build_word_tokenizer
+from model.tokenizer import build_word_tokenizer, load_transformers
 from model.weights import save_folder
 
 if TYPE_CHECKING:
@@ -151,10 +151,8 @@ def build_text_encoder(vocabulary: Iterable[str], config: TextEncoderConfig, *, 
     The same vocabulary, config and seed give the same encoder. All unknown words share one token. The empty prompt
     consists of the closing token only.
     """
-    from transformers import UMT5Config, UMT5EncoderModel
-
     tokenizer = build_word_tokenizer(vocabulary)
-    umt5 = UMT5Config(
+    umt5 = load_transformers().UMT5Config(
         vocab_size=len(tokenizer),
         d_model=config.dim,
         d_kv=config.dim // config.num_heads,
@@ -165,7 +163,7 @@ def build_text_encoder(vocabulary: Iterable[str], config: TextEncoderConfig, *, 
     )
     with torch.random.fork_rng(devices=[]):  # transformers uses the global generator for initial weights
         torch.manual_seed(seed)
-        model = UMT5EncoderModel(umt5)
+        model = load_transformers().UMT5EncoderModel(umt5)
     return TextEncoder(model, tokenizer, config.text_len)
 
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.tokenizer import find_tokenizer, load_tokenizer
+from model.tokenizer import find_tokenizer, load_tokenizer, load_transformers
 from model.weights import CONFIG_FILE, StateDict, count_layers, find_part, load_into, load_state_dict, not_found
 from model.weights.packed import unpack
 from utils.errors import UserError
@@ -116,18 +116,14 @@ def _read_config(path: Path) -> EncoderFile | None:
 
 
 def _stated_config(declared: EncoderFile, state: Mapping[str, Tensor], source: str) -> UMT5Config:
-    from transformers import UMT5Config
-
     layers = count_layers(state, "encoder.block")
     if declared.num_layers is not None and declared.num_layers > max(1, 2 * layers):  # building such a model takes long
         raise UserError(f"{source}: config.json says num_layers={declared.num_layers}; the weights have {layers}")
-    return UMT5Config(**declared.sizes(), dropout_rate=0.0)
+    return load_transformers().UMT5Config(**declared.sizes(), dropout_rate=0.0)
 
 
 def _infer_config(state: Mapping[str, Tensor], source: str) -> UMT5Config:
     """Infer a UMT5Config from the shapes of tensors that have the names of transformers."""
-    from transformers import UMT5Config
-
     first = "encoder.block.0.layer"
     names = (
         "shared.weight",
@@ -140,7 +136,7 @@ def _infer_config(state: Mapping[str, Tensor], source: str) -> UMT5Config:
     if wrong := [name for name in names if state[name].ndim != 2]:
         raise UserError(f"{source}: not a UMT5 encoder: {wrong[0]!r} is {tuple(state[wrong[0]].shape)}")
     (vocab_size, dim), (inner, _), (buckets, heads), (ffn, _) = (state[name].shape for name in names)
-    return UMT5Config(
+    return load_transformers().UMT5Config(
         vocab_size=vocab_size,
         d_model=dim,
         d_kv=inner // heads,
@@ -160,11 +156,9 @@ def _build_umt5(
     dtype: torch.dtype | None,
     device: torch.device | str | None = None,
 ) -> UMT5EncoderModel:
-    from transformers import UMT5EncoderModel
-
     try:
         with torch.device("meta"):
-            model = UMT5EncoderModel(config)
+            model = load_transformers().UMT5EncoderModel(config)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{source}: the sizes in config.json do not make a text encoder: {error}") from None
     if "shared.weight" in state:  # files contain the tied embedding once

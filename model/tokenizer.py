@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from model.weights import find_part, not_found
 from model.weights.read import TOKENIZER_TENSOR, read_file
@@ -18,7 +22,6 @@ from utils.patterns import check_pattern
 from utils.side_files import parse_json, read_json, read_limited
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 JSON_FILE, PIECES_FILE, SETTINGS_FILE = "tokenizer.json", "spiece.model", "tokenizer_config.json"
@@ -79,14 +82,19 @@ def tokenizer_bytes(path: str | Path) -> bytes | None:
     return tensor.flatten().numpy().tobytes()
 
 
+def load_transformers() -> ModuleType:
+    """Import transformers. It takes seconds, and a run whose prompts are all in the cache does not need it."""
+    import transformers
+
+    return transformers
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a local folder or file, or inside the file of a repackaged text encoder.
 
     Raises:
         UserError: the tokenizer is missing, damaged, or has a pattern that could take very long to match.
     """
-    from transformers import PreTrainedTokenizerFast
-
     path = Path(path)
     if not path.exists():
         raise not_found(path)
@@ -97,7 +105,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     names = (read_json(settings, SpecialTokens) if settings.is_file() else SpecialTokens()).names()
     tokenizer = parse_tokenizer(data, str(path))
     names = {key: name for key, name in names.items() if tokenizer.token_to_id(name) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return load_transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def parse_tokenizer(data: bytes, source: str) -> Tokenizer:
@@ -117,9 +125,6 @@ def parse_tokenizer(data: bytes, source: str) -> Tokenizer:
 
 def build_word_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     """Build a tokenizer of whole words in lower case. All unknown words share one token."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     splitter = pre_tokenizers.Whitespace()
     words = {word for text in vocabulary for word, _ in splitter.pre_tokenize_str(text.lower())}
     ids = {word: number for number, word in enumerate([PAD, END, UNKNOWN, *sorted(words)])}
@@ -127,7 +132,9 @@ def build_word_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = splitter
     tokenizer.post_processor = _closing(ids[END])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
+    return load_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN
+    )
 
 
 def _holds_tokenizer(weights: Path) -> bool:
@@ -142,8 +149,6 @@ def _tokenizer_file(folder: Path) -> Path | None:
 
 
 def _from_json(data: bytes, source: str) -> Tokenizer:
-    from tokenizers import Tokenizer
-
     content = parse_json(data, dict, f"{source}/{JSON_FILE}")
     for pattern in _patterns(content):
         check_pattern(pattern, f"{source}/{JSON_FILE}")
@@ -168,9 +173,6 @@ def _patterns(value: Any) -> Iterator[str]:
 
 def _from_pieces(data: bytes) -> Tokenizer:
     """Convert a sentencepiece model to a tokenizer of the `tokenizers` library. Both give the same ids."""
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
     pieces = SentencePieceProcessor(model_proto=data)
     vocabulary = [(pieces.id_to_piece(number), pieces.get_score(number)) for number in range(len(pieces))]
     tokenizer = Tokenizer(
@@ -190,8 +192,6 @@ def _from_pieces(data: bytes) -> Tokenizer:
 
 def _closing(number: int, name: str = END) -> Any:
     """Return the step that appends the closing token."""
-    from tokenizers import processors
-
     return processors.TemplateProcessing(single=f"$A {name}", special_tokens=[(name, number)])
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
+
 from model.weights.published import Published, not_found, published
 from pipeline.config import PipelineConfig
 from utils.errors import UserError
@@ -70,9 +73,6 @@ def _sources(config: PipelineConfig) -> list[Published]:
 
 def _plan(source: Published) -> Fetch:
     """Return the files of a repository that are missing here or have another size."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
-
     info = _reached(source, lambda: HfApi().model_info(source.repository, files_metadata=True))
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     wanted = list(filter_repo_objects(sizes, allow_patterns=list(source.patterns)))
@@ -94,8 +94,6 @@ def _check_disk(fetches: Iterable[Fetch]) -> None:
 
 
 def _fetch(fetch: Fetch) -> None:
-    from huggingface_hub import snapshot_download
-
     source = fetch.source
     for name, size in fetch.files.items():
         if os.path.lexists(path := source.into / name):  # the hub's client would treat it as complete

@@ -16,7 +16,10 @@ from model.layers import SelfAttention
 from model.prompt_cache import PromptCache
 from model.prompt_files import PromptFiles, open_prompt_files
 from model.text_encoder import TextEncoder, clean_prompt
+from model.tiling import TileConfig
+from model.tiny_vae import TinyVAE
 from model.transformer import PRESETS, WanTransformer
+from model.wan_vae import WanVAE
 from model.weights import load_state_dict, not_found, weights_hash
 from model.weights.lora import merge_loras
 from model.weights.lora_choice import load_loras, loras_hash
@@ -125,14 +128,9 @@ def load_codec(
     if not path.exists():
         raise not_found(path)
     if config.kind is CodecKind.wan:
-        from model.tiling import TileConfig
-        from model.wan_vae import WanVAE
-
         codec = WanVAE.from_file(path)
         codec.tiling = TileConfig() if tiled else None
     else:
-        from model.tiny_vae import TinyVAE
-
         codec = TinyVAE.from_pretrained(path) if path.is_dir() else TinyVAE.from_file(path)
     return codec.to(device, dtype).eval().requires_grad_(False)
 

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
 from model.layer_cache import CacheDtype
+from model.tiling import TileConfig
 from model.transformer import WanConfig
+from model.wan_autoencoder import WanVAEConfig
 from model.weights import find_part, load_state_dict
 from model.weights.transformer_read import open_transformer
 from pipeline.config import CodecKind, PipelineConfig, Sampler
@@ -270,9 +273,6 @@ def decoder_bytes(
     if config.codec.kind is CodecKind.tiny:
         whole = codec_sizes(config.codec).decode_bytes(*size, latents, dtype)
         return whole, whole, 0
-    from model.tiling import TileConfig
-    from model.wan_autoencoder import WanVAEConfig
-
     first = next((state[name] for name in ("encoder.conv1.weight", "encoder.conv_in.weight") if name in state), None)
     if first is None:
         raise UserError(f"{config.codec.weights}: is not a Wan2.1 VAE: it has no tensor 'encoder.conv1.weight'")
@@ -369,8 +369,6 @@ def check_disk(config: PipelineConfig, videos: int) -> None:
 
 def free_ram() -> int:
     """Return the bytes that this process can still take, within the limits of the system and its container."""
-    import psutil
-
     free = psutil.virtual_memory().available
     try:
         limit, used = ((CONTROL_GROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))

@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 
+from model.weights.card import write_card
+from model.weights.transformer_read import open_transformer
+from model.weights.transformer_write import write_transformer
 from pipeline.config import CodecKind, PipelineConfig, load_pipeline_config
 from pipeline.loading import load_codec, load_text_encoder
 from pipeline.memory import PROFILES, TextPlacement
@@ -145,10 +150,6 @@ class SelfForcingPipeline:
 
         ``transformer`` has the layout of diffusers. :meth:`from_pretrained` reads the folder back.
         """
-        from model.weights.card import write_card
-        from model.weights.transformer_read import open_transformer
-        from model.weights.transformer_write import write_transformer
-
         folder, config = Path(folder), self.config
         model, state = open_transformer(config.generator.weights, preset=config.generator.preset, use_ema=self._use_ema)
         write_transformer(folder, state, model.config, format="diffusers")
@@ -289,9 +290,6 @@ def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
 
 
 def _download(name: str, options: dict[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"{name}: no such folder or file, and not a name on the hub such as user/model")
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.rollout import SwitchStyle
+from pipeline.states import SwitchStyle
 
 
 @dataclass(frozen=True)

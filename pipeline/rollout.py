@@ -21,6 +21,7 @@ from model.flow_matching import add_noise
 from model.kv_cache import KVCache
 from model.layer_cache import CacheDtype
 from pipeline.recompute import ContextImages
+from pipeline.states import SwitchStyle
 from pipeline.steps import Steps, checked_steps, map_steps, steps_of_chunk
 from utils.transfer import send
 
@@ -96,19 +97,6 @@ class RolloutConfig:
         if not self.warp_denoising_step:
             return self.denoising_steps
         return map_steps(self.denoising_steps, denoiser.schedule.warp)
-
-
-class SwitchStyle(Enum):
-    """How the context is treated when the prompt changes."""
-
-    cut = "cut"
-    """The context is forgotten. A new clip begins, at position 0."""
-    keep = "keep"
-    """The context is kept without a change."""
-    recache = "recache"
-    """The visible frames are encoded again with the new prompt, in one pass (LongLive, arXiv 2509.22622)."""
-    blend = "blend"
-    """The context is kept. The caller moves the embeddings to the new prompt over several chunks."""
 
 
 @dataclass(frozen=True)

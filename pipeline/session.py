@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from pipeline.batching import run_together
 from pipeline.request import PromptSwitch, StreamRequest
-from pipeline.rollout import Stage, SwitchStyle
+from pipeline.rollout import Stage
+from pipeline.states import SessionState, Stopped, SwitchStyle
 from pipeline.stream import Abandoned, LatentChunk, Stream
 from pipeline.text_to_video import TextToVideo
 from utils.video import to_uint8
@@ -27,19 +27,6 @@ from utils.video import to_uint8
 SOURCE_POLL_SECONDS = 0.01
 Show = Callable[[Tensor], None]
 """It gets decoded frames, uint8 [F H W 3] on the CPU."""
-
-
-class SessionState(Enum):
-    """The state of a session."""
-
-    running = "running"
-    paused = "paused"
-    stopped = "stopped"
-    finished = "finished"
-
-
-class Stopped(Exception):
-    """A chunk belongs to a stream that was stopped or restarted."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.tiny_vae_config import TinyVAEConfig, read_tiny_config
 from model.transformer import PRESETS, WanConfig
 from model.weights.transformer_config import read_declared_config
 from pipeline.config import CodecConfig, CodecKind, PipelineConfig
@@ -28,8 +29,6 @@ def transformer_config(path: Path | None, preset: str) -> WanConfig:
 
 def codec_sizes(config: CodecConfig) -> TinyVAEConfig:
     """Return the sizes of a TinyVAE. For the Wan VAE, those that it shares with the published TAEHV."""
-    from model.tiny_vae_config import TinyVAEConfig, read_tiny_config
-
     path = Path(config.weights)
     return read_tiny_config(path) if config.kind is CodecKind.tiny and path.is_dir() else TinyVAEConfig()
 

@@ -25,6 +25,11 @@ def most_steps(steps: Steps) -> int:
     return max(len(each) for each in _lists(steps))
 
 
+def even_steps(count: int) -> list[float]:
+    """Return ``count`` evenly spaced timesteps from 1000 down."""
+    return [float(round(1000 * (count - index) / count)) for index in range(count)]
+
+
 def map_steps(steps: Steps, change: Callable[[Sequence[float]], list[float]]) -> Steps:
     """Apply ``change`` to every list of timesteps."""
     return [change(each) for each in steps] if isinstance(steps[0], Sequence) else change(steps)

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.request import PromptSwitch
-from pipeline.rollout import SwitchStyle
+from pipeline.states import SwitchStyle
 from utils.errors import UserError
 from utils.prompts import one_line
 

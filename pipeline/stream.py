@@ -20,9 +20,10 @@ from model.denoiser import Denoiser, Prediction
 from model.flow_matching import add_noise
 from pipeline.config import Sampler
 from pipeline.request import PromptSwitch, StreamRequest
-from pipeline.rollout import ChunkInput, FinishedChunk, Pass, SwitchStyle, full_timesteps, randn, rollout_passes
+from pipeline.rollout import ChunkInput, FinishedChunk, Pass, full_timesteps, randn, rollout_passes
 from pipeline.sampling import many_step_chunks
 from pipeline.source import SourceEncoder, SourceFrames
+from pipeline.states import SwitchStyle
 from pipeline.steps import steps_of_chunk
 from pipeline.text_to_video import TextToVideo
 from utils.timer import StageTimer

@@ -8,25 +8,13 @@ Run it again to go on after an interruption, or when videos were added.
 from __future__ import annotations
 
 import argparse
-import itertools
-import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.shard_job import begin, parse, shard_parser
+from scripts.shard_arguments import parse, shard_parser
 from utils.cli import exit_code
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.config import VideoConfig
-
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-
-log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,102 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
+    from scripts.runs.encode_videos import run as work
 
-    from pipeline.loading import load_codec
-    from utils.distributed import derive_seed, share
-    from utils.errors import UserError
-    from utils.shards import ShardWriter
-    from utils.tracking import progress
-
-    prompts: dict[str, str] = {}
-    job = begin(args, "data.path", check=lambda config: prompts.update(video_prompts(args.videos, args.prompts)))
-    video = job.config.video
-    codec = load_codec(job.config.codec, device=job.device, dtype=job.dtype)
-    about = {"num_frames": video.num_frames, "height": video.height, "width": video.width, "fps": video.fps}
-    skipped = 0
-    with ShardWriter(job.folder, about, shard_size=args.shard_size) as writer, torch.no_grad():
-        mine = {derive_seed(name): name for name in share(sorted(prompts), job.ranks.rank, job.ranks.world_size)}
-        missing = {item: mine[item] for item in writer.remaining(mine)}
-        for item, name in progress(missing.items(), "videos", unit="video", is_main=job.ranks.is_main):
-            try:
-                frames = read_clip(args.videos / name, codec.num_frames(video.num_frames), video)
-            except UserError as error:
-                log.warning("skipped: %s", error)
-                skipped += 1
-                continue
-            latents = codec.encode(frames[None].to(job.device, job.dtype))[0].half()
-            writer.add(item, {"video": name, "prompt": prompts[name]}, {"latents": latents})
-    done = len(missing) - skipped
-    print(f"{done} videos encoded, {skipped} skipped, {len(mine) - len(missing)} were there already, in {job.folder}")
-
-
-def video_prompts(folder: Path, listing: Path | None) -> dict[str, str]:
-    """Return the prompt of every video, by its path relative to the folder.
-
-    Companions that macOS leaves (`._cat.mp4`, `__MACOSX/`) are no videos.
-
-    Raises:
-        UserError: there is no video, or names a video that has no prompt.
-    """
-    from utils.errors import UserError
-
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of videos")
-    if listing is not None:
-        return _listed_prompts(folder, listing)
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    paths = [path for path in paths if not path.name.startswith("._") and "__MACOSX" not in path.parts]
-    if not paths:
-        raise UserError(f"{folder}: holds no videos ({', '.join(SUFFIXES)})")
-    return {path.relative_to(folder).as_posix(): _prompt_beside(path) for path in paths}
-
-
-def _prompt_beside(video: Path) -> str:
-    from utils.errors import UserError
-    from utils.prompts import one_line
-
-    text = video.with_suffix(".txt")
-    try:
-        prompt = one_line(text.read_text(encoding="utf-8-sig")) if text.is_file() else ""
-    except UnicodeDecodeError:
-        raise UserError(f"{text}: is not a UTF-8 text file") from None
-    if not prompt:
-        raise UserError(f"{video}: has no prompt; write it to {text.name} beside it, or give --prompts")
-    return prompt
-
-
-def _listed_prompts(folder: Path, listing: Path) -> dict[str, str]:
-    from utils.errors import UserError
-    from utils.prompts import one_line, read_entries
-
-    prompts = {}
-    for number, entry in read_entries(listing, needs=("video", "prompt")):
-        name = str(Path(entry["video"]))
-        if not (folder / name).is_file():
-            raise UserError(f"{listing}, line {number}: video {folder / name} not found")
-        prompts[name] = one_line(entry["prompt"])
-    return prompts
-
-
-def read_clip(path: Path, num_frames: int, video: VideoConfig) -> Tensor:
-    """Read the first frames of a video, [F 3 H W] in [-1, 1], at ``video.fps``, scaled to cover its size and cropped.
-
-    Frame k is the one that is shown at k / fps seconds, so that other frame rates keep their speed. Only what is needed
-    is decoded.
-
-    Raises:
-        UserError: the video is too short or damaged.
-    """
-    import torch
-
-    from utils.errors import UserError
-    from utils.video import stream_video
-
-    images = list(itertools.islice(stream_video(path, video.height, video.width, video.fps), num_frames))
-    if len(images) < num_frames:
-        raise UserError(f"{path}: has {len(images)} frames at {video.fps} fps; {num_frames} are needed")
-    return torch.cat(images)
+    work(args)
 
 
 if __name__ == "__main__":

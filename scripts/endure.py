@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.endurance.figures import Figure
 from utils.cli import exit_code
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(parts: list[str]) -> list[Figure]:
     """Run parts and print the table; returns the figures that do not keep their limit."""
-    from scripts.endurance.figures import Figure
-
     started, figures = time.monotonic(), []
     print("| part | what | value | limit | |\n|---|---|---|---|---|", flush=True)
     for part in parts:

@@ -45,12 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Import what the work needs, once the arguments are known, and do it."""
-    if args.vbench is not None:
-        from scripts.vbench import run as evaluate
-    else:
-        from scripts.shapes_table import run as evaluate
-    evaluate(args)
+    from scripts.runs.evaluate import run as measure
+
+    measure(args)
 
 
 if __name__ == "__main__":

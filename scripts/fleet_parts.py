@@ -55,7 +55,7 @@ class Replica:
     Args:
         args: the command line of serve_fleet.py.
         access: who may come in.
-        build_server: makes the server, as ``demo.build_server`` does.
+        build_server: makes the server, as ``pipeline.serving.run.build_server`` does.
 
     Raises:
         UserError: the model cannot be loaded, or Ray was started without the variable that the router needs.

@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.first_images import nature, sky_and_city
-from scripts.first_images.canvas import Canvas
 from utils.cli import exit_code
-from utils.files import atomic_write_bytes
-
-WIDTH, HEIGHT = 832, 480
-LARGEST_FILE = 60_000  # bytes
-SHAPES_STRIDE = 19  # through the 96 held-out scenes: each colour once, each shape twice
-PICTURES: tuple[Callable[[Canvas], None], ...] = (
-    sky_and_city.moon_over_sea,
-    sky_and_city.balloons_over_hills,
-    sky_and_city.lighthouse_at_dusk,
-    sky_and_city.city_by_the_river,
-    nature.dunes_at_sunset,
-    nature.mountain_lake,
-    nature.aurora_over_cabin,
-    nature.sailboat_by_an_island,
-)
-"""Each is named after its function; its number, from 1, is its seed."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,45 +19,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    return exit_code(lambda: run(Path(args.output_folder)))
+    return exit_code(lambda: run(args))
 
 
-def run(folder: Path) -> None:
-    from utils.files import ensure_writable_folder
+def run(args: argparse.Namespace) -> None:
+    from scripts.runs.make_first_images import run as draw
 
-    pictures = ensure_writable_folder(folder / "i2v")
-    for seed, draw in enumerate(PICTURES, start=1):
-        draw(canvas := Canvas(WIDTH, HEIGHT, seed=seed))
-        atomic_write_bytes(pictures / f"{draw.__name__}.jpg", jpeg(canvas.finish()))
-    draw_shapes(folder)
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """Return the JPEG of the best quality that makes a small file."""
-    for quality in range(90, 10, -5):
-        image.save(file := io.BytesIO(), "JPEG", quality=quality, optimize=True)
-        if file.tell() <= LARGEST_FILE:
-            break
-    return file.getvalue()
-
-
-def draw_shapes(folder: Path) -> None:
-    """Draw first frames of scenes that the Shapes model was never trained on, and write their list."""
-    import torch
-
-    from utils.files import atomic_path, atomic_write_text
-    from utils.frames import to_uint8
-    from utils.shapes import held_out_scenes, render_clips
-
-    scenes = held_out_scenes()[::SHAPES_STRIDE]
-    frames = to_uint8(render_clips(scenes, 1, torch.Generator().manual_seed(0))[:, 0])
-    lines = []
-    for scene, pixels in zip(scenes, frames.numpy(), strict=True):
-        name = f"shapes_i2v/{scene.size}_{scene.colour}_{scene.shape}.png"
-        with atomic_path(folder / name) as path:
-            Image.fromarray(pixels).save(path)
-        lines.append(json.dumps({"image": name, "prompt": scene.prompt}) + "\n")
-    atomic_write_text(folder / "shapes_i2v.jsonl", "".join(lines))
+    draw(Path(args.output_folder))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts import benchmark
-from scripts.measuring import codecs, floors, inference, sessions
+from scripts.measuring import floors, inference, peers, sessions
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -38,7 +38,7 @@ def test_inference_shows_every_stage_and_adds_up(bench):
 
 @pytest.mark.parametrize("what", ["floor", "peer", "codec", "codec_peer"])
 def test_comparisons_measure_both_sides(bench, what, monkeypatch):
-    monkeypatch.setattr(codecs, "PEER_LATENTS", (3, 2, 2))
+    monkeypatch.setattr(peers, "PEER_LATENTS", (3, 2, 2))
     report, _ = bench(what)
     figures = report["results"][what]
     assert all(value > 0 for value in figures.values())

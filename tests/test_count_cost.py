@@ -11,7 +11,7 @@ from model.kv_cache import KVCache
 from model.transformer import PRESETS, WanConfig, WanTransformer
 from pipeline.rollout import RolloutConfig, rollout
 from scripts import count_cost
-from scripts.count_cost import ClipSize, Work
+from scripts.runs.count_cost import ClipSize, Work
 from trainer.objectives.dmd import critic_loss, guided_x0
 
 STUDENT = WanConfig(dim=192, ffn_dim=1120, num_heads=3, num_layers=2, text_dim=128, text_len=16)

@@ -10,6 +10,7 @@ from model.attention import teacher_forcing_mask
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver
 from scripts import cache_embeddings, encode_videos, make_ode_pairs
+from scripts.runs.encode_videos import read_clip, video_prompts
 from trainer.data import Contents, all_prompts, training_data
 from trainer.draws import Draw
 from trainer.objectives.consistency import causal_trajectory
@@ -78,11 +79,11 @@ def test_a_clip_keeps_its_speed_at_another_frame_rate(tmp_path, release):
     save_video(tmp_path / "ramp.mp4", levels[:, None, None, None].expand(24, 3, 64, 96), fps=24)
     for fps, picked in ((24, slice(0, 6)), (12, slice(0, 12, 2)), (48, [0, 0, 1, 1, 2, 2])):
         video = release.config(f"video.fps={fps}").video
-        frames = encode_videos.read_clip(tmp_path / "ramp.mp4", 6, video)
+        frames = read_clip(tmp_path / "ramp.mp4", 6, video)
         assert frames.shape == (6, 3, 48, 48)
         assert torch.allclose(frames.mean(dim=(1, 2, 3)), levels[picked], atol=0.04)
     with pytest.raises(UserError, match="has 12 frames at 12 fps; 13 are needed"):
-        encode_videos.read_clip(tmp_path / "ramp.mp4", 13, release.config().video)
+        read_clip(tmp_path / "ramp.mp4", 13, release.config().video)
 
 
 def test_causal_pairs_are_the_teachers_trajectories_after_the_clean_latents_they_hold(release, tmp_path):
@@ -151,13 +152,13 @@ def test_a_mistake_is_one_line(release, tmp_path, capsys, script, arguments, mes
 def test_a_video_without_a_prompt_is_named(tmp_path):
     (tmp_path / "cat.mp4").write_bytes(b"")
     with pytest.raises(UserError, match=r"cat\.mp4: has no prompt; write it to cat\.txt beside it"):
-        encode_videos.video_prompts(tmp_path, None)
+        video_prompts(tmp_path, None)
     listing = tmp_path / "prompts.jsonl"
     listing.write_text('{"video": "cat.mp4", "prompt": " a cat "}\n')
-    assert encode_videos.video_prompts(tmp_path, listing) == {"cat.mp4": "a cat"}
+    assert video_prompts(tmp_path, listing) == {"cat.mp4": "a cat"}
     listing.write_text('{"video": "dog.mp4", "prompt": "a dog"}\n')
     with pytest.raises(UserError, match=r"video .*dog\.mp4 not found"):
-        encode_videos.video_prompts(tmp_path, listing)
+        video_prompts(tmp_path, listing)
 
 
 def test_companions_of_macos_are_no_videos(tmp_path):
@@ -166,5 +167,5 @@ def test_companions_of_macos_are_no_videos(tmp_path):
         (tmp_path / name).touch()
     for name in ("cat.txt", "below/dog.txt"):
         (tmp_path / name).write_text("a prompt\nof two lines\n")
-    prompts = encode_videos.video_prompts(tmp_path, None)
+    prompts = video_prompts(tmp_path, None)
     assert prompts == dict.fromkeys(("below/dog.MOV", "cat.mp4"), "a prompt of two lines")

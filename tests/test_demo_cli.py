@@ -7,6 +7,7 @@ import pytest
 from fastapi import FastAPI
 
 import demo
+from pipeline.serving import run
 from tests.serving.synthetic import SyntheticModel, synthetic_server
 from utils.errors import UserError
 
@@ -20,7 +21,7 @@ def refuse(capsys, monkeypatch, tmp_path):
     def serve(*_) -> None:
         raise AssertionError("a mistake must be found before anything is served")
 
-    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(run, "serve", serve)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("{}")
 
@@ -74,7 +75,7 @@ def test_a_model_that_does_not_load_ends_the_program_with_its_reason(tmp_path, m
         def load(self, report) -> None:
             raise UserError("nowhere/model: no such file or folder")
 
-    monkeypatch.setattr(demo, "build_server", lambda args: synthetic_server(tmp_path, Missing()))
+    monkeypatch.setattr(run, "build_server", lambda args: synthetic_server(tmp_path, Missing()))
     monkeypatch.setattr("pipeline.serving.site.gradio_page", lambda root_path: FastAPI())
     with ThreadPoolExecutor() as pool:  # as its event loop needs a thread of its own
         code = pool.submit(demo.main, ["--port", "0", "--clips_folder", str(tmp_path), "--no-browser"]).result(60)

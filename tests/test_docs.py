@@ -83,7 +83,7 @@ def test_a_command_of_a_page_does_what_it_says(command: Command, copy, monkeypat
             assert importlib.import_module("train").main([*arguments, "--dry-run"]) == 0
         case ["python", "demo.py", *arguments]:
             demo, served = importlib.import_module("demo"), []
-            monkeypatch.setattr(demo, "serve", lambda *_: served.append(True))
+            monkeypatch.setattr("pipeline.serving.run.serve", lambda *_: served.append(True))
             assert demo.main([*arguments, "--port", "0"]) == 0 and served
         case ["python", "-m", "trainer.report", _]:
             pass

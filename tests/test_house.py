@@ -28,6 +28,31 @@ LONG_FUNCTIONS = {
 LONG_FILES: set[str] = set()
 RIDDLES: set[str] = set()
 
+# What a function may import. Everything else is imported at the top of its module.
+LATE_IMPORTS = {
+    # Optional packages, and required ones that take long to import: each has one place.
+    "accelerate": "only if weights stay in RAM",
+    "av": "only if a video is read or written",
+    "diffusers": "only if the solver is UniPC",
+    "gguf": "optional",
+    "gradio": "only if the page is shown",
+    "gradio.networking": "only with --share",
+    "model.fused_kernels": "needs triton, which is optional",
+    "ray.serve": "optional",
+    "scripts.fleet_parts": "needs ray, which is optional",
+    "torch.distributed.tensor": "only if a checkpoint is written",
+    "torch.utils.tensorboard": "optional",
+    "torchao": "optional",
+    "transformers": "only if a prompt is not in the cache",
+    "vbench": "optional",
+    "vbench2_beta_long": "optional",
+    "wandb": "optional",
+    # Boundaries inside a running program.
+    "pipeline.pretrained": "`import pipeline` takes no time",
+    "pipeline.serving.loaded": "the page is shown before torch is imported",
+    "utils.video": "the same; it imports torch",
+}
+
 
 @cache
 def sources() -> dict[str, ast.Module]:
@@ -93,6 +118,44 @@ def test_no_imports_form_a_circle():
             circles.add(frozenset(ring))
             remaining[ring[1]].discard(ring[0])
     check(circles, CIRCLES, "modules that import each other, also in functions and under TYPE_CHECKING")
+
+
+def late_imports() -> dict[str, list[tuple[str, str, str]]]:
+    """File -> (function, module, name) of every import in a function. The function is the outermost one."""
+    found = defaultdict(list)
+    for path, tree in sources().items():
+        outermost = [
+            node for part in tree.body for node in ([part] if not isinstance(part, ast.ClassDef) else part.body)
+        ]
+        for function in outermost:
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) else ():
+                if isinstance(node, ast.Import):
+                    found[path] += [(function.name, alias.name, alias.name) for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    found[path].append((function.name, node.module, node.names[0].name))
+    return found
+
+
+def is_program(path: str) -> bool:
+    """Whether a file is called by its path from the command line."""
+    return "/" not in path or path.rpartition("/")[0] == "scripts"
+
+
+def test_a_program_has_one_lazy_boundary():
+    """It reads its arguments, so that --help takes no time. Then it imports one module, which does the work."""
+    programs = {path: found for path, found in late_imports().items() if is_program(path)}
+    assert not {path for path, found in programs.items() if len({module for _, module, _ in found}) > 1}
+
+
+def test_only_optional_packages_are_imported_in_functions():
+    places = defaultdict(list)
+    for path, found in late_imports().items():
+        for function, module, name in found if not is_program(path) else ():
+            full = f"{module}.{name}"
+            places[full if full in LATE_IMPORTS else module].append(f"{path}:{function}")
+    assert not places.keys() - LATE_IMPORTS.keys(), {name: places[name] for name in places.keys() - LATE_IMPORTS.keys()}
+    assert not LATE_IMPORTS.keys() - places.keys(), "entries of the table that no function imports"
+    assert not {name: found for name, found in places.items() if len(found) > 1}, "one place for each"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -10,8 +10,9 @@ from PIL import Image
 from model.flow_matching import FlowMatching
 from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver, trajectory
-from scripts import evaluate, make_ode_pairs, shapes_table
-from scripts.make_ode_pairs import kept_states
+from scripts import evaluate, make_ode_pairs
+from scripts.runs import shapes_table
+from scripts.runs.make_ode_pairs import kept_states
 from trainer.draws import Draw
 from trainer.stored_data import ODEData
 from utils.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scripts import evaluate
-from scripts.vbench import clips
+from scripts.runs.vbench import clips
 from utils.video import count_frames
 
 PROMPTS = ["A red circle, moving up."]

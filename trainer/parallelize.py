@@ -14,6 +14,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model.denoiser import Denoiser
 from model.transformer import WanTransformer
@@ -104,14 +113,6 @@ class Parallelism:
         return denoiser
 
     def _shard(self, transformer: WanTransformer, dtype: torch.dtype, *, offload: bool) -> None:
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            MixedPrecisionPolicy,
-            OffloadPolicy,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
-
         # Inputs are not cast here: timesteps must stay in float32.
         precision = {"param_dtype": self.dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         pinned = self.device.type == "cuda"
@@ -143,8 +144,6 @@ def _to_weight_dtype(layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor
 
 def synchronise_gradients(module: nn.Module, enabled: bool) -> None:
     """Set whether the next backward passes sum gradients over processes. If not, a later pass sums them."""
-    from torch.distributed.fsdp import FSDPModule
-
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(enabled, recurse=False)
@@ -164,8 +163,6 @@ def average_replicated(parameters: Iterable[nn.Parameter]) -> None:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is sharded over processes."""
-    from torch.distributed.tensor import DTensor
-
     return isinstance(tensor, DTensor)
 
 
@@ -183,8 +180,6 @@ def shard_rows(rows: Tensor) -> Tensor:
     """The rows [b ...] of this process as one part of the rows [B ...] of all; unchanged in a single process."""
     if not dist.is_initialized():
         return rows
-    from torch.distributed.tensor import DTensor, Shard
-
     mesh = device_mesh(rows.device, (dist.get_world_size(),), ("rows",))
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False)
 
@@ -198,8 +193,6 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Shard a tensor, which every process holds whole, like ``like``. No change if ``like`` is not sharded."""
     if not is_sharded(like):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from trainer.charts import Point, chart, short_number
 from trainer.report_style import SCRIPT, STYLE
@@ -233,8 +234,6 @@ def _prompts(run: Run) -> list[str]:
 
 def _thumbnail(video: Path, fps: float) -> str:
     """Return a video as a data URI of a small looping WebP. It is empty if the video cannot be read."""
-    from PIL import Image
-
     try:
         frames = read_video(video)
     except UserError:

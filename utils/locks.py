@@ -13,6 +13,11 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import NO_FOLLOW, is_own_file
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LOCK_FILE = ".lock"
 
 
@@ -49,9 +54,7 @@ def folder_lock(folder: str | Path, what: str) -> Iterator[None]:
 
 
 def _try_lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if fcntl is None:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

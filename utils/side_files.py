@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from utils.errors import UserError
 from utils.files import NO_FOLLOW, atomic_write_bytes, fsync_file, is_own_file
 
@@ -54,8 +56,6 @@ def parse_json(data: bytes, schema: type[T], source: str) -> T:
 
 def check_schema(value: Any, schema: type[T], source: str) -> T:
     """Check and convert `value` with pydantic. Raises UserError like :func:`read_json`."""
-    from pydantic import ValidationError
-
     try:
         return _adapter(schema).validate_python(value)
     except ValidationError as error:
@@ -69,8 +69,6 @@ def check_schema(value: Any, schema: type[T], source: str) -> T:
 @functools.lru_cache(maxsize=64)
 def _adapter(schema: Any) -> Any:
     """Return pydantic's checker of a schema. It is cached, because making one takes longer than checking a line."""
-    from pydantic import TypeAdapter
-
     return TypeAdapter(schema)
 
 

@@ -64,3 +64,27 @@ class StopSignals:
         elif number == signal.SIGINT and time.monotonic() - self._since >= self._repeat_within:
             sys.stderr.write("\n")
             raise KeyboardInterrupt
+
+
+class Stopper:
+    """Ends the server when a signal asks for it, also before there is one."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.leaves_threads = False
+        self._end: Callable[[], None] = lambda: None
+
+    def __call__(self) -> None:
+        """Ask for the end."""
+        self.asked = True
+        self._end()
+
+    def ends(self, end: Callable[[], None]) -> None:
+        """What to call from now on."""
+        self._end = end
+        if self.asked:
+            end()
+
+    def leave_threads(self) -> None:
+        """Say that threads still work that nobody waits for."""
+        self.leaves_threads = True

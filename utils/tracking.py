@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Annotated, Any
 
 import torch
@@ -22,6 +22,11 @@ from utils.files import NO_FOLLOW, atomic_write_bytes, atomic_write_text, is_own
 from utils.side_files import read_json_lines, read_limited
 from utils.timer import Moment, elapsed, moment
 from utils.video import evenly_spaced, read_video
+
+try:
+    import resource
+except ImportError:  # Windows has no such counters
+    resource = None
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +106,7 @@ class Tracker:
     def video(self, name: str, path: str | Path, step: int) -> None:
         """Show the mp4 at `path` in the backends. TensorBoard gets 8 frames, because its videos need moviepy."""
         if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Video(str(path), format="mp4")}, step=step)
+            self._wandb.log({name: load_wandb().Video(str(path), format="mp4")}, step=step)
         if self._tensorboard is not None:
             frames = read_video(path)
             self._tensorboard.add_images(name, frames[evenly_spaced(len(frames), 8)], step, dataformats="NHWC")
@@ -205,10 +208,8 @@ def peak_memory(device: torch.device) -> float:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
-    if sys.platform == "win32":  # Python has no such counter on Windows
+    if resource is None:
         return math.nan
-    import resource
-
     kibibyte = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte / 2**30
 
@@ -223,11 +224,17 @@ class _ProgressBarHandler(logging.Handler):
             self.handleError(record)
 
 
-def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
+def load_wandb() -> ModuleType:
+    """Import wandb. Raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
         raise UserError("wandb is not installed: pip install -e '.[wandb]', or switch wandb off") from error
+    return wandb
+
+
+def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
+    wandb = load_wandb()
     id_file = folder / "wandb_id.txt"  # a resumed run continues the same curves
     run_id = read_limited(id_file, 1000).decode(errors="replace").strip() if id_file.exists() else None
     if run_id is not None and not re.fullmatch(r"[\w-]{1,128}", run_id):

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 from utils.errors import UserError
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -58,8 +60,6 @@ def load_torch(path: str | Path) -> Any:
     Raises:
         UserError: the file holds code, is damaged, or a member of its archive is larger than it declares.
     """
-    import torch
-
     path = Path(path)
     with open(path, "rb") as file:
         magic = file.read(4)

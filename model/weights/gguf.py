@@ -7,6 +7,7 @@ import math
 import struct
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,22 @@ STRING, ARRAY = 8, 9
 PLAIN = {0: torch.float32, 1: torch.float16, 24: torch.int8, 30: torch.bfloat16}
 
 
+def load_gguf(source: Path | str) -> ModuleType:
+    """Import the package gguf. Raises UserError that names `source` if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f"{source}: is a GGUF file; install the reader with: pip install gguf") from None
+    return gguf
+
+
 def read_gguf(path: Path) -> StateDict:
     """Return the tensors of a GGUF file, memory-mapped. A quantised tensor is unpacked when it is used.
 
     Raises:
         UserError: the package `gguf` is missing, or the file is damaged or in a format that cannot be unpacked.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(f"{path}: is a GGUF file; install the reader with: pip install gguf") from None
+    gguf = load_gguf(path)
     with path.open("rb") as file:
         header = _Header(file.read(MAX_HEADER_BYTES), path)
     fields, tensors, start = header.read()
@@ -63,7 +70,7 @@ def read_gguf(path: Path) -> StateDict:
 
 
 def _packed(stored: Tensor, kind: Any, shape: tuple[int, ...], name: str) -> PackedTensor:
-    from gguf.quants import dequantize
+    dequantize = load_gguf(name).quants.dequantize
 
     def read() -> Tensor:
         return torch.from_numpy(np.array(dequantize(stored.numpy(), kind), dtype=np.float32)).view(shape)

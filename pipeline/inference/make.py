@@ -22,7 +22,8 @@ from pipeline.inference.folder import Placement, settle_partials
 from pipeline.inference.plan import Job
 from pipeline.request import StreamRequest
 from pipeline.rollout import RolloutConfig
-from pipeline.session import Chunk, SessionState, StreamSession
+from pipeline.session import Chunk, StreamSession
+from pipeline.states import SessionState
 from pipeline.storyboard import schedule
 from pipeline.text_to_video import TextToVideo
 from utils.distributed import is_launched

@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 
 from pipeline import memory
-from pipeline.config import RANDOM_SEED, PipelineConfig
+from pipeline.config import RANDOM_SEED, PipelineConfig, load_pipeline_config
 from pipeline.download import download_weights
 from pipeline.inference.checks import check_weights, fit_length, warn_of_prompts
 from pipeline.inference.folder import OutputFolder, Placement, settle_partials
@@ -26,6 +26,7 @@ from pipeline.inference.records import append_record, complete_records, save_run
 from pipeline.loading import needs_text_encoder
 from pipeline.text_to_video import load_pipeline
 from utils.cli import USER_ERROR
+from utils.config import to_yaml
 from utils.distributed import (
     Ranks,
     barrier,
@@ -58,6 +59,15 @@ class EndedBySignal(SystemExit):
 
     def __str__(self) -> str:
         return f"ended by {self.number.name}"
+
+
+def main(config_path: str, overrides: Sequence[str], options: InferenceOptions, *, dry_run: bool) -> None:
+    """Read a configuration, and make its videos, or print it if ``dry_run``. Raises what :func:`run` raises."""
+    config = load_pipeline_config(config_path, overrides)
+    if dry_run:
+        print(to_yaml(config), end="")
+    else:
+        run(config, options)
 
 
 def run(config: PipelineConfig, options: InferenceOptions) -> list[Path]:

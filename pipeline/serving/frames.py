@@ -11,6 +11,8 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,8 +32,6 @@ def frame_messages(frames: Tensor, *, stream: int, first_frame: int, chunk: int,
         chunk: number of their chunk.
         ready: time at which the chunk was ready, in seconds since 1970.
     """
-    from PIL import Image
-
     height, width = frames.shape[1:3]
     raw = height * width <= MOST_RAW_PIXELS
     for number, pixels in enumerate(frames.contiguous().numpy(), start=first_frame):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from utils.video import sample_frames, write_gif
+
 MOST_FRAMES = 160
 MOST_HEIGHT = 480  # pixels
 
@@ -18,8 +20,6 @@ def write_clip_gif(clip: Path, gif: Path, frames: int, fps: float) -> None:
         frames: how many frames the clip has.
         fps: frames per second of the clip.
     """
-    from utils.video import sample_frames, write_gif
-
     pictures = sample_frames(clip, min(frames, MOST_FRAMES))
     step = -(-pictures.shape[1] // MOST_HEIGHT)
     write_gif(gif, pictures[:, ::step, ::step], fps * len(pictures) / frames)

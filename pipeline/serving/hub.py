@@ -24,6 +24,7 @@ from pipeline.serving.recorder import Recorders
 from pipeline.serving.seats import FairTurns, Seats
 from pipeline.serving.spec import PromptChange, StreamSpec
 from pipeline.serving.viewer import Session, Viewer
+from pipeline.states import SessionState, Stopped, SwitchStyle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,8 +276,6 @@ class Hub:
 
     def _hand_on(self, job: FinishedBlock) -> None:
         """Send a block to the decoder. If there is no block, end the stream if its session has ended."""
-        from pipeline.session import SessionState
-
         if job.block is not None:
             job.viewer.block_made()
             self._to_decode.put(job)
@@ -285,8 +284,6 @@ class Hub:
 
     def _prepare(self, viewer: Viewer) -> None:
         """Open the session of a new viewer, and pass on a change of the prompt."""
-        from pipeline.session import SwitchStyle
-
         if viewer.session is None:
             viewer.open(self._open_session)
         change = viewer.take_change()
@@ -317,8 +314,6 @@ class Hub:
 
     def _drop(self, viewer: Viewer, error: Exception) -> None:
         """Drop a chunk that could not be decoded. Unless the stream was stopped, report the error and stop it."""
-        from pipeline.session import Stopped
-
         if not isinstance(error, Stopped):
             self._fail(viewer, error)
             viewer.stop()

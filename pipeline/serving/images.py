@@ -11,6 +11,8 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
+from PIL import Image, ImageOps
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -32,8 +34,6 @@ def clean_image(data: bytes) -> tuple[bytes, int, int]:
     Raises:
         Refused: the data are no image of a known format, or the image has too many pixels.
     """
-    from PIL import Image, ImageOps
-
     too_many = f"the image has more than {MOST_PIXELS // 10**6} megapixels; make it smaller"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:

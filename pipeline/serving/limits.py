@@ -13,6 +13,11 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 MOST_KEYS = 4096  # addresses whose rates are remembered; beyond that the one unused for the longest time is forgotten
 IPV6_PREFIX = 64  # bits
 
@@ -83,9 +88,7 @@ class Limits:
 
 def open_file_limit() -> int:
     """Return how many files this process may have open."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return 512
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**16 if soft == resource.RLIM_INFINITY else soft

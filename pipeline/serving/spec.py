@@ -3,6 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, as the command line said it."""
+
+    config_path: str
+    """The YAML file."""
+    checkpoint_path: str | None = None
+    """Weights of the generator in place of those that the file names."""
+    settings: tuple[str, ...] = ()
+    """Keys that replace those of the file, each as ``key=value``."""
+    use_ema: bool = False
+    """Averaged weights if a checkpoint holds both."""
+    download: bool = False
+    """Fetch the published weights that are missing first."""
+    tiny_decoder: Path | None = None
+    """TAEHV weights to offer beside the configured Wan VAE."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """All keys that replace those of the file."""
+        weights = [] if self.checkpoint_path is None else [f"generator.weights={self.checkpoint_path}"]
+        return [*weights, *self.settings]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments with which inference.py loads the same model."""
+        weights = [] if self.checkpoint_path is None else [f"--checkpoint_path={self.checkpoint_path}"]
+        return [f"--config_path={self.config_path}", *weights, *(["--use_ema"] if self.use_ema else []), *self.settings]
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,6 @@ class PromptChange:
 
     prompt: str
     style: str
-    """Name of a ``pipeline.rollout.SwitchStyle``."""
+    """Name of a ``pipeline.states.SwitchStyle``."""
     id: int = 0
     """The client's number for it, which the answer repeats."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.serving.outbox import Message
 from pipeline.serving.pace import Pace
 from pipeline.serving.spec import PromptChange, StreamSpec
+from pipeline.states import SessionState, SwitchStyle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.session import Chunk, SessionState, SwitchStyle
+    from pipeline.session import Chunk
 
 
 class Session(Protocol):

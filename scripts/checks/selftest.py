@@ -14,6 +14,7 @@ from threading import Thread
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 from model import fused_ops
 from model.attention import attention, block_causal_mask, flex_mask
@@ -197,8 +198,6 @@ def check_rollout(device: torch.device, dtype: torch.dtype) -> str:
 
 def check_compiled(device: torch.device, dtype: torch.dtype) -> str:
     """The same clip by compiled blocks: few graphs, and none for the next clip."""
-    from torch._dynamo.utils import counters
-
     require_compiler(device)
     denoiser = prepared_denoiser(device, dtype, compile=CompileMode.default)
     counters.clear()

@@ -9,10 +9,10 @@ import torch
 
 from pipeline import memory
 from pipeline.config import load_pipeline_config
-from scripts.benchmark import measure
 from scripts.checks.facts import installed, preset_sizes
 from scripts.measuring.bench import Bench, Figures
 from scripts.measuring.figures import COMPILED_ROW, FP8_ROW, FULL_ROW
+from scripts.runs.benchmark import measure
 
 FULL, SHAPES = "configs/self_forcing_dmd.yaml", "configs/shapes/self_forcing_dmd.yaml"
 TAEHV, COMPILED = ("codec.kind=tiny",), ("optimize.compile=default",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import random
@@ -13,7 +14,12 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from scripts.endurance.figures import Figure
+from utils.checkpoint import read_about, read_tensors
+from utils.checkpoint_search import latest_checkpoint
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_IMPORTS = (
@@ -137,8 +143,6 @@ def wait(group: Sequence[BaseProcess], timeout: float | None = None) -> None:
     Raises:
         UserError: a process failed or had to be killed.
     """
-    from utils.errors import UserError
-
     for each in group:
         each.join(timeout)
     codes = [each.exitcode for each in group]
@@ -150,11 +154,6 @@ def wait(group: Sequence[BaseProcess], timeout: float | None = None) -> None:
 
 def compare(first: Path, second: Path) -> list[str]:
     """Names of what differs between the ends of two runs: tensors and values of the last checkpoint, metrics."""
-    import torch
-
-    from utils.checkpoint import read_about, read_tensors
-    from utils.checkpoint_search import latest_checkpoint
-
     folders = [latest_checkpoint(run / "checkpoints") for run in (first, second)]
     tensors, others = read_tensors(folders[0]), read_tensors(folders[1])
     differing = [
@@ -171,8 +170,6 @@ def compare(first: Path, second: Path) -> list[str]:
 
 def repeated_metrics(logdir: Path) -> list[dict[str, float]]:
     """The metrics that must be the same in an equal run, step by step."""
-    import json
-
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(NOT_REPEATED)} for line in lines]
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from PIL import Image
+from websockets.sync.client import connect
 
 from scripts.endurance.figures import Figure
 
@@ -64,8 +66,6 @@ class Demo:
     @contextmanager
     def client(self, address: str) -> Iterator[Client]:
         """A client of the stream."""
-        from websockets.sync.client import connect
-
         url = f"ws://127.0.0.1:{self.port}/api/v1/stream"
         with connect(url, proxy=None, sock=self.line(address), open_timeout=20, close_timeout=0.2) as line:
             yield Client(line)
@@ -215,8 +215,6 @@ def visits(server: Demo) -> list[Figure]:
 
 def uploads(server: Demo) -> list[Figure]:
     """Ten PNGs of about 120 kB and 39 megapixels at once, from ten addresses."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("RGB", (6200, 6400), "red").save(buffer, "PNG")
     data, peak, before = buffer.getvalue(), [0.0], server.memory()

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
+from model.tiny_vae import TinyVAE
+from model.tiny_vae_config import TinyVAEConfig
 from model.transformer import WanConfig
+from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+from model.wan_vae import WanVAE
 from pipeline.config import CodecKind, PipelineConfig
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.optimize import optimize
@@ -105,14 +109,8 @@ class Bench:
         if not self.random_weights:
             return load_codec(self.config.codec, device=self.device, dtype=self.dtype)
         if self.config.codec.kind is CodecKind.wan:
-            from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
-            from model.wan_vae import WanVAE
-
             codec = WanVAE(WanAutoencoder(WanVAEConfig()))
         else:
-            from model.tiny_vae import TinyVAE
-            from model.tiny_vae_config import TinyVAEConfig
-
             codec = TinyVAE(TinyVAEConfig())
         return codec.to(self.device, self.dtype).eval().requires_grad_(False)
 

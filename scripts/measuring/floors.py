@@ -1,4 +1,4 @@
-"""Our passes over what they cannot be faster than, and over those of diffusers."""
+"""Our passes beside bare matrix products, which they cannot be faster than."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from model.kv_cache import KVCache
 from model.transformer import WanConfig, WanTransformer
-from model.weights import wan_to_diffusers
 from pipeline.optimize import optimize
 from pipeline.steps import most_steps
 from scripts.measuring.bench import Bench, Figures
@@ -85,37 +84,3 @@ def bare_pass(sizes: WanConfig, frames: int, seen_frames: int, like: Tensor) -> 
             F.linear(hidden, narrow, narrow[:, 0])
 
     return products
-
-
-def measure_peer(bench: Bench) -> Figures:
-    """Our bidirectional forward over that of diffusers, same weights and shapes, in turn."""
-    from diffusers import WanTransformer3DModel
-
-    sizes = WanConfig(**FLOOR_SIZES)
-    ours = WanTransformer(sizes)
-    ours.reset_parameters(torch.Generator().manual_seed(0))
-    theirs = WanTransformer3DModel(
-        patch_size=tuple(sizes.patch_size),
-        num_attention_heads=sizes.num_heads,
-        attention_head_dim=sizes.dim // sizes.num_heads,
-        in_channels=sizes.in_dim,
-        out_channels=sizes.out_dim,
-        text_dim=sizes.text_dim,
-        freq_dim=sizes.freq_dim,
-        ffn_dim=sizes.ffn_dim,
-        num_layers=sizes.num_layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=sizes.eps,
-    )
-    theirs.load_state_dict(wan_to_diffusers(ours.state_dict()))
-    ours, theirs = (model.to(bench.device, bench.dtype).eval() for model in (ours, theirs))
-    optimize(ours, bench.config.optimize)
-    latents, embeds = floor_inputs(sizes, FLOOR_FRAMES, ours.head.head.bias)
-    clip, timestep = latents.transpose(1, 2).contiguous(), torch.full((1,), 500.0, device=bench.device)
-    with torch.inference_mode():
-        mine, others = bench.in_turn(
-            partial(ours, latents, timestep[:, None], embeds),
-            partial(theirs, clip, timestep, embeds, return_dict=False),
-        )
-    return {"ours s": mine, "diffusers s": others, "ours / diffusers": mine / others}

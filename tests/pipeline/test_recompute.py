@@ -12,7 +12,8 @@ from model.flow_matching import FlowMatching
 from model.kv_cache import KVCache
 from pipeline.recompute import ContextImages
 from pipeline.request import StreamRequest
-from pipeline.rollout import ChunkInput, RolloutConfig, SwitchStyle, rollout
+from pipeline.rollout import ChunkInput, RolloutConfig, rollout
+from pipeline.states import SwitchStyle
 from pipeline.stream import Stream
 from pipeline.text_to_video import TextToVideo
 from tests.parity import random, relative_error

@@ -15,8 +15,9 @@ import torch
 from model.layer_cache import KeyLayout
 from pipeline.generation import generate
 from pipeline.request import PromptSwitch, StreamRequest
-from pipeline.rollout import Pass, SwitchStyle
-from pipeline.session import SessionState, Stopped, StreamSession, denoise_together
+from pipeline.rollout import Pass
+from pipeline.session import StreamSession, denoise_together
+from pipeline.states import SessionState, Stopped, SwitchStyle
 from pipeline.stream import Stream
 from pipeline.text_to_video import TextToVideo, load_pipeline
 from pipeline.workspace import Workspace

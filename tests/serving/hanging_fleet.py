@@ -6,15 +6,16 @@ import sys
 import threading
 from argparse import Namespace
 
-import demo
+from pipeline.serving import run
 from pipeline.serving.server import Server
 from pipeline.serving.spec import StreamSpec
-from scripts import serve_fleet
+from scripts.runs.serve_fleet import run as serve
+from scripts.serve_fleet import make_parser
 from utils.cli import exit_code
 
 
 def build_server(args: Namespace, *, greeting: str) -> Server:
-    server = demo.build_server(args, greeting=greeting)
+    server = run.build_server(args, greeting=greeting)
     open_session = server.model.open
 
     def open_or_hang(spec: StreamSpec):
@@ -29,5 +30,5 @@ def build_server(args: Namespace, *, greeting: str) -> Server:
 if __name__ == "__main__":
     from tests.serving.hanging_fleet import build_server as importable
 
-    arguments = serve_fleet.make_parser().parse_intermixed_args(sys.argv[1:])
-    sys.exit(exit_code(lambda: serve_fleet.run(arguments, importable)))
+    arguments = make_parser().parse_intermixed_args(sys.argv[1:])
+    sys.exit(exit_code(lambda: serve(arguments, importable)))

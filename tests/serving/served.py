@@ -13,12 +13,12 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
-import demo
 from pipeline.serving.api import create_app
 from pipeline.serving.door import Door
 from pipeline.serving.frames import HEADER
 from pipeline.serving.guard import LOOPBACK, Access, Guard, proxy_check
 from pipeline.serving.limits import Limits
+from pipeline.serving.run import make_runner
 from pipeline.serving.server import Server
 from tests.serving.browser import wait_until
 from tests.serving.synthetic import SyntheticModel, synthetic_server
@@ -118,7 +118,7 @@ def serve(tmp_path):
         server.load()
         listener = socket.create_server(("127.0.0.1", 0))
         app = Guard(create_app(server), access or Access(LOOPBACK), limits)
-        runner = demo.make_runner(app, Door(limits, proxy_check(proxies)), list(proxies))
+        runner = make_runner(app, Door(limits, proxy_check(proxies)), list(proxies))
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((runner, thread, server))

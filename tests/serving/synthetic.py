@@ -22,7 +22,8 @@ from pipeline.serving.limits import Limits
 from pipeline.serving.messages import Start
 from pipeline.serving.server import Server
 from pipeline.serving.spec import StreamSpec
-from pipeline.session import Chunk, SessionState, Stopped
+from pipeline.session import Chunk
+from pipeline.states import SessionState, Stopped
 
 CHUNK_FRAMES = 12
 BITS = 16  # of the frame number, drawn in the top left corner
@@ -156,9 +157,9 @@ def synthetic_server(
 
 
 def main() -> None:
-    import demo
     from pipeline.serving.door import Door
     from pipeline.serving.guard import LOOPBACK, Access, Guard
+    from pipeline.serving.run import make_runner
     from pipeline.serving.site import Site
 
     parser = argparse.ArgumentParser()
@@ -176,7 +177,7 @@ def main() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"open http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     limits = Limits()
-    demo.make_runner(Guard(site, Access(LOOPBACK), limits), Door(limits), []).run(sockets=[listener])
+    make_runner(Guard(site, Access(LOOPBACK), limits), Door(limits), []).run(sockets=[listener])
 
 
 if __name__ == "__main__":

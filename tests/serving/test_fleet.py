@@ -22,6 +22,7 @@ from pipeline.serving.hub import Hub
 from pipeline.serving.limits import Limits
 from pipeline.serving.spec import StreamSpec
 from scripts import serve_fleet
+from scripts.runs.serve_fleet import check_room
 from tests.serving.synthetic import SyntheticModel, synthetic_server
 from utils.errors import UserError
 
@@ -131,8 +132,8 @@ def test_mistakes_are_one_line_before_ray_starts(arguments, capsys):
 def test_more_replicas_than_there_is_room_for_are_refused():
     args = serve_fleet.make_parser().parse_intermixed_args(["--replicas", "3"])
     with pytest.raises(UserError, match=r"need 3 GPUs, and 2 are here"):
-        serve_fleet.check_room(args, {"GPU": 2, "CPU": 16})
-    serve_fleet.check_room(args, {"GPU": 3, "CPU": 16})
+        check_room(args, {"GPU": 2, "CPU": 16})
+    check_room(args, {"GPU": 3, "CPU": 16})
 
 
 def test_the_arguments_in_the_kubernetes_file_of_the_documentation_exist():

@@ -11,8 +11,11 @@ import torch
 import inference
 from pipeline.serving.clips import Cue, Gallery
 from pipeline.serving.hub import Hub
+from pipeline.serving.loaded import offered_precisions
 from pipeline.serving.messages import Start
-from pipeline.serving.models import Models, ModelSource, offered_precisions, step_list
+from pipeline.serving.models import Models
+from pipeline.serving.spec import ModelSource
+from pipeline.steps import even_steps
 from pipeline.storyboard import read_storyboard
 from utils.errors import UserError
 
@@ -23,7 +26,7 @@ STEP_SECONDS = 0.5
 @pytest.fixture(scope="module")
 def models(release):
     stages = []
-    models = Models(ModelSource(release.config, [f"--config_path={release.config_path}"]))
+    models = Models(ModelSource(release.config_path))
     models.load(lambda stage, progress: stages.append((progress, stage)))
     assert stages == sorted(stages) and len(stages) > 3
     return models
@@ -58,7 +61,7 @@ def test_what_is_not_on_offer_is_refused(models, fields):
 
 
 def test_typed_prompts_are_not_kept_on_disk(models):
-    assert models._config.text_encoder.cache is None
+    assert models._loaded.config.text_encoder.cache is None
 
 
 def test_a_stream_gives_its_chunks(models):
@@ -107,7 +110,7 @@ def test_commands_say_what_is_not_usual(models, fields, expected):
 def test_storyboards_are_those_that_inference_reads(tmp_path):
     import yaml
 
-    from pipeline.rollout import SwitchStyle
+    from pipeline.states import SwitchStyle
 
     cues = [Cue(1.75, "a dog: big", "cut"), Cue(13, "'a' cow", "keep")]
     path = tmp_path / "board.yaml"
@@ -117,14 +120,13 @@ def test_storyboards_are_those_that_inference_reads(tmp_path):
 
 
 def test_steps_are_spread_evenly():
-    assert step_list(None) is None
-    assert step_list(4) == [1000, 750, 500, 250]
-    assert step_list(3) == [1000, 667, 333]
+    assert even_steps(4) == [1000, 750, 500, 250]
+    assert even_steps(3) == [1000, 667, 333]
 
 
 def test_a_stop_takes_effect_within_one_step(models, tmp_path):
     """With steps of half a second and chunks of two, a stream is over half a second after its stop."""
-    transformer, ended, begun = models._base.denoiser.transformer, threading.Event(), threading.Event()
+    transformer, ended, begun = models._loaded.base.denoiser.transformer, threading.Event(), threading.Event()
     slow = transformer.register_forward_pre_hook(lambda *_: (begun.set(), time.sleep(STEP_SECONDS))[-1])
 
     def deliver(message) -> None:
@@ -148,7 +150,7 @@ def test_a_stop_takes_effect_within_one_step(models, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install torchao")
 def test_another_precision_is_loaded_while_streams_go_on(models, monkeypatch):
     """A running stream keeps its denoiser; the next one gets the other."""
-    monkeypatch.setattr("pipeline.serving.models.offered_precisions", lambda device: ["full", "int8"])
+    monkeypatch.setattr("pipeline.serving.loaded.offered_precisions", lambda device: ["full", "int8"])
     running = models.open(models.spec(start(), None))
     running.denoise()
     denoiser = running.pipeline.denoiser

@@ -156,9 +156,10 @@ def test_the_shipped_first_images_are_small_files_of_the_size_that_is_generated(
 def test_first_images_are_drawn_by_their_script(tmp_path, monkeypatch):
     """Drawn small here: coarse averages are those of the shipped ones."""
     from scripts import make_first_images
+    from scripts.runs import make_first_images as work
 
-    monkeypatch.setattr(make_first_images, "WIDTH", 104)
-    monkeypatch.setattr(make_first_images, "HEIGHT", 60)
+    monkeypatch.setattr(work, "WIDTH", 104)
+    monkeypatch.setattr(work, "HEIGHT", 60)
     assert make_first_images.main(["--output_folder", str(tmp_path)]) == 0
     assert (tmp_path / "shapes_i2v.jsonl").read_bytes() == (PROMPTS / "shapes_i2v.jsonl").read_bytes()
     drawn, shipped = (sorted(folder.rglob("*.[jp][pn]g")) for folder in (tmp_path, PROMPTS))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from utils.video.hdr import is_hdr, tone_map
-from utils.video.pyav import convert
+from utils.video.pyav import convert, load_pyav
 
 if TYPE_CHECKING:
     import av
@@ -42,8 +42,7 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _converted(frame: av.VideoFrame, format: str) -> np.ndarray:
-    from av.video.reformatter import Colorspace
-
+    Colorspace = load_pyav().video.reformatter.Colorspace
     matrix = None
     if frame.colorspace in UNSPECIFIED:
         is_hd = frame.width >= HD_WIDTH or frame.height > SD_HEIGHT

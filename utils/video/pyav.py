@@ -36,8 +36,7 @@ def convert(frame: av.VideoFrame, format: str, **colours: Any) -> av.VideoFrame:
     instructions. Colour of half the resolution is averaged over its 2 x 2 pixels on the way in and repeated on the way
     out, without a bias: this loses the least, also of enlarged pixels (60 dB instead of 48 for squares of 2 x 2).
     """
-    from av.video.reformatter import Interpolation as Flags
-
+    Flags = load_pyav().video.reformatter.Interpolation
     exact = Flags.ACCURATE_RND | Flags.BITEXACT | Flags.FULL_CHR_H_INT | Flags.FULL_CHR_H_INP
     method = Flags.AREA if frame.format.is_rgb else Flags.POINT
     return frame.reformat(format=format, interpolation=method | exact, threads=1, **colours)

@@ -130,8 +130,7 @@ def open_video(path: str | Path) -> Iterator[VideoFile]:
 
 def _shown_stream(container: InputContainer) -> VideoStream:
     """Return the stream that is shown. Cover pictures of music and lists of thumbnails are none."""
-    from av.stream import Disposition
-
+    Disposition = load_pyav().stream.Disposition
     hidden = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & hidden]
     if not streams:

@@ -114,8 +114,6 @@ class VideoWriter:
         self._stopped = True
 
     def _open_stream(self, frame_shape: tuple[int, ...]) -> None:
-        from av.video.reformatter import ColorRange
-
         self._frame_shape = frame_shape
         self._stream = self._container.add_stream("libx264", rate=frame_rate(self.fps), options=X264)
         self._stream.height, self._stream.width = (size + size % 2 for size in frame_shape[:2])
@@ -123,7 +121,7 @@ class VideoWriter:
         context = self._stream.codec_context
         context.thread_count = 1
         context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = ColorRange.MPEG
+        context.color_range = load_pyav().video.reformatter.ColorRange.MPEG
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
@@ -210,11 +208,10 @@ class _PartialFile:
 
 def _to_yuv(image: np.ndarray) -> av.VideoFrame:
     """Turn uint8 [H W 3] into a yuv420p frame of BT.709."""
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
+    av = load_pyav()
+    colours = av.video.reformatter
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    return convert(frame, "yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+    return convert(frame, "yuv420p", dst_colorspace=colours.Colorspace.ITU709, dst_color_range=colours.ColorRange.MPEG)
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:

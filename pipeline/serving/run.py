@@ -1,0 +1,174 @@
+"""A run of demo.py once its arguments are read: who may come in, the page, the model behind it, and the end."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+import re
+import secrets
+import socket
+import sys
+import webbrowser
+from contextlib import nullcontext
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from pipeline.serving.clips import Gallery
+from pipeline.serving.door import Door
+from pipeline.serving.guard import LOOPBACK, Access, Guard, proxy_check
+from pipeline.serving.hub import Hub
+from pipeline.serving.logs import configure_logging
+from pipeline.serving.models import Models
+from pipeline.serving.server import Server
+from pipeline.serving.site import Site
+from pipeline.serving.spec import ModelSource
+from utils.cli import merged_overrides
+from utils.errors import UserError
+from utils.files import ensure_writable_folder
+from utils.locks import folder_lock
+from utils.signals import Stopper
+
+log = logging.getLogger("demo")
+KEYS = {"checkpoint_path": "generator.weights"}
+"""Options that set a key of the configuration: option -> key."""
+LARGEST_MESSAGE = 32 * 1024  # bytes of a WebSocket message from a client
+PING_SECONDS = 20  # between pings of a WebSocket, and until one without an answer is closed
+BACKLOG = 64  # connections that are accepted in one go, so that a flood cannot use up the files of the process
+ROOT_PATH = re.compile(r"(/[\w.~-]+)*")
+
+
+def main(args: argparse.Namespace, stop: Stopper) -> None:
+    """Serve until a signal asks for the end.
+
+    Raises:
+        UserError: the arguments do not fit together, the port is taken, the folder is in use, or no model loads.
+    """
+    access = check(args)
+    listener = listen(args.host, args.port)
+    folder = ensure_writable_folder(args.clips_folder)
+    configure_logging()
+    with folder_lock(folder, "the demo"):
+        serve(args, access, listener, stop)
+
+
+def check(args: argparse.Namespace) -> Access:
+    """Refuse mistakes before anything starts; returns who may come in."""
+    open_to_others = args.host not in LOOPBACK or args.share
+    if open_to_others and not args.auth and not args.insecure:
+        asked = "--share" if args.share else f"--host {args.host}"
+        raise UserError(f"{asked} lets others in: add --auth user:password, or --insecure to let anyone in")
+    if not all(all(account.partition(":")) for account in args.auth or []):
+        raise UserError("--auth is not of the form user:password")
+    merged_overrides(args, KEYS)
+    if args.max_viewers < 1:
+        raise UserError(f"--max-viewers {args.max_viewers} must be at least 1")
+    if not 0 < args.longest_clip < float("inf"):
+        raise UserError(f"--longest_clip {args.longest_clip} must be above 0 and finite")
+    for flag in ("config_path", "checkpoint_path", "tiny_decoder"):
+        path = getattr(args, flag)
+        if path is not None and not Path(path).exists():
+            raise UserError(f"--{flag} {path}: no such file")
+    for proxy in args.trusted_proxy:
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError:
+            raise UserError(f"--trusted-proxy {proxy}: give an address or a network, such as 127.0.0.1") from None
+    root_path = f"/{args.root_path.strip('/')}".rstrip("/")
+    if not ROOT_PATH.fullmatch(root_path):
+        raise UserError(f"--root-path {args.root_path}: give a path such as /wan")
+    names = tuple(name.lower() for name in args.allowed_host)
+    hosts = None if open_to_others and not names else (*LOOPBACK, args.host, *names)
+    return Access(hosts, names, tuple(args.auth or ()), root_path)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket: a port that is taken is found out before anything loads."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from error
+
+
+def serve(args: argparse.Namespace, access: Access, listener: socket.socket, stop: Stopper) -> None:
+    """Serve until a signal asks for the end. Raises UserError if the model does not load."""
+
+    def end() -> None:
+        runner.should_exit = True  # uvicorn's own way to be asked
+
+    address = listener.getsockname()[:2]
+    server = build_server(args)
+    site = Site(
+        server,
+        started=lambda: announce(args, address),
+        failed=end,
+        root_path=access.root_path,
+    )
+    door = Door(server.limits, proxy_check(args.trusted_proxy))
+    runner = make_runner(Guard(site, access, server.limits), door, args.trusted_proxy)
+    stop.ends(end)
+    if not stop.asked:
+        runner.run(sockets=[listener])
+    if server.error is not None:
+        raise server.error
+    if server.state == "loading":
+        stop.leave_threads()
+
+
+def make_runner(app: ASGIApp, door: Door, proxies: list[str]) -> uvicorn.Server:
+    """What serves an application, with bounded messages and connections, and finds out about clients that vanished."""
+
+    class Runner(uvicorn.Server):
+        def capture_signals(self):  # the caller does
+            return nullcontext()
+
+    return Runner(
+        uvicorn.Config(
+            app,
+            **door.protocols(),
+            log_config=None,
+            log_level="warning",
+            backlog=BACKLOG,
+            proxy_headers=bool(proxies),
+            forwarded_allow_ips=proxies,
+            timeout_keep_alive=int(door.limits.idle),
+            timeout_graceful_shutdown=2,
+            ws_max_size=LARGEST_MESSAGE,
+            ws_ping_interval=PING_SECONDS,
+            ws_ping_timeout=PING_SECONDS,
+            ws_per_message_deflate=False,  # frames are compressed already, and a stranger's zip may be a bomb
+        )
+    )
+
+
+def build_server(args: argparse.Namespace, *, greeting: str = "") -> Server:
+    """The model (not loaded yet), the hub and the gallery. ``greeting`` is for clients of another server."""
+    source = ModelSource(
+        args.config_path, args.checkpoint_path, tuple(args.overrides), args.use_ema, args.download, args.tiny_decoder
+    )
+    models = Models(source)
+    gallery = Gallery(Path(args.clips_folder), models.command, longest=args.longest_clip)
+    hub = Hub(args.max_viewers, gallery, models.denoise_batch if args.batch else None)
+    return Server(models, hub, gallery, greeting=greeting)
+
+
+def announce(args: argparse.Namespace, address: tuple[str, int]) -> None:
+    """Say where the page is, open it where there is a desktop, and share it if asked to."""
+    host, port = address
+    shown = f"[{host}]" if ":" in host else host
+    log.info("open http://%s:%d", shown, port)
+    if not args.no_browser and host in LOOPBACK and has_desktop():
+        webbrowser.open(f"http://{shown}:{port}")
+    if args.share:
+        from gradio.networking import setup_tunnel
+
+        log.info("shared at %s", setup_tunnel(host, port, secrets.token_urlsafe(32), None, None))
+
+
+def has_desktop() -> bool:
+    """Whether a browser window can open here."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
