@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from model.weights.card import write_card
+from model.weights.diffusers_folder import INDEX_FILE, read_shift, write_index
 from model.weights.transformer_read import open_transformer
 from model.weights.transformer_write import write_transformer
-from pipeline.config import CodecKind, PipelineConfig, load_pipeline_config
+from pipeline.config import CodecKind, PipelineConfig, Sampler, load_pipeline_config
 from pipeline.loading import load_codec, load_text_encoder
 from pipeline.memory import PROFILES, TextPlacement
 from pipeline.request import StreamRequest
@@ -29,7 +30,7 @@ from pipeline.rollout import Stage
 from pipeline.session import Chunk, StreamSession
 from pipeline.stream import LatentChunk, Stream
 from pipeline.text_to_video import TextToVideo, load_pipeline
-from utils.config import to_dict
+from utils.config import from_dict, to_dict
 from utils.distributed import resolve_device, resolve_dtype
 from utils.errors import UserError
 from utils.files import atomic_write_text
@@ -89,7 +90,9 @@ class SelfForcingPipeline:
         Args:
             name_or_path: a folder with ``pipeline.yaml`` (as :meth:`save_pretrained` writes it, or
                 ``checkpoints/shapes``), a diffusers folder of Wan2.1 with ``model_index.json``, a YAML file of
-                ``configs``, or a name on the hub such as ``user/model``.
+                ``configs``, or a name on the hub such as ``user/model``. A diffusers folder does not say how its
+                weights were trained: it is sampled as Wan itself, in many steps. For a few-step causal model add
+                ``sampler=rollout`` to ``overrides``.
             torch_dtype: None takes bfloat16 on CUDA and float32 elsewhere.
             overrides: keys of the configuration, such as ``rollout.window=9``.
             download: options of :func:`huggingface_hub.snapshot_download`, such as ``revision``.
@@ -148,7 +151,8 @@ class SelfForcingPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``pipeline.yaml`` and the folders ``transformer``, ``codec`` or ``vae``, and ``text_encoder``.
 
-        ``transformer`` has the layout of diffusers. :meth:`from_pretrained` reads the folder back.
+        ``transformer`` has the layout of diffusers. :meth:`from_pretrained` reads the folder back. With the Wan VAE it
+        is a whole diffusers folder too, with ``model_index.json``, ``scheduler`` and ``tokenizer``.
         """
         folder, config = Path(folder), self.config
         model, state = open_transformer(config.generator.weights, preset=config.generator.preset, use_ema=self._use_ema)
@@ -164,7 +168,11 @@ class SelfForcingPipeline:
         codec = "codec" if config.codec.kind is CodecKind.tiny else "vae"
         autoencoder = load_codec(config.codec)
         (autoencoder if codec == "codec" else autoencoder.vae).save_pretrained(folder / codec)
-        load_text_encoder(config.text_encoder).save_pretrained(folder / "text_encoder")
+        text_encoder = load_text_encoder(config.text_encoder)
+        text_encoder.save_pretrained(folder / "text_encoder")
+        if config.codec.kind is CodecKind.wan:
+            text_encoder.tokenizer.save_pretrained(folder / "tokenizer")
+            write_index(folder, tokenizer=type(text_encoder.tokenizer).__name__, shift=config.generator.shift)
         values = _differences(to_dict(config), to_dict(PipelineConfig()))
         values.setdefault("generator", {})["weights"] = "transformer"
         values.setdefault("codec", {})["weights"] = codec
@@ -265,15 +273,16 @@ def _folder_config(folder: Path, overrides: Sequence[str]) -> PipelineConfig:
             if value is not None:
                 setattr(getattr(config, section), key, str(folder / value))
         return config
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"{folder}: holds neither {PIPELINE_FILE} nor model_index.json; name a folder of a whole pipeline"
-        )
-    config = PipelineConfig()
-    config.generator.weights = str(folder)
-    config.codec.weights = str(folder / "vae")
-    config.text_encoder.weights, config.text_encoder.tokenizer = str(folder / "text_encoder"), str(folder / "tokenizer")
-    return config
+    if not (folder / INDEX_FILE).is_file():
+        raise UserError(f"{folder}: holds neither {PIPELINE_FILE} nor {INDEX_FILE}; name a folder of a whole pipeline")
+    shift = read_shift(folder)
+    values = {
+        "sampler": Sampler.many_step.name,
+        "generator": {"weights": str(folder)} | ({} if shift is None else {"shift": shift}),
+        "codec": {"weights": str(folder / "vae")},
+        "text_encoder": {"weights": str(folder / "text_encoder"), "tokenizer": str(folder / "tokenizer")},
+    }
+    return from_dict(PipelineConfig, values, str(folder / INDEX_FILE), overrides)
 
 
 def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -57,9 +57,13 @@ def load_config(
     )
 
 
-def from_dict(schema: type[T], values: Mapping[str, Any], source: str) -> T:
-    """The inverse of `to_dict`. Text is used literally. Errors name `source`. Raises UserError."""
-    return _build(schema, [(source, _literal(values))], source)
+def from_dict(schema: type[T], values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> T:
+    """The inverse of `to_dict`, with overrides as in `load_config`. Text is used literally.
+
+    Raises UserError. It names `source`.
+    """
+    parsed = [(COMMAND_LINE, _parse_override(schema, text)) for text in overrides]
+    return _build(schema, [(source, _literal(values)), *parsed], source)
 
 
 def to_dict(config: Any) -> Any:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import UniPCMultistepScheduler
-from diffusers import __version__ as version
 from torch import Tensor
 
 from model.text_encoder import TextEncoder
@@ -18,13 +15,13 @@ from model.transformer import PRESETS
 from model.wan_vae import WanVAE
 from model.weights import PARTS, check_finite, convert, find_part, load_state_dict, weights_hash
 from model.weights.card import write_card
+from model.weights.diffusers_folder import write_index
 from model.weights.lora import merge_loras, save_lora
 from model.weights.lora_choice import load_loras
 from model.weights.lora_read import load_lora
 from model.weights.transformer_read import open_transformer
 from model.weights.transformer_write import write_transformer
 from utils.errors import UserError
-from utils.files import atomic_write_text
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,19 +85,6 @@ def write_pipeline(args: argparse.Namespace) -> str:
     encoder = TextEncoder.from_files(found["text_encoder"], tokenizer=found["tokenizer"])
     encoder.model.save_pretrained(target / "text_encoder")
     shutil.copytree(found["tokenizer"], target / "tokenizer", dirs_exist_ok=True)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=args.shift, num_train_timesteps=1000
-    )
-    scheduler.save_pretrained(target / "scheduler")
     has_pieces = (target / "tokenizer" / "spiece.model").is_file()
-    index = {
-        "_class_name": "WanPipeline",
-        "_diffusers_version": version,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast" if has_pieces else "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-    atomic_write_text(target / "model_index.json", json.dumps(index, indent=2) + "\n")
+    write_index(target, tokenizer="T5TokenizerFast" if has_pieces else "PreTrainedTokenizerFast", shift=args.shift)
     return f"; whole pipeline, with {', '.join(found)} of {release}"
