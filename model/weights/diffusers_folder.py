@@ -1,6 +1,7 @@
 """The small files of a diffusers pipeline folder of Wan: its index and its scheduler."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 from utils.files import atomic_write_text
@@ -8,6 +9,7 @@ from utils.side_files import read_json
 
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 def write_index(folder: str | Path, *, tokenizer: str, shift: float) -> None:
@@ -17,16 +19,13 @@ def write_index(folder: str | Path, *, tokenizer: str, shift: float) -> None:
         tokenizer: the tokenizer's class in transformers.
         shift: timestep shift of the scheduler.
     """
-    from diffusers import UniPCMultistepScheduler
-    from diffusers import __version__ as version
-
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
-    )
-    scheduler.save_pretrained(Path(folder) / "scheduler")
+    about = {"_diffusers_version": version("diffusers")}
+    scheduler = {"_class_name": "UniPCMultistepScheduler", **about, **SCHEDULER, "flow_shift": shift}
+    (Path(folder) / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(Path(folder) / SCHEDULER_FILE, json.dumps(scheduler, indent=2) + "\n")
     index = {
         "_class_name": "WanPipeline",
-        "_diffusers_version": version,
+        **about,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", tokenizer],
