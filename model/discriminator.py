@@ -29,7 +29,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         if not self.depths or any(a >= b for a, b in pairwise(self.depths)):
-            raise ValueError(f"depths={self.depths} must ascend")
+            raise ValueError(f"depths={self.depths} must be in ascending order")
         if self.depths[0] <= 0 or self.depths[-1] > 1:
             raise ValueError(f"depths={self.depths} must lie in (0, 1]")
         if self.registers < 1:
@@ -39,7 +39,9 @@ class DiscriminatorConfig:
         """Return the indices of the blocks that heads read. ValueError if two depths give the same block."""
         layers = [max(0, round(depth * num_layers) - 1) for depth in self.depths]
         if len(set(layers)) < len(layers):
-            raise ValueError(f"depths={self.depths} fall on blocks {layers} of {num_layers}; use fewer depths")
+            raise ValueError(
+                f"depths={self.depths} select blocks {layers} of {num_layers}, one of them twice; use fewer depths"
+            )
         return layers
 
 

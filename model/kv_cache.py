@@ -184,7 +184,7 @@ class KVCache:
     def _check(self, start_frame: int, frames: int) -> None:
         if self.window is not None and frames > self.window - self.sink:
             raise ValueError(
-                f"a chunk of {frames} frames does not fit the window: window={self.window} less sink={self.sink}"
+                f"a chunk of {frames} frames does not fit the window: window={self.window} minus sink={self.sink}"
             )
         if torch.is_grad_enabled():
             if self.ring:

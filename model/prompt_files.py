@@ -81,7 +81,7 @@ class PromptFiles:
             return None
         stored = self._load(path)
         if not isinstance(stored, StoredPrompt):
-            log.warning("%s: not a stored prompt of this encoder, so it is made anew (%s)", path, stored)
+            log.warning("%s: is not a prompt embedding of this encoder (%s); the prompt is encoded again", path, stored)
             return None
         return stored
 
@@ -91,7 +91,7 @@ class PromptFiles:
             state = {"embeds": stored.embeds, "text_len": torch.tensor(stored.text_len)}
             save_safetensors(self.path(prompt), state)
         except OSError as error:
-            log.warning("%s: prompt embeddings are not kept: %s", self.folder, error.strerror or error)
+            log.warning("%s: prompt embeddings cannot be stored: %s", self.folder, error.strerror or error)
 
     def _load(self, path: Path) -> StoredPrompt | Exception:
         """Return the content of a file, or the reason why it does not fit."""
@@ -133,7 +133,7 @@ def open_prompt_files(
     try:
         atomic_write_text(memory, json.dumps(asdict(encoder)))
     except OSError as error:
-        log.warning("%s: %s; prompt embeddings are not kept", folder, error.strerror or error)
+        log.warning("%s: prompt embeddings cannot be stored: %s", folder, error.strerror or error)
         return None
     return PromptFiles(folder, encoder, dtype)
 
@@ -155,5 +155,5 @@ def _remembered(folder: Path, memory: Path, dtype: torch.dtype) -> PromptFiles |
     try:
         return PromptFiles(folder, read_json(memory, EncoderMemory, max_bytes=MAX_MEMORY_BYTES), dtype)
     except UserError as error:
-        log.warning("%s; the prompts of this encoder are not used", error)
+        log.warning("%s; the stored prompt embeddings of this encoder are not used", error)
         return None

@@ -118,7 +118,7 @@ def _read_config(path: Path) -> EncoderFile | None:
 def _stated_config(declared: EncoderFile, state: Mapping[str, Tensor], source: str) -> UMT5Config:
     layers = count_layers(state, "encoder.block")
     if declared.num_layers is not None and declared.num_layers > max(1, 2 * layers):  # building such a model takes long
-        raise UserError(f"{source}: config.json says num_layers={declared.num_layers}; the weights have {layers}")
+        raise UserError(f"{source}: config.json says num_layers={declared.num_layers}, but the weights have {layers}")
     return load_transformers().UMT5Config(**declared.sizes(), dropout_rate=0.0)
 
 
@@ -173,4 +173,6 @@ def _check_vocabulary(model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFas
     """Raise UserError if the tokenizer has ids for which the model has no embedding."""
     rows, ids = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if ids > rows:
-        raise UserError(f"{source}: has embeddings of {rows} tokens, the tokenizer has {ids}; use its own tokenizer")
+        raise UserError(
+            f"{source}: has embeddings for {rows} tokens, but the tokenizer has {ids}; use the encoder's own tokenizer"
+        )

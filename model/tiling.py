@@ -25,7 +25,9 @@ class TileConfig:
 
     def __post_init__(self) -> None:
         if self.overlap < 0 or self.tile <= self.overlap:
-            raise ValueError(f"tile={self.tile} pixels must be above overlap={self.overlap}, and that at least 0")
+            raise ValueError(
+                f"tile={self.tile} pixels must be above overlap={self.overlap}, and overlap must be at least 0"
+            )
 
 
 @dataclass(frozen=True)

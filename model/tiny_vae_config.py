@@ -123,8 +123,10 @@ def read_tiny_config(folder: str | Path) -> TinyVAEConfig:
     file = Path(folder) / CONFIG_FILE
     values = read_json(file, dict)
     if unknown := set(values) - {field.name for field in fields(TinyVAEConfig)}:
-        raise UserError(f"{folder}: config.json is not a TinyVAE's: it has the unknown keys {sorted(unknown)}")
-    return check_schema(values, TinyVAEConfig, f"{file}: not a TinyVAE's")
+        raise UserError(
+            f"{folder}: its config.json does not describe a TinyVAE: the keys {sorted(unknown)} are unknown"
+        )
+    return check_schema(values, TinyVAEConfig, f"{file}: does not describe a TinyVAE")
 
 
 def infer_tiny_config(state: StateDict, source: str) -> TinyVAEConfig:
@@ -142,7 +144,7 @@ def infer_tiny_config(state: StateDict, source: str) -> TinyVAEConfig:
         or encoder[0][1] % 3
         or any(len(shape) != 4 for shape in (*encoder, *decoder, *pools))
     ):
-        raise UserError(f"{source}: is not a TAEHV: its tensors are not those of such an encoder and decoder")
+        raise UserError(f"{source}: is not a TAEHV: its tensors have other names or shapes; use another file")
     stages = len(pools)
     return TinyVAEConfig(
         patch_size=math.isqrt(encoder[0][1] // 3),

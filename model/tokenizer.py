@@ -78,7 +78,7 @@ def tokenizer_bytes(path: str | Path) -> bytes | None:
     if tensor is None:
         return None
     if tensor.numel() > MAX_BYTES or tensor.dtype.itemsize != 1:
-        raise UserError(f"{path}: its tensor {TOKENIZER_TENSOR!r} is not a tokenizer's file; use other weights")
+        raise UserError(f"{path}: its tensor {TOKENIZER_TENSOR!r} does not hold a tokenizer; use other weights")
     return tensor.flatten().numpy().tobytes()
 
 
@@ -100,7 +100,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise not_found(path)
     data = tokenizer_bytes(path)
     if data is None:
-        raise UserError(f"{path}: holds no tokenizer (neither {' nor '.join(TOKENIZER_FILES)})")
+        raise UserError(f"{path}: holds no tokenizer (neither {' nor '.join(TOKENIZER_FILES)}); name another folder")
     settings = path / SETTINGS_FILE
     names = (read_json(settings, SpecialTokens) if settings.is_file() else SpecialTokens()).names()
     tokenizer = parse_tokenizer(data, str(path))

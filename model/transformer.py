@@ -54,7 +54,9 @@ class WanConfig:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim={self.dim} is not an even multiple of num_heads={self.num_heads}")
         if self.patch_size[0] != 1:
-            raise ValueError(f"patch_size={self.patch_size}: a token spans one latent frame, so it starts with 1")
+            raise ValueError(
+                f"patch_size={self.patch_size}: it must start with 1, because a token spans one latent frame"
+            )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim={self.freq_dim} must be even")
         if self.prediction_type not in ("flow", "x0"):
@@ -305,7 +307,7 @@ class WanTransformer(nn.Module):
             raise ValueError("give a cache (generation) or a block_mask (training), not both")
         if timesteps.shape[1] not in (1, latents.shape[1]):
             raise ValueError(
-                f"timesteps {tuple(timesteps.shape)} are for other frames than latents {tuple(latents.shape)}"
+                f"timesteps {tuple(timesteps.shape)} have another number of frames than latents {tuple(latents.shape)}"
             )
         if latents.shape[2] != config.in_dim:
             raise ValueError(f"latents {tuple(latents.shape)} have {latents.shape[2]} channels, not {config.in_dim}")
@@ -317,7 +319,9 @@ class WanTransformer(nn.Module):
                 f"text_dim={config.text_dim}"
             )
         if block_mask is not None and len(block_mask.positions) != latents.shape[1]:
-            raise ValueError(f"block_mask is for {len(block_mask.positions)} frames, latents have {latents.shape[1]}")
+            raise ValueError(
+                f"block_mask is for {len(block_mask.positions)} frames, but latents have {latents.shape[1]}"
+            )
 
 
 def _later(start_frame: int | Sequence[int], frames: int) -> int | tuple[int, ...]:

@@ -65,7 +65,9 @@ class WanVAEConfig:
     def __post_init__(self) -> None:
         sizes = (self.base_dim, self.decoder_base_dim or 1, self.z_dim, self.num_res_blocks, *self.dim_mult)
         if not all(1 <= size <= MAX_SIZE for size in sizes) or len(self.dim_mult) > MAX_LEVELS:
-            raise ValueError(f"sizes outside 1 to {MAX_SIZE}, or more than {MAX_LEVELS} levels: {self}")
+            raise ValueError(
+                f"sizes must be from 1 to {MAX_SIZE}, and there may be at most {MAX_LEVELS} levels: {self}"
+            )
         for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.dim_mult) != len(self.temperal_downsample) + 1:

@@ -56,7 +56,7 @@ class DenoiserConfig:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r} is none of {', '.join(PRESETS)}")
+            raise ValueError(f"preset={self.preset!r} is not one of {', '.join(PRESETS)}")
         entries = self.lora if isinstance(self.lora, list) else [self.lora]
         if self.lora is not None and not all(isinstance(entry, str) for entry in entries):
             raise ValueError(f"lora={self.lora!r} is not a path or a list of paths, such as [a.safetensors:0.8, b.pt]")

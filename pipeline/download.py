@@ -77,7 +77,7 @@ def _plan(source: Published) -> Fetch:
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     wanted = list(filter_repo_objects(sizes, allow_patterns=list(source.patterns)))
     if not wanted:
-        raise UserError(f"{source.repository}: holds no file like {', '.join(source.patterns)}; check the path")
+        raise UserError(f"{source.repository}: holds no file that matches {', '.join(source.patterns)}; check the path")
     return Fetch(source, {name: sizes[name] for name in wanted if not _is_here(source.into / name, sizes[name])})
 
 
@@ -97,12 +97,14 @@ def _fetch(fetch: Fetch) -> None:
     source = fetch.source
     for name, size in fetch.files.items():
         if os.path.lexists(path := source.into / name):  # the hub's client would treat it as complete
-            set_aside(path, f"has not the {size} bytes that the hub says", log)
+            set_aside(path, f"does not have the {size} bytes that the hub states", log)
     options = {"local_dir": source.into, "allow_patterns": list(fetch.files)}
     _reached(source, lambda: snapshot_download(source.repository, **options))
     for name, size in fetch.files.items():
         if not _is_here(path := source.into / name, size):
-            raise UserError(f"{path}: has not the size that the hub says ({size} bytes); delete it and try again")
+            raise UserError(
+                f"{path}: does not have the size that the hub states ({size} bytes); delete it and try again"
+            )
 
 
 def _reached(source: Published, call: Callable[[], T]) -> T:

@@ -345,7 +345,7 @@ def choose_profile(
     least = min(needs, key=lambda needed: needed.device)
     if least.device <= allowed:
         raise UserError(
-            f"not enough RAM: {_size(least.ram)} is needed for what waits there and {_size(ram)} is free; "
+            f"not enough RAM: {_size(least.ram)} is needed for the parts that wait there, and {_size(ram)} is free; "
             f"close other programs{advice}"
         )
     raise UserError(
@@ -362,7 +362,7 @@ def check_disk(config: PipelineConfig, videos: int) -> None:
     needed, free = int(videos * pixels * VIDEO_BYTES_PER_PIXEL), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"not enough room in {folder}: {videos} videos take up to {_size(needed)} and {_size(free)} is "
+            f"not enough room in {folder}: {videos} videos take up to {_size(needed)}, and {_size(free)} is "
             "free; choose another --output_folder or fewer prompts"
         )
 
@@ -386,7 +386,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _advice(config: PipelineConfig, profile: Profile) -> str:
-    """Advice to use the smaller decoder, if its file is there and it would help."""
+    """Return the advice to use the smaller decoder if its file is there and it would help, else ""."""
     if config.codec.kind is CodecKind.tiny or not profile.tile_codec or not TAEHV.exists():
         return ""
-    return f"; codec.kind=tiny codec.weights={TAEHV} decodes with less"
+    return f"; codec.kind=tiny codec.weights={TAEHV} needs less memory to decode"

@@ -138,13 +138,13 @@ def choose_mode(device: torch.device, flops_ahead: float) -> tuple[CompileMode, 
     device gains more seconds, so the choice is cautious there.
     """
     if device.type != "cuda":
-        return CompileMode.off, f"a {device.type} gains little"
+        return CompileMode.off, f"compiling gains little on {device.type}"
     if find_spec("triton") is None:
         return CompileMode.off, "triton is not installed"
     saved = flops_ahead / PLAIN_FLOPS * COMPILED_GAIN
     if saved < COMPILE_SECONDS:
-        return CompileMode.off, f"it would save {saved:.0f} s of the work ahead and take {COMPILE_SECONDS} s"
-    said = "the work ahead has no end" if math.isinf(saved) else f"it saves {saved:.0f} s of the work ahead or more"
+        return CompileMode.off, f"compiling would save {saved:.0f} s of this run and take {COMPILE_SECONDS} s"
+    said = "this run has no end" if math.isinf(saved) else f"it saves at least {saved:.0f} s of this run"
     return CompileMode.default, f"{said}; the first chunks take about {COMPILE_SECONDS} s longer"
 
 

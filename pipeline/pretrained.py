@@ -209,7 +209,7 @@ class SelfForcingPipeline:
             ValueError: an unknown output type, or sizes and lengths that do not fit.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+            raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         options = self._options(image, height, width, num_frames)
         seed = 0 if generator is None else int(torch.randint(SEEDS, (1,), generator=generator, device=generator.device))

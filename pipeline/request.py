@@ -75,7 +75,7 @@ class StreamRequest:
             raise ValueError(f"num_frames={self.num_frames} must be at least 1")
         frames = [switch.at_frame for switch in self.switches]
         if frames != sorted(frames):
-            raise ValueError(f"switches at the frames {frames} are not in their order")
+            raise ValueError(f"switches at the frames {frames} are not in ascending order")
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a random generator on the CPU. Each purpose ("noise", "steps") has its own."""

@@ -65,7 +65,7 @@ class RolloutConfig:
             raise ValueError(f"context_noise={self.context_noise} must be a timestep in [0, 1000]")
         if self.window is not None and self.window - self.sink < self.frames_per_chunk:
             raise ValueError(
-                f"window={self.window} less sink={self.sink} does not hold frames_per_chunk={self.frames_per_chunk}"
+                f"window={self.window} minus sink={self.sink} is less than frames_per_chunk={self.frames_per_chunk}"
             )
         if self.sink < 0:
             raise ValueError(f"sink={self.sink} must not be negative")

@@ -24,7 +24,7 @@ def shard_sequence(transformer: WanTransformer) -> None:
     """
     processes, heads = dist.get_world_size(), transformer.config.num_heads
     if heads % processes:
-        raise ValueError(f"num_heads={heads} do not divide among {processes} processes")
+        raise ValueError(f"num_heads={heads} is not a multiple of the {processes} processes")
     transformer.cached_heads = heads // processes
     transformer.blocks.register_forward_pre_hook(_take_tokens)
     transformer.blocks.register_forward_hook(_gather_tokens)
@@ -38,7 +38,7 @@ def _take_tokens(blocks: nn.Module, args: tuple) -> tuple:
     x, modulation, texts, rotary = args
     processes, rank = dist.get_world_size(), dist.get_rank()
     if x.shape[2] % processes:
-        raise ValueError(f"{x.shape[2]} tokens a frame do not divide among {processes} processes")
+        raise ValueError(f"{x.shape[2]} tokens a frame are not a multiple of the {processes} processes")
     return x.chunk(processes, dim=2)[rank], modulation, texts, rotary.chunk(processes, dim=-4)[rank]
 
 

@@ -100,7 +100,7 @@ def check_cues(cues: Sequence[TimedPrompt], seconds: float) -> None:
         if following.seconds <= cue.seconds:
             raise UserError(f"the prompt at {following.seconds:g}s follows one at {cue.seconds:g}s; times must ascend")
     if cues and cues[0].seconds == 0:
-        raise UserError("a switch at 0s is no switch; give --prompt")
+        raise UserError("a switch at 0s would be the first prompt; give that with --prompt")
     if cues and cues[-1].seconds >= seconds:
         raise UserError(
             f"the prompt at {cues[-1].seconds:g}s comes after the video's end at {seconds:.2f}s; "

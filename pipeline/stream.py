@@ -338,7 +338,7 @@ def _common(requests: Sequence[StreamRequest]) -> StreamRequest:
     first = requests[0]
     for other in requests[1:]:
         if other.source is not None or first.source is not None:
-            raise ValueError("video to video is made one by one")
+            raise ValueError("requests with a source video cannot be made as a batch")
         lengths = [None if each.context_frames is None else len(each.context_frames) for each in (first, other)]
         shared = [
             (each.height, each.width, each.num_frames, each.denoising_steps, each.switches) for each in (first, other)

@@ -216,7 +216,7 @@ def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
         return
     assert code == 128 + number
     assert not video.exists() and len(read_video(part)) > 12
-    assert f"{part} plays" in errors
+    assert f"{part} can be played" in errors
     assert {path.name for path in folder.iterdir()} == {part.name, ".lock"}
 
 
@@ -294,7 +294,7 @@ BAD_INPUT = {
     "no samples": (["--num_samples", "0"], "inference: num_samples=0 must be at least 1"),
     "no frames a second": (["--fps", "0"], "video: fps=0 must be above 0"),
     "negative length": (["--num_output_frames", "-3"], "num_frames=-3"),
-    "window below a chunk": (["rollout.window=2"], "window=2 less sink=0 does not hold frames_per_chunk=3"),
+    "window below a chunk": (["rollout.window=2"], "window=2 minus sink=0 is less than frames_per_chunk=3"),
     "height": (["video.height=20"], "video.height=20, video.width=48: must be multiples of 8 and 8"),
     "little memory": (["--vram", "1e-6"], "MB is needed even with text encoder streamed"),
     "no memory": (["--vram", "0"], "vram=0.0 gigabytes must be above 0"),
@@ -302,11 +302,11 @@ BAD_INPUT = {
     "image for whole clips": (["--i2v", "sampler=many_step"], "--i2v cannot be used with sampler=many_step"),
     "switch without a time": (["--switch", "a cat"], "--switch 'a cat': write a time and a prompt, such as"),
     "switch without a prompt": (["--switch", "1s: "], "--switch '1s: ': write a time and a prompt"),
-    "switch at the start": (["--switch", "0s: a cat"], "a switch at 0s is no switch"),
+    "switch at the start": (["--switch", "0s: a cat"], "a switch at 0s would be the first prompt"),
     "late switch": (["--switch", "12s: a cat"], "the prompt at 12s comes after the video's end at 1.75s"),
     "switches out of order": (["--switch", "1s: a", "--switch", "0.5s: b"], "the prompt at 0.5s follows one at 1s"),
     "unknown style": (["--switch", "1s: a", "--switch_style", "fade"], "style='fade' is not one of cut, keep, recache"),
-    "style of nothing": (["--switch_style", "cut"], "--switch_style says nothing without --switch"),
+    "style of nothing": (["--switch_style", "cut"], "--switch_style has no effect without --switch"),
     "two storyboards": (["--switch", "1s: a", "--storyboard", "{tmp}/late.yaml"], "--storyboard and --switch both"),
     "missing storyboard": (["--storyboard", "{tmp}/nowhere.yaml"], "{tmp}/nowhere.yaml: cannot read the storyboard"),
     "a storyboard of something else": (["--storyboard", "{tmp}/map.yaml"], "{tmp}/map.yaml: is not a list of"),
@@ -321,7 +321,7 @@ BAD_INPUT = {
     "no strength": (["--v2v", "a", "--strength", "0"], "--strength 0 must be above 0"),
     "a teacher following": (["--v2v", "a", "sampler=many_step"], "--v2v cannot be used with sampler=many_step"),
     "a teacher extending": (["--extend", "a", "sampler=many_step"], "--extend cannot be used with sampler=many_step"),
-    "unknown preset": (["generator.preset=wan"], "generator: preset='wan' is none of"),
+    "unknown preset": (["generator.preset=wan"], "generator: preset='wan' is not one of"),
 }  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def test_help_names_what_the_shapes_model_understands_and_each_default():
 
 def test_a_full_disk_is_refused(refuse, no_weights, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert "3 videos take up to 0.2 MB and 0.0 MB is free; choose another --output_folder" in refuse()
+    assert "3 videos take up to 0.2 MB, and 0.0 MB is free; choose another --output_folder" in refuse()
 
 
 @pytest.mark.parametrize("profile", [PROFILES[1], PROFILES[-1]], ids=str)

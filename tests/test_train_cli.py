@@ -225,7 +225,7 @@ def test_a_disk_that_is_full_ends_no_training(release, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert "checkpoint of step 2 not written" in done.stderr and "step_00000001 is still good" in done.stderr
+    assert "checkpoint of step 2 could not be written" in done.stderr and "step_00000001 is still good" in done.stderr
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000001", "step_00000003"]
 
@@ -260,7 +260,10 @@ BAD_INPUT = {
     "shards that do not divide": (["parallel.shard_size=2"], "parallel.shard_size=2 does not divide the 1 processes"),
     "length of a rollout": (["video.num_frames=7"], "num_frames=7 is not a multiple of frames_per_chunk=3"),
     "length of a causal clip": ([*RUNS["teacher forcing"], "video.num_frames=7"], "num_frames=7 is not a multiple"),
-    "unknown codec": (["objective=autoencoder", "autoencoder.preset=shape"], "autoencoder.preset='shape' is none of"),
+    "unknown codec": (
+        ["objective=autoencoder", "autoencoder.preset=shape"],
+        "autoencoder.preset='shape' is not one of",
+    ),
 }
 
 

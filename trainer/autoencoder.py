@@ -27,7 +27,7 @@ class AutoencoderTrainer(Trainer):
         super().__init__(config, context)
         preset = config.autoencoder.preset
         if preset not in TINY_VAE_PRESETS:
-            raise UserError(f"autoencoder.preset={preset!r} is none of {', '.join(TINY_VAE_PRESETS)}")
+            raise UserError(f"autoencoder.preset={preset!r} is not one of {', '.join(TINY_VAE_PRESETS)}")
         for prompt in self.sample_prompts:
             Scene.from_prompt(prompt)  # an unknown prompt fails now, not after the training
         torch.manual_seed(config.trainer.seed)

@@ -102,8 +102,8 @@ class TrainingOrder:
         """
         if state["items"] != len(self.dataset):
             raise UserError(
-                f"the training data has {len(self.dataset)} items, but {state['items']} when the checkpoint was made; "
-                "put them back, or start in another logdir"
+                f"the training data has {len(self.dataset)} items, but had {state['items']} when the checkpoint was "
+                "made; put them back, or start in another logdir"
             )
         self.position, self.seed = state["position"], state["seed"]
         self._order = (-1, [])

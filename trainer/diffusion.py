@@ -88,7 +88,7 @@ class DiffusionTrainer(Trainer):
             return text_source(config.data, config.text_encoder, self.device)
         if config.data.embeddings is not None:
             raise UserError(
-                f"data.embeddings={config.data.embeddings}: a text encoder that trains cannot be replaced by them; "
+                f"data.embeddings={config.data.embeddings}: stored embeddings do not work with a training encoder; "
                 "set diffusion.train_text_encoder=false or data.embeddings=null"
             )
         if config.text_encoder.weights is not None:

@@ -118,8 +118,8 @@ class Health:
             try:
                 atomic_write_text(path, json.dumps(record | {"metrics": dict(metrics)}, indent=1) + "\n")
             except OSError as error:
-                log.warning("batch of the skipped step %d not recorded: %s", step, error.strerror or error)
-            log.warning("step %d skipped: a loss or gradient is not finite; its batch is in %s", step, path)
+                log.warning("the batch of the skipped step %d could not be recorded: %s", step, error.strerror or error)
+            log.warning("step %d was skipped: a loss or gradient is not finite; its batch is in %s", step, path)
         if self.in_a_row >= self.config.max_skipped:
             raise UserError(
                 f"{self.in_a_row} steps in a row were skipped, the last one {step}: their loss or gradient is not "

@@ -49,7 +49,7 @@ def add_lora(transformer: WanTransformer, config: LoRAConfig, generator: torch.G
         if isinstance(layer, nn.Linear) and set(name.split(".")) & set(config.layers)
     ]
     if not chosen:
-        raise ValueError(f"layers={config.layers} name no linear layer of a block")
+        raise ValueError(f"layers={config.layers} match no linear layer of a block")
     for layer in chosen:
         down = torch.randn(config.rank, layer.in_features, generator=generator) * layer.in_features**-0.5
         up = torch.zeros(layer.out_features, config.rank)

@@ -92,7 +92,7 @@ def parse_config(text: str, path: Path) -> dict[str, Any]:
         values = str(error).partition("\n")[0]
     if isinstance(values, dict):
         return values
-    log.warning("%s: is damaged (%s); the report goes on without it", path, values)
+    log.warning("%s: is damaged (%s); the report leaves it out", path, values)
     return {}
 
 

@@ -208,7 +208,9 @@ class Trainer(ABC):
                 if any_process(stop.received is not None) and self.step < loop.steps:
                     self.save(checkpoints)
                     checkpoints.finish()
-                    log.info("asked to stop after step %d; the same command goes on from there", self.step)
+                    log.info(
+                        "stopped after step %d because of a signal; the same command goes on from there", self.step
+                    )
                     return
                 if self.due(loop.sample_every):
                     self.sample()
@@ -314,7 +316,12 @@ class Trainer(ABC):
         try:
             yield
         except OSError as error:
-            log.warning("%s of step %d not written: %s; training goes on", what, self.step, error.strerror or error)
+            log.warning(
+                "%s of step %d could not be written: %s; training goes on",
+                what,
+                self.step,
+                error.strerror or error,
+            )
 
     def sample_embeds(self, text_encoder: PromptCache | StoredEmbeddings, indices: Sequence[int]) -> Tensor:
         """Return the embeddings [B L E] of ``sample_prompts``."""

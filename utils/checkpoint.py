@@ -200,7 +200,7 @@ class Checkpoints:
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
         good = own_checkpoints(self.folder)
         log.warning(
-            "checkpoint of step %d not written to %s: %s; training goes on, and %s",
+            "the checkpoint of step %d could not be written to %s: %s; training goes on, and %s",
             step,
             self.folder,
             reason,

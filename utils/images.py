@@ -164,7 +164,7 @@ def _explain(source: str | Path | BinaryIO, error: Exception) -> str:
         name = source if isinstance(source, str | os.PathLike) else "photo.heic"
         return f"it is a HEIC image; convert it with: magick '{name}' '{Path(name).with_suffix('.png')}'"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is damaged or is none of {', '.join(FORMATS)}"
+        return f"it is damaged or is not one of {', '.join(FORMATS)}"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

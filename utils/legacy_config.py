@@ -245,7 +245,7 @@ def _translate(key: str, file: Mapping[str, Any]) -> list[str]:
         else:
             return []
     except (AttributeError, KeyError, TypeError, ValueError):
-        return [f"{_show(file[key])} is no value the official code takes"]
+        return [f"{_show(file[key])} is not a value that the official code accepts"]
     return [f"{name}={_show(translated)}" for name, translated in new.items()]
 
 

@@ -34,7 +34,7 @@ def folder_lock(folder: str | Path, what: str) -> Iterator[None]:
     """
     path = Path(folder) / LOCK_FILE
     if os.path.lexists(path) and not is_own_file(path):
-        raise UserError(f"{path}: is a link or a folder, and the lock of this folder belongs there; move it away")
+        raise UserError(f"{path}: is a link or a folder, but it must be the lock file of this folder; move it away")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW | getattr(os, "O_CLOEXEC", 0), 0o666)
     except OSError as error:

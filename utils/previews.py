@@ -39,7 +39,9 @@ def contact_sheet(
     the whole factor that makes them nearest to 144 pixels high, and large ones are shrunk to that height.
     """
     if len(clips) != len(labels) or not clips:
-        raise ValueError(f"{len(clips)} clips and {len(labels)} labels: give one label for each of at least one clip")
+        raise ValueError(
+            f"{len(clips)} clips and {len(labels)} labels: give at least one clip, and one label for each clip"
+        )
     strips = [_strip(to_uint8(clip), columns_frames, scale) for clip in clips]
     width = max(strip.width for strip in strips)
     font = ImageFont.load_default(size=FONT_SIZE)

@@ -163,7 +163,8 @@ def _csv_prompts(text: str, path: Path) -> Iterator[tuple[int, str]]:
         columns = {name.strip().lower(): name for name in reader.fieldnames or []}
         if PROMPT_COLUMN not in columns:
             raise UserError(
-                f"{path}: has no column {PROMPT_COLUMN!r} (its columns: {_shorten(', '.join(columns))}); name one so"
+                f"{path}: has no column {PROMPT_COLUMN!r} (its columns: {_shorten(', '.join(columns))}); "
+                "give one of them this name"
             )
         for number, row in enumerate(reader, start=1):
             yield number, row[columns[PROMPT_COLUMN]] or ""

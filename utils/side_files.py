@@ -137,7 +137,7 @@ def append_json_line(path: str | Path, record: dict[str, Any]) -> None:
 def _append(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path) and not is_own_file(path):
-        raise UserError(f"{path}: is a link or a folder, and nothing is written there; move it away")
+        raise UserError(f"{path}: is a link or a folder, so it is not written; move it away")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_FOLLOW, 0o666)
     try:
         size = os.fstat(descriptor).st_size

@@ -238,7 +238,7 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     id_file = folder / "wandb_id.txt"  # a resumed run continues the same curves
     run_id = read_limited(id_file, 1000).decode(errors="replace").strip() if id_file.exists() else None
     if run_id is not None and not re.fullmatch(r"[\w-]{1,128}", run_id):
-        set_aside(id_file, "is not the id of a wandb run; a new one is begun", log)
+        set_aside(id_file, "is not the id of a wandb run; a new run is started", log)
         run_id = None
     run = wandb.init(dir=folder, name=folder.resolve().name, config=config, id=run_id, resume="allow")
     atomic_write_text(id_file, run.id)
@@ -258,7 +258,7 @@ def _start_tensorboard(folder: Path, step: int) -> Any:
 def _drop_after(path: Path, step: int) -> None:
     """Keep only the complete lines of steps up to `step`."""
     if os.path.lexists(path) and not is_own_file(path):
-        raise UserError(f"{path}: is a link or a folder, and nothing is written there; move it away")
+        raise UserError(f"{path}: is a link or a folder, so it is not written; move it away")
     records = read_metrics(path, repair=True)
     if not records:
         return

@@ -67,7 +67,7 @@ def load_torch(path: str | Path) -> Any:
     if is_zip:
         _check_archive(path)
     elif magic[:1] == b"\x80" and magic[:2] != TORCH_MAGIC:
-        raise UserError(f"{path}: is some Python pickle, which may hold code; refused, nothing was run")
+        raise UserError(f"{path}: is a Python pickle, which may hold code; refused, nothing was run")
     elif magic[:2] != TORCH_MAGIC:
         raise UserError(f"{path}: is not a PyTorch file (it starts with {magic!r}); download it again")
     try:

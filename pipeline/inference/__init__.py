@@ -1,1 +1,1 @@
-"""What inference.py does: plan the videos of a run, find those that exist, make the others, and record them."""
+"""The work of inference.py: plan the videos of a run, find those that exist, make the others, and record them."""

@@ -1,4 +1,4 @@
-"""What is refused, or warned of, before anything heavy loads."""
+"""Check a run before anything heavy loads: refuse what cannot work, and warn of doubtful prompts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fit_length(config: PipelineConfig, options: InferenceOptions) -> PipelineCon
     if config.sampler is Sampler.many_step:
         if starts:
             raise UserError(f"{starts[0]} cannot be used with sampler=many_step; use a causal generator")
-        return config  # it has no chunks
+        return config  # this sampler has no chunks
     if options.i2v and not options.length_chosen and not config.rollout.independent_first_frame:
         config = replace(config, video=replace(config.video, num_frames=config.video.num_frames + 1))
     _check_chunks(config, options)
@@ -53,7 +53,7 @@ def _check_chunks(config: PipelineConfig, options: InferenceOptions) -> None:
     given = int(options.i2v or options.extend is not None)
     first = int(rollout.independent_first_frame and not given)
     if frames > first and (frames - first) % rollout.frames_per_chunk == 0:
-        return  # without the list of chunks, which a mistyped length would make huge
+        return  # checked without the list of chunks, which would be huge for a mistyped length
     try:
         rollout.chunks(frames, given)
     except ValueError as error:
@@ -62,7 +62,7 @@ def _check_chunks(config: PipelineConfig, options: InferenceOptions) -> None:
 
 
 def check_weights(config: PipelineConfig, prompts: Sequence[str], dtype: torch.dtype) -> None:
-    """Refuse missing weights and sizes they cannot make. Raises UserError.
+    """Raise UserError if weights are missing or cannot make videos of the configured size.
 
     The text encoder may be missing if the embeddings of all prompts are on disk.
     """
@@ -83,7 +83,7 @@ def check_weights(config: PipelineConfig, prompts: Sequence[str], dtype: torch.d
 
 
 def warn_of_prompts(config: TextConfig, prompts: Sequence[str]) -> None:
-    """Warn once of prompts that are longer than the text encoder reads, and once of words that it does not know."""
+    """Log one warning of prompts that are too long for the text encoder, and one of words that it does not know."""
     source = find_part(config.weights, "text_encoder")
     place = find_tokenizer(source, config.tokenizer)
     data = tokenizer_bytes(place) if source.exists() and place.exists() else None

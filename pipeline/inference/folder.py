@@ -1,4 +1,4 @@
-"""An output folder: which videos exist, where new ones go, and what becomes of unfinished ones."""
+"""An output folder: find existing videos, choose names for new ones, and tidy unfinished ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.video import partial_paths, read_metadata
 
 log = logging.getLogger("inference")
 
-MOST_PARTIALS = 1000  # files of one video that are looked at
+MOST_PARTIALS = 1000  # unfinished files of one video that are looked for
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Placement:
 
 
 class _Standing(Enum):
-    """What lies at a path."""
+    """The state of a path, compared with the recipe of a video."""
 
     free = "free"
     same = "same"
@@ -44,9 +44,9 @@ class _Standing(Enum):
 class OutputFolder:
     """Gives each job of a run its file.
 
-    A job whose recipe made a whole file keeps that file. Otherwise the first free name is taken, of: `NAME`;
-    `NAME-seedN` if the file there differs by its seed alone; `NAME-HASH`; `NAME-HASH-2` and so on. Names are compared
-    without regard to case, because some file systems ignore it. A file that is cut off or empty is set aside.
+    A job keeps a whole file that its recipe has made. Otherwise it gets the first free name of: `NAME`; `NAME-seedN`
+    if the file `NAME` differs only by its seed; `NAME-HASH`; `NAME-HASH-2` and so on. Upper and lower case count as
+    equal, because some file systems ignore the case. A truncated or empty file is set aside.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class OutputFolder:
         self._claimed: set[str] = set()
 
     def place(self, job: Job) -> Placement:
-        """Return where a job's video is, or goes. A damaged file that lies there is set aside."""
+        """Return the file of a job's video, and whether it exists. A damaged file with that name is set aside."""
         chosen = None
         for count, path in enumerate(self._candidates(job.recipe)):
             standing = self._standing(path, job.recipe)
@@ -104,15 +104,16 @@ class OutputFolder:
 
 
 def settle_partials(path: Path, recipe: Recipe, *, finished: bool) -> Path | None:
-    """Tidy the unfinished files of a video that this recipe made, after a run.
+    """Tidy the unfinished files that this recipe has made of a video, after a run.
 
     Args:
         path: the video's own file.
-        recipe: what made it. Unfinished files of other recipes stay as they are.
-        finished: the video is whole now, so all of them go. Otherwise the longest one stays.
+        recipe: the recipe of the video. Unfinished files of other recipes are kept.
+        finished: whether the video is complete. If it is, all unfinished files are deleted. Otherwise the longest one
+            is kept.
 
     Returns:
-        The unfinished file that stays, `NAME.partial.mp4`, or None.
+        the unfinished file that is kept, `NAME.partial.mp4`, or None.
     """
     own = [file for file in _partials(path) if read_metadata(file).get(TAG) == recipe.text]
     longest = max(own, key=lambda file: file.stat().st_size, default=None)
@@ -133,5 +134,5 @@ def _partials(path: Path) -> Iterable[Path]:
 
 
 def _key(name: str) -> str:
-    """A name as file systems that ignore case and Unicode's forms compare it."""
+    """Return the form of a name in which file systems compare it that ignore case and Unicode's normal forms."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -1,4 +1,4 @@
-"""One video: a job becomes a stream, and the stream becomes a file."""
+"""Make one video: turn a job into a stream, and write the stream to a file."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ from utils.video import VideoWriter, load_image, stream_video
 
 log = logging.getLogger("inference")
 
-TELL_SECONDS = 30.0  # between lines about a long video if there is no progress bar
-REPEAT = 2.0  # seconds in which torchrun passes on the Ctrl-C that every process has received already
+TELL_SECONDS = 30.0  # between log lines about a long video if there is no progress bar
+REPEAT = 2.0  # seconds; torchrun sends a Ctrl-C again that every process has already received
 
 
 @dataclass(frozen=True)
 class MadeVideo:
-    """What came of a job."""
+    """The result of a job."""
 
     frames: int
-    """Pixel frames, those of a video that was extended included."""
+    """Number of pixel frames of the file. If a video was extended, its own frames count too."""
     seconds: float
     finished: bool
     signal: signal.Signals | None
-    """The signal that asked for the end, if one came."""
+    """The signal that stopped the video, if one came."""
 
 
 def make_video(
     pipeline: TextToVideo, placement: Placement, config: PipelineConfig, bar: tqdm, *, writes: bool
 ) -> MadeVideo:
-    """Make one video. Without `writes` another process writes the file, and this one computes its share.
+    """Make one video. If `writes` is false, another process writes the file, and this one only computes its share.
 
-    A signal stops the video; what is there stays under a partial name. Raises UserError if the file cannot be written.
+    A signal stops the video. The frames made so far are kept under a partial name. Raises UserError if the file cannot
+    be written.
     """
     started = time.perf_counter()
     session = StreamSession(pipeline, request(placement.job, config, pipeline.codec))
@@ -67,13 +68,13 @@ def make_video(
         partial = settle_partials(placement.path, placement.job.recipe, finished=finished)
         if partial is not None:
             log.warning(
-                "stopped after %d frames; %s plays, and the same command makes the whole video", frames, partial
+                "stopped after %d frames; %s can be played, and the same command makes the whole video", frames, partial
             )
     return MadeVideo(frames, time.perf_counter() - started, finished, signals.received)
 
 
 def request(job: Job, config: PipelineConfig, codec: VideoCodec) -> StreamRequest:
-    """Return what a job asks of the pipeline. The times of its prompts count from where its own frames begin."""
+    """Return the request of a job to the pipeline. The times of its prompts count from its first new frame."""
     video, recipe = config.video, job.recipe
     size, context, num_frames, shown = (video.height, video.width), None, video.num_frames, 0
     if job.image is not None:
@@ -95,7 +96,7 @@ def request(job: Job, config: PipelineConfig, codec: VideoCodec) -> StreamReques
 
 
 def last_frames(frames: Iterable[Tensor], rollout: RolloutConfig, codec: VideoCodec) -> Tensor:
-    """Return as many of the last frames [F 3 H W] as the first new chunk sees, or two chunks if it sees all."""
+    """Return the last frames [F 3 H W]: as many as the first new chunk attends to, or two chunks without a window."""
     chunk = rollout.frames_per_chunk
     seen = 2 * chunk if rollout.window is None else max(1, rollout.window - chunk)
     kept = torch.cat(list(deque(frames, maxlen=codec.num_frames(seen))))
@@ -103,7 +104,7 @@ def last_frames(frames: Iterable[Tensor], rollout: RolloutConfig, codec: VideoCo
 
 
 def _write_video(session: StreamSession, placement: Placement, video: VideoConfig, bar: tqdm) -> int:
-    """Write a session's chunks to a file as they come; return the number of frames. Without frames there is no file."""
+    """Write each chunk of a session to a file when it is made. Return the number of frames. No frames, no file."""
     with closing(iter(session)) as chunks:
         first = next(chunks, None)
         if first is None:
@@ -129,7 +130,7 @@ def _write_video(session: StreamSession, placement: Placement, video: VideoConfi
 
 
 def _all_frames(job: Job, first: Chunk, chunks: Iterator[Chunk], video: VideoConfig) -> Iterator[Tensor]:
-    """Yield all frames of the file. A video that is extended comes first, in place of the chunk of its last frames."""
+    """Yield the frames of the file. An extended video comes first, in place of the first chunk (a repeat)."""
     begin: Iterable[Tensor] = [first.frames]
     if job.extends is not None:
         begin = stream_video(job.extends, video.height, video.width, video.fps)
@@ -137,7 +138,7 @@ def _all_frames(job: Job, first: Chunk, chunks: Iterator[Chunk], video: VideoCon
 
 
 def _write_behind(writer: VideoWriter, parts: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Write each part on a thread while the next one is made; yield the parts."""
+    """Yield the parts. A thread writes each part while the next one is made."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as worker:
         writing = None
         for part in parts:

@@ -1,4 +1,4 @@
-"""The options of inference.py that are no keys of the configuration."""
+"""The options of inference.py that are not keys of the configuration."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ HYPHENATED = {"prompt_extend": "prompt-extend"}
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """What the command line asks for, beside the configuration."""
+    """The options of the command line, besides the configuration."""
 
     prompt: list[str] | None = None
-    """Prompts given directly, in place of a prompt file."""
+    """Prompts on the command line. They replace the prompt file."""
     data_path: str | None = None
-    """The prompt file, if the command line names one; the configuration holds it too."""
+    """The prompt file, if the command line names one. The configuration holds it too."""
     extended_prompt_path: str | None = None
-    """A file with the long prompts to generate from, paired line by line."""
+    """A file with long prompts to generate from. Line N belongs to line N of the prompt file."""
     prompt_extend: bool = False
     """Let a text model write the long prompts."""
     i2v: bool = False
     """The prompt file names a first image for each video."""
     extend: str | None = None
-    """A video to go on with."""
+    """A video to continue."""
     v2v: str | None = None
     """A video to follow."""
     strength: float = 0.6
-    """How far a video may go from the one it follows, in (0, 1]."""
+    """How much a video may differ from the one that it follows, in (0, 1]."""
     switch: list[str] | None = None
     """Prompts to switch to, each written as ``"12s: a cat"``."""
     switch_style: str | None = None
-    """What a switch does to the frames before it."""
+    """How a switch treats the frames before it."""
     storyboard: str | None = None
-    """A YAML file of prompts and their times, in place of `switch`."""
+    """A YAML file of prompts and their times. It replaces `switch`."""
     length_chosen: bool = False
     """Whether the command line sets the number of latent frames."""
     use_ema: bool = False
@@ -42,9 +42,9 @@ class InferenceOptions:
     save_with_index: bool = False
     """Name files by the number of the prompt."""
     download: bool = False
-    """Fetch published weights that are missing first."""
+    """Download missing published weights first."""
     overwrite: bool = False
-    """Make videos again that exist."""
+    """Make existing videos again."""
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other. Raises UserError."""
@@ -62,7 +62,9 @@ class InferenceOptions:
         if self.storyboard and self.switch:
             raise UserError("--storyboard and --switch both say which prompt comes when; use one of them")
         if self.switch_style and not (self.storyboard or self.switch):
-            raise UserError("--switch_style says nothing without --switch or --storyboard")
+            raise UserError(
+                "--switch_style has no effect without --switch or --storyboard; add one of them, or leave it out"
+            )
 
     def given(self, *names: str) -> list[str]:
         """Return the flags among `names` that the command line sets, written as on the command line."""

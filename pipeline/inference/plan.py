@@ -1,4 +1,4 @@
-"""From options and prompt files to the list of videos to make."""
+"""Turn options and prompt files into the list of videos to make."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Job:
     """One video to make."""
 
     title: str
-    """The prompt as the user wrote it, and what else makes it another video."""
+    """The prompt as the user wrote it, and everything else that makes this video different."""
     recipe: Recipe
     image: Path | None = None
     extends: Path | None = None
@@ -44,12 +44,12 @@ class Job:
 
 
 def all_prompts(jobs: Sequence[Job]) -> list[str]:
-    """Return every prompt of the jobs, each once."""
+    """Return every prompt of the jobs, each one once."""
     return list(dict.fromkeys(prompt for job in jobs for prompt in job.prompts))
 
 
 def plan_jobs(config: PipelineConfig, options: InferenceOptions, dtype: torch.dtype) -> list[Job]:
-    """Return every video of the run in order, without the hashes of its weights.
+    """Return every video of the run in order. The hashes of weights in their recipes are still empty.
 
     Raises:
         UserError: a prompt, image, video or storyboard is missing or does not fit.
@@ -115,7 +115,7 @@ def _prompt_lines(
 def _long_prompts(
     config: PipelineConfig, options: InferenceOptions, lines: Sequence[PromptLine], source: str
 ) -> list[str]:
-    """Return what to generate from: the prompts, those of another file, or what a text model makes of them."""
+    """Return the prompts to generate from: the given ones, those of another file, or those of a text model."""
     names = [line.prompt for line in lines]
     if options.prompt_extend:
         return prompt_extend.extend_prompts(names, Path(config.inference.output_folder) / EXTENDED_PROMPTS)
@@ -125,7 +125,7 @@ def _long_prompts(
 
 
 def _storyboard(config: PipelineConfig, options: InferenceOptions) -> tuple[str | None, tuple[TimedPrompt, ...]]:
-    """Return the prompt a storyboard opens with, if it does, and the prompts to come."""
+    """Return the prompt at 0 s of a storyboard, if there is one, and the later prompts."""
     style = parse_style(options.switch_style or "recache", "--switch_style")
     cues = [parse_switch(text, style) for text in options.switch or []]
     if options.storyboard:
@@ -143,7 +143,7 @@ def _storyboard(config: PipelineConfig, options: InferenceOptions) -> tuple[str 
 
 
 def _seconds(config: PipelineConfig, options: InferenceOptions) -> float:
-    """Return the length of the part of a video that is generated; infinite if another video decides it."""
+    """Return the seconds of a video that are generated; infinity if another video decides its length."""
     if options.v2v is not None:
         return math.inf
     scale = codec_sizes(config.codec).temporal_scale

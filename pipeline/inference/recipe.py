@@ -1,4 +1,4 @@
-"""What decides a video. It is written into the mp4 itself, so a later run can tell whether a file is the same video."""
+"""The recipe of a video: everything that decides its frames. The mp4 holds it, so a later run recognises the video."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Recipe:
     image: str | None
     """Hash of the first image's file."""
     extends: str | None
-    """Hash of the file that the video goes on with."""
+    """Hash of the file that the video continues."""
     follows: str | None
     """Hash of the file that the video follows."""
     strength: float | None
-    """How far it may go from the file it follows."""
+    """How much it may differ from the file that it follows."""
     switches: tuple[tuple[float, str, str], ...]
     """Second, prompt and style of each change of the prompt."""
     weights: dict[str, str]
@@ -63,16 +63,16 @@ class Recipe:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What is written into the mp4's own metadata."""
+        """Tag -> text, for the metadata of the mp4."""
         return {"title": self.prompt, TAG: self.text}
 
     def differs_only_by_seed(self, other: Recipe | None) -> bool:
-        """Whether `other` is the same video with another seed."""
+        """Return whether `other` is the same video with another seed."""
         return other is not None and replace(other, seed=self.seed).text == self.text
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
-    """Return the recipe that a video file carries; None if it carries none."""
+    """Return the recipe in the metadata of a video file; None if it has none."""
     text = read_metadata(path).get(TAG, "")
     if not text.startswith("{"):
         return None
@@ -97,7 +97,7 @@ def file_hash(path: Path | None) -> str | None:
 
 
 def part_hashes(config: PipelineConfig, *, use_ema: bool | None, dtype: torch.dtype) -> dict[str, str]:
-    """Return what identifies the weights of each part. Few bytes of each tensor are read; it takes a second or two."""
+    """Return part -> hash of its weights. Only few bytes of each tensor are read, so it takes a second or two."""
     return {
         "generator": generator_hash(config.generator, use_ema=use_ema),
         "codec": weights_hash(find_part(config.codec.weights, "vae")),
@@ -111,7 +111,7 @@ def _text_hash(config: TextConfig, dtype: torch.dtype) -> str:
 
 
 def deciding_settings(config: PipelineConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the settings that decide frames. Devices, memory and exact kernels change them by rounding at most."""
+    """Return the settings that decide frames. Devices, memory savings and exact kernels only change their rounding."""
     values = to_dict(config)
     settings = {
         "sampler": values["sampler"],

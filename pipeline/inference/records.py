@@ -1,4 +1,4 @@
-"""What a run leaves beside its videos: a line a video in videos.jsonl, config.yaml and a contact sheet."""
+"""The files that a run writes beside its videos: videos.jsonl (one line a video), config.yaml and a contact sheet."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def append_record(config: PipelineConfig, placement: Placement, *, frames: int, 
 
 
 def _record(name: str, recipe: Recipe, frames: int) -> dict[str, Any]:
-    """Return what the file itself says of a video."""
+    """Return the record of a video, without its time."""
     return {
         "file": name,
         "prompt": recipe.prompt,
@@ -69,7 +69,7 @@ def _record(name: str, recipe: Recipe, frames: int) -> dict[str, Any]:
 
 
 def complete_records(folder: Path) -> None:
-    """Keep the latest record of each video, and write those that a crash has lost again from the files themselves.
+    """Keep the latest record of each video. Restore records that a crash has lost from the metadata of the videos.
 
     Damaged lines are set aside with one warning.
 
@@ -78,14 +78,14 @@ def complete_records(folder: Path) -> None:
     """
     path = folder / RECORDS
     if os.path.lexists(path) and not is_own_file(path):
-        raise UserError(f"{path}: is a link or a folder, and nothing is written there; move it away")
+        raise UserError(f"{path}: is a link or a folder, so it is not written; move it away")
     before = read_json_lines(path)
     latest = {record["file"]: record for record in before if isinstance(record.get("file"), str)}
     for file in sorted(folder.glob(f"*{SUFFIX}")):
         if file.name in latest or file.name.startswith(".") or not (is_own_file(file) and is_complete(file)):
             continue
         if (recipe := read_recipe(file)) is not None and not PARTIAL.search(file.stem):
-            with suppress(UserError):  # it does not play to its end
+            with suppress(UserError):  # the video is damaged
                 latest[file.name] = _record(file.name, recipe, count_frames(file))
     after = list(latest.values())
     if after != before:
@@ -95,7 +95,8 @@ def complete_records(folder: Path) -> None:
 def save_run(config: PipelineConfig, placements: Sequence[Placement], folder: Path) -> None:
     """Write config.yaml and the contact sheet of this run.
 
-    Those of an earlier run with another configuration are kept as `config-HASH.yaml` and `contact_sheet-HASH.png`.
+    The files of an earlier run with another configuration are kept as `config-HASH.yaml` and
+    `contact_sheet-HASH.png`.
     """
     text = to_yaml(config)
     _keep_earlier(folder, text)
@@ -124,5 +125,5 @@ def _keep_earlier(folder: Path, text: str) -> None:
 
 
 def _with_hash(path: Path, content: bytes) -> Path:
-    """Return the name under which a file of an earlier run is kept: with a hash of that run's configuration."""
+    """Return the name under which a file of an earlier run is kept. It holds a hash of that run's configuration."""
     return path.with_name(f"{path.stem}-{hashlib.sha256(content).hexdigest()[:8]}{path.suffix}")

@@ -1,4 +1,4 @@
-"""A run of inference.py from its configuration to its files, in one process or in several."""
+"""Run inference.py from its configuration to its files, in one process or in several."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from utils.tracking import progress, setup_logging
 log = logging.getLogger("inference")
 
 SEED_BITS = 31
-SIGNAL_EXIT = 128  # a shell's exit code of a program that a signal has ended: this plus the signal's number
+SIGNAL_EXIT = 128  # plus the signal's number: the exit code that a shell gives a program that a signal has ended
 PLACEMENTS = TypeAdapter(list[Placement])
 
 
 class EndedBySignal(SystemExit):
-    """A signal has ended the run; what was made is written."""
+    """A signal has ended the run. The frames made so far are written."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(SIGNAL_EXIT + number)
@@ -77,8 +77,8 @@ def run(config: PipelineConfig, options: InferenceOptions) -> list[Path]:
         the file of each video, in every process.
 
     Raises:
-        UserError: something cannot be used. Mistakes are found before anything heavy is loaded.
-        EndedBySignal: Ctrl-C, SIGTERM or SIGHUP came; an unfinished video is kept under a partial name.
+        UserError: an input is wrong or missing. Mistakes are found before anything heavy is loaded.
+        EndedBySignal: Ctrl-C, SIGTERM or SIGHUP came. An unfinished video is kept under a partial name.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -98,12 +98,12 @@ def run(config: PipelineConfig, options: InferenceOptions) -> list[Path]:
         if ranks.is_main:
             complete_records(folder)
             save_run(config, placements, folder)
-        barrier()  # the lock holds until all is written
+        barrier()  # keep the lock until every process has written its files
     return [placement.path for placement in placements]
 
 
 def _in_main(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Return in every process what `work` returns in the main one, as JSON. If it fails, the others end in silence."""
+    """Run `work` in the main process. Return its result (JSON) in every process. If it fails, the others just end."""
     result = failure = None
     if ranks.is_main:
         try:
@@ -117,7 +117,7 @@ def _in_main(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 
 def _with_seed(config: PipelineConfig) -> PipelineConfig:
-    """Return the configuration with a seed of its own if it asks for a random one."""
+    """Return the configuration. If it asks for a random seed, draw one and set it."""
     if config.inference.seed != RANDOM_SEED:
         return config
     seed = broadcast_value(secrets.randbits(SEED_BITS))
@@ -137,19 +137,23 @@ def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torc
     for job in progress(jobs, "looking for existing videos", unit="video"):
         placement = output.place(replace(job, recipe=replace(job.recipe, weights=hashes)))
         if placement.exists and not options.overwrite:
-            settle_partials(placement.path, placement.job.recipe, finished=True)  # of --overwrite, stopped
+            settle_partials(placement.path, placement.job.recipe, finished=True)  # left by a stopped --overwrite
         placements.append(replace(placement, exists=placement.exists and not options.overwrite))
     memory.check_disk(config, sum(not placement.exists for placement in placements))
     return PLACEMENTS.dump_python(placements, mode="json")
 
 
 def _announce(config: PipelineConfig, placements: Sequence[Placement]) -> None:
-    """Say what will be made, once nothing can be refused any more."""
+    """Log what will be made, after all checks."""
     warn_of_prompts(config.text_encoder, all_prompts([placement.job for placement in placements]))
     missing = [placement for placement in placements if not placement.exists]
     renamed = [placement.path for placement in missing if placement.path.stem != placement.job.recipe.name]
     if renamed:
-        log.info("%d names belong to other videos, which are kept; new ones: %s ...", len(renamed), renamed[0].name)
+        log.info(
+            "%d file names belong to other videos, which are kept; the new names are %s ...",
+            len(renamed),
+            renamed[0].name,
+        )
     if len(missing) < len(placements):
         existing = len(placements) - len(missing)
         log.info("%d of %d videos exist already; --overwrite makes them again", existing, len(placements))
@@ -158,7 +162,7 @@ def _announce(config: PipelineConfig, placements: Sequence[Placement]) -> None:
 
 
 def _make_videos(config: PipelineConfig, placements: Sequence[Placement], parts: dict[str, Any], ranks: Ranks) -> None:
-    """Load the pipeline and make this process's share of the videos; `parts` says how weights are loaded."""
+    """Load the pipeline and make this process's share of the videos. `parts` says how weights are loaded."""
     missing = [placement for placement in placements if not placement.exists]
     together = config.optimize.sequence_parallel  # then all processes make each video
     mine = missing if together else share(missing, ranks.rank, ranks.world_size)

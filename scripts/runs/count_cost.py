@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     """
     for flag, presets in (("student", [args.student]), ("teachers", args.teachers)):
         if unknown := [preset for preset in presets if preset not in PRESETS]:
-            raise UserError(f"--{flag}={unknown[0]} is none of {', '.join(PRESETS)}")
+            raise UserError(f"--{flag}={unknown[0]} is not one of {', '.join(PRESETS)}")
     text = report(args, command)
     atomic_write_text(args.output, text)
     print(text)

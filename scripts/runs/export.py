@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 def export_transformer(args: argparse.Namespace) -> str:
     """Write the transformer, read it back and compare. Return a line about it."""
     if args.preset not in PRESETS:
-        raise UserError(f"--preset={args.preset} is none of {', '.join(PRESETS)}")
+        raise UserError(f"--preset={args.preset} is not one of {', '.join(PRESETS)}")
     loras = load_loras(args.lora, args.lora_scale)
     model, state = open_transformer(args.input, preset=args.preset, use_ema=args.ema)
     merge_loras(state, loras)

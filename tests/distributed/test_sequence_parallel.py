@@ -41,7 +41,7 @@ def work(folder: Path) -> None:
     with torch.no_grad():
         shared(*arguments, cache=cache)
         cached = cache.extend(0, live, live, 0)[0].shape
-        with pytest.raises(ValueError, match="3 tokens a frame do not divide among 2 processes"):
+        with pytest.raises(ValueError, match="3 tokens a frame are not a multiple of the 2 processes"):
             shared(random(1, 3, 4, 2, 6), *arguments[1:])
     (folder / f"{ranks.rank}.json").write_text(json.dumps({"errors": errors, "cached": list(cached)}))
     shutdown_distributed()

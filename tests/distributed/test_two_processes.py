@@ -173,7 +173,7 @@ def test_a_bad_loss_of_one_process_skips_the_step_of_all(unlucky):
     assert [line["skipped"] for line in lines[:3]] == [0, 1, 1]
     assert lines[1]["critic_loss"] is None and lines[2]["critic_loss"] > 0
     record = json.loads((logdir / "skipped" / "step_00000002.json").read_text())
-    assert len(record["prompts"]) == 2 and "step 2 skipped" in done.stderr
+    assert len(record["prompts"]) == 2 and "step 2 was skipped" in done.stderr
 
 
 def test_bfloat16_passes_train_close_to_float32(train):

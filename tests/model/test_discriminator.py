@@ -109,7 +109,7 @@ def test_official_depths_and_impossible_ones():
     config = DiscriminatorConfig()
     assert config.layers(30) == [13, 21, 29]
     assert config.layers(5) == [1, 3, 4]
-    with pytest.raises(ValueError, match="fall on blocks"):
+    with pytest.raises(ValueError, match="one of them twice"):
         config.layers(2)
     for wrong in ({"depths": []}, {"depths": [0.5, 0.5]}, {"depths": [0.0, 1.0]}, {"depths": [1.1]}, {"registers": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -292,7 +292,7 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="a rolling KVCache cannot be used under grad"):
         extend(KVCache(1, window=6), shape, 0)
     with torch.no_grad():
-        with pytest.raises(ValueError, match="a chunk of 3 frames does not fit the window: window=4 less sink=2"):
+        with pytest.raises(ValueError, match="a chunk of 3 frames does not fit the window: window=4 minus sink=2"):
             extend(KVCache(1, window=4, sink=2), shape, 0)
         cache = KVCache(1)
         extend(cache, shape, 0)

@@ -291,7 +291,7 @@ def test_a_damaged_stored_prompt_is_made_anew(saved, encoder, tmp_path):
 def test_a_cache_that_cannot_be_written_does_no_harm(saved, tmp_path, caplog):
     (tmp_path / "prompts").write_text("a file in the way")
     assert saved[1]().encode(["a circle"]).shape == (1, 10, 32)
-    assert "prompt embeddings are not kept" in caplog.text
+    assert "prompt embeddings cannot be stored" in caplog.text
 
 
 def test_a_freed_encoder_leaves_nothing_behind_and_comes_back_when_needed(saved):

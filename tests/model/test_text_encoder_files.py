@@ -266,7 +266,7 @@ def test_a_stored_prompt_that_does_not_fit_is_made_anew_with_one_warning(small, 
     caplog.clear()
     assert torch.equal(cache().encode(["a circle"]), expected)
     (message,) = caplog.messages
-    assert "made anew" in message and file.name in message
+    assert "the prompt is encoded again" in message and file.name in message
     assert load_file(file)["embeds"].equal(whole["embeds"])
 
 
@@ -279,7 +279,7 @@ def test_a_damaged_memory_of_an_encoder_is_a_warning(small, caplog, tmp_path):
         memory.write_text(content)
         caplog.clear()
         assert cache().files is None
-        assert "the prompts of this encoder are not used" in caplog.text
+        assert "the stored prompt embeddings of this encoder are not used" in caplog.text
 
 
 def test_names_of_wan_and_transformers_are_one_encoder(wan, encoder):

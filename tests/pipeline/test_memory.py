@@ -203,7 +203,7 @@ def test_the_smaller_decoder_is_advised_where_it_is_at_hand(published, monkeypat
     assert "taew2_1" not in plan(Config(), **on_gpu).line
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "taew2_1.pth").touch()
-    assert plan(Config(), **on_gpu).line.endswith("codec.weights=checkpoints/taew2_1.pth decodes with less")
+    assert plan(Config(), **on_gpu).line.endswith("codec.weights=checkpoints/taew2_1.pth needs less memory to decode")
 
 
 def test_processes_share_the_ram(middling, monkeypatch):
@@ -274,5 +274,5 @@ def test_a_disk_must_hold_all_videos(middling, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     check_disk(middling, 7)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(UserError, match=r"7 videos take up to 3.6 MB .* choose another --output_folder"):
+    with pytest.raises(UserError, match=r"7 videos take up to 3.6 MB, .* choose another --output_folder"):
         check_disk(middling, 7)

@@ -477,8 +477,8 @@ def refused_rollout(**options):
     [
         (lambda: config().chunks(8), "num_frames=8 is not a multiple of frames_per_chunk=3; use 6 or 9"),
         (lambda: config(independent_first_frame=True).chunks(9), "num_frames=9 is not 1 \\+ a multiple"),
-        (lambda: config(window=2), "window=2 less sink=0 does not hold frames_per_chunk=3"),
-        (lambda: config(window=6, sink=4), "window=6 less sink=4 does not hold frames_per_chunk=3"),
+        (lambda: config(window=2), "window=2 minus sink=0 is less than frames_per_chunk=3"),
+        (lambda: config(window=6, sink=4), "window=6 minus sink=4 is less than frames_per_chunk=3"),
         (lambda: config(sink=-1), "sink=-1"),
         (lambda: config(frames_per_chunk=0), "frames_per_chunk=0"),
         (lambda: config(context_noise=1001.0), "context_noise=1001.0"),

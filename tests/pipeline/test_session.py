@@ -481,7 +481,7 @@ def test_1000_chunks_take_the_time_and_memory_of_200(pipeline):
         ({"num_frames": 0}, "num_frames=0 must be at least 1"),
         ({"denoising_steps": [250.0, 500.0]}, "must descend"),
         ({"context_frames": torch.zeros(5, 3, 48, 48), "num_frames": 4}, "num_frames=2 is not a multiple"),
-        ({"switches": (PromptSwitch("a", at_frame=5), PromptSwitch("b", at_frame=4))}, "not in their order"),
+        ({"switches": (PromptSwitch("a", at_frame=5), PromptSwitch("b", at_frame=4))}, "not in ascending order"),
     ],
 )
 def test_a_wrong_request_is_refused_at_once(pipeline, options, message):
@@ -495,7 +495,7 @@ def test_a_wrong_request_is_refused_at_once(pipeline, options, message):
         ({"width": 64}, "may differ in prompt, seed, sample and given frames alone"),
         ({"num_frames": 12}, "may differ in prompt"),
         ({"context_frames": torch.zeros(1, 3, 48, 48)}, "may differ in prompt"),
-        ({"source": []}, "made one by one"),
+        ({"source": []}, "cannot be made as a batch"),
     ],
 )
 def test_requests_that_make_no_batch_are_refused(pipeline, options, message):

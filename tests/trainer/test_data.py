@@ -75,7 +75,7 @@ def test_resuming_goes_on_with_the_sample_after_the_last():
     resumed = letters(99)
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert first + resumed.next(9).prompts == expected and resumed.state_dict() == straight.state_dict()
-    with pytest.raises(UserError, match="has 6 items, but 5 when the checkpoint was made"):
+    with pytest.raises(UserError, match="has 6 items, but had 5 when the checkpoint was made"):
         letters(items="abcdef").load_state_dict(stopped.state_dict())
 
 

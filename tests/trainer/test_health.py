@@ -35,7 +35,7 @@ def test_a_skipped_step_is_counted_and_its_batch_recorded(tmp_path, caplog):
     assert watcher.skipped == watcher.in_a_row == 1
     record = json.loads((tmp_path / "skipped" / "step_00000003.json").read_text())
     assert record["seed"] == 5 and record["samples"] == [8, 9, 10, 11] and record["prompts"] == ["a cat", "a dog"]
-    assert "step 3 skipped" in caplog.text
+    assert "step 3 was skipped" in caplog.text
     watcher.step_done(4, {})
     assert watcher.skipped == 1 and watcher.in_a_row == 0
 
@@ -55,7 +55,7 @@ def test_too_many_in_a_row_end_the_run_in_one_line(tmp_path):
 def test_a_batch_that_cannot_be_recorded_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     skip(health(tmp_path / "file"), 1)
-    assert "not recorded" in caplog.text
+    assert "could not be recorded" in caplog.text
 
 
 def test_a_rising_critic_and_falling_variance_are_told_with_advice(tmp_path, caplog):

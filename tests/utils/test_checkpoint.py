@@ -147,7 +147,7 @@ def test_a_full_disk_costs_one_checkpoint_only(tmp_path, objects, caplog, backgr
         checkpoints.save(2, objects, {})
         checkpoints.finish()
     (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert "checkpoint of step 2 not written" in warning and "File too large" in warning
+    assert "checkpoint of step 2 could not be written" in warning and "File too large" in warning
     assert "training goes on, and step_00000001 is still good" in warning and "\n" not in warning
     assert names(tmp_path) == ["latest", "step_00000001"]
     assert all(torch.equal(value, good[key]) for key, value in read_tensors(latest_checkpoint(tmp_path)).items())
@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_written_to_costs_one_checkpoint_only(tmp_path, 
     checkpoints = store(tmp_path, objects, [1])
     with read_only(tmp_path):
         checkpoints.save(2, objects, {})
-    assert "checkpoint of step 2 not written" in caplog.text
+    assert "checkpoint of step 2 could not be written" in caplog.text
     assert "Read-only file system" in caplog.text or "Permission denied" in caplog.text
     checkpoints.save(3, objects, {})
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000003"]

@@ -206,8 +206,8 @@ def test_what_is_no_image_is_one_line(tmp_path):
     (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     for name, text in {
         "empty.png": "is empty",
-        "text.png": "is none of",
-        "program.eps": "is none of",  # which Pillow would run in Ghostscript
+        "text.png": "is not one of",
+        "program.eps": "is not one of",  # which Pillow would run in Ghostscript
         "photo.heic": "HEIC image; convert it with: magick '",
         "missing.png": "No such file",
         ".": "directory",

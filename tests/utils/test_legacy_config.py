@@ -134,7 +134,7 @@ def test_an_old_file_is_answered_key_by_key_and_nothing_is_loaded(tmp_path):
     ["image_or_video_shape: 3", "real_name: [1]", "real_name: Wan2.2", "denoising_step_list: {a: b}", "trainer: gnome"],
 )
 def test_a_value_that_makes_no_sense_is_shown(text, tmp_path):
-    assert "is no value the official code takes" in answer(text, tmp_path)
+    assert "is not a value that the official code accepts" in answer(text, tmp_path)
 
 
 def test_long_values_are_cut(tmp_path):

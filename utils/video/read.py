@@ -64,7 +64,7 @@ class VideoFile:
         except (load_pyav().FFmpegError, OSError) as error:
             if not count:
                 raise
-            log.warning("%s: is damaged after %d frames (%s); these are used", self.path, count, reason(error))
+            log.warning("%s: is damaged after %d frames (%s); only these are used", self.path, count, reason(error))
 
     def pictures(self) -> Iterator[Image.Image]:
         """Yield all frames as upright RGB images in square pixels."""

@@ -172,7 +172,7 @@ class VideoWriter:
             self.keep_partial = True
             kept = ""
             if plays(self.partial):
-                kept = f"; what was made before is in {self.partial.name} and plays"
+                kept = f"; the frames made before are in {self.partial.name}, which can be played"
             cause = reason(self._file.error or error)
             raise UserError(
                 f"cannot write {_short(self.path)}: {cause}{kept}; free space or choose another folder"
