@@ -103,7 +103,9 @@ def test_auto_compiles_nothing_on_a_cpu(monkeypatch, caplog):
     monkeypatch.setattr("pipeline.optimize.compile_blocks", lambda *_: pytest.fail("it was compiled"))
     caplog.set_level("INFO")
     optimized()
-    assert [record.message for record in caplog.records] == ["optimize.compile=auto: off, compiling gains little on cpu"]
+    assert [record.message for record in caplog.records] == [
+        "optimize.compile=auto: off, compiling gains little on cpu"
+    ]
 
 
 @torch.no_grad()
