@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.eight_bits import fp8_attention, int8_attention
 from utils.errors import UserError
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -39,12 +40,26 @@ class AttentionBackend(Enum):
     """FlashAttention-2 (pip install flash-attn), Ampere and later."""
     sage = "sage"
     """SageAttention: products in 8 bits, faster and less exact. It is for inference only, and auto never picks it."""
+    int8 = "int8"
+    """q and k in 8-bit integers, as in SageAttention, written out in torch. It runs on any device and is slow: it shows
+    the quality of such products. For inference only."""
+    fp8 = "fp8"
+    """Like int8, and the products with v in 8-bit floats, as in SageAttention2, which ``sage`` is on Hopper."""
     sdpa = "sdpa"
     """The kernel that torch chooses. It runs on any device."""
+
+    @property
+    def has_8_bits(self) -> bool:
+        """True if products are computed in 8 bits. Such a kernel has no backward pass."""
+        return self in (AttentionBackend.sage, *WRITTEN_OUT)
 
     def for_text(self) -> AttentionBackend:
         """Return the kernel for attention to a prompt, which has few keys."""
         return AttentionBackend.cudnn if self is AttentionBackend.flash4 else self
+
+
+WRITTEN_OUT = {AttentionBackend.int8: int8_attention, AttentionBackend.fp8: fp8_attention}
+"""Attention in 8 bits by ordinary operations."""
 
 
 class KernelNeed(NamedTuple):
@@ -88,7 +103,7 @@ def resolve_backend(backend: AttentionBackend, device: torch.device, dtype: torc
 
 def missing(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
     """Describe the requirement that is missing for a kernel; None if it can run."""
-    if backend in (AttentionBackend.sdpa, AttentionBackend.auto):
+    if backend in (AttentionBackend.sdpa, AttentionBackend.auto, *WRITTEN_OUT):
         return None
     need = NEEDS[backend]
     if device.type != "cuda" or dtype not in HALF_PRECISION:
@@ -114,15 +129,19 @@ def run_kernel(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> Te
     ``backend`` comes from :func:`resolve_backend`. If the kernel cannot take these tensors (float32, a large head
     dim), ``sdpa`` computes them.
     """
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if differentiable and backend.has_8_bits:
+        raise UserError(
+            f"attention kernel {backend.value!r} has no backward pass; use auto, flash or cudnn for training"
+        )
+    if backend in WRITTEN_OUT:
+        return WRITTEN_OUT[backend](q, k, v)
     if backend not in NEEDS or not takes(backend, q):
         return sdpa(q, k, v)
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend is AttentionBackend.cudnn:
         return _cudnn(q, k, v, differentiable)
     if not differentiable:
         return packaged_attention(q, k, v, backend.value)
-    if backend is AttentionBackend.sage:
-        raise UserError("attention kernel 'sage' has no backward pass; use auto, flash or cudnn for training")
     return _packaged(q, k, v, backend.value)
 
 

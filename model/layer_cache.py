@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from model.attention import FrameRange
+from model.eight_bits import FP8, to_fp8
 from model.rope import apply_rotary
-
-FP8 = torch.float8_e4m3fn
 
 
 class CacheDtype(Enum):
@@ -74,12 +73,6 @@ class ChunkSlots:
     """The rotation that moves the sink's keys with the window (see :func:`model.rope.shift_table`); None: no move."""
 
 
-def quantize_keys(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x [... D] as 8-bit floats [... D] with a float32 scale [... 1] for every head and token."""
-    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / torch.finfo(FP8).max
-    return (x.float() / scale).to(FP8), scale
-
-
 @dataclass(frozen=True)
 class FrameBuffer:
     """The keys or values of several frames, in the dtype of the denoiser or in 8 bits."""
@@ -103,14 +96,14 @@ class FrameBuffer:
 
     def write(self, x: Tensor, chunk: ChunkSlots) -> None:
         """Write the frames x [B F T N D] of a chunk into its slots."""
-        data, scale = (x, None) if self.scale is None else quantize_keys(x)
+        data, scale = (x, None) if self.scale is None else to_fp8(x)
         self._fill(self.data, data, chunk)
         if scale is not None:
             self._fill(self.scale, scale, chunk)
 
     def write_at(self, slot: int, x: Tensor) -> None:
         """Write frames x [B F T N D] into consecutive slots."""
-        data, scale = (x, None) if self.scale is None else quantize_keys(x)
+        data, scale = (x, None) if self.scale is None else to_fp8(x)
         self.data[:, slot : slot + x.shape[1]] = data
         if scale is not None:
             self.scale[:, slot : slot + x.shape[1]] = scale
@@ -195,7 +188,7 @@ class LayerCache:
             if low < start
         ]
         if buffer.scale is not None:  # round as inference does; gradients pass through the rounding
-            data, scale = quantize_keys(live.detach())
+            data, scale = to_fp8(live.detach())
             live = live + ((data.float() * scale).to(live.dtype) - live.detach())
         return torch.cat([*context, live], dim=1).flatten(1, 2)
 

@@ -134,6 +134,11 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split the product qkv [B F T 3C] into q, k, v [B F T N D]. Norm q and k by their weights [2 C]; rotate both."""
     parts = qkv.unflatten(-1, (3, -1))
+    if torch.compiler.is_compiling():  # apart, norm, rotation and cache write become one kernel; together they do not
+        q, k, v = parts.unbind(-2)
+        q, k = (F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) for x in (q, k))
+        q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (q * norm[0], k * norm[1], v))
+        return apply_rotary(q, rotary), apply_rotary(k, rotary), v
     qk = parts[..., :2, :].float()
     mean_square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square() / qk.shape[-1]
     qk = (qk * (mean_square + eps).rsqrt()).to(qkv.dtype) * norm

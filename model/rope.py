@@ -67,9 +67,10 @@ def shift_table(frames: int, head_dim: int, device: torch.device) -> Tensor:
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Rotate interleaved pairs of x [B F T N D] by ``table`` (see :func:`rotary_table`), in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # torch.compile does not fuse complex numbers
-        (real, imaginary), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    if torch.compiler.is_compiling():  # it does not fuse complex numbers, and writes what is stacked to memory
+        cos, sin = table.split(1, dim=-1)
+        sign = torch.arange(-1, 2, 2, device=x.device)  # (real, imaginary) i = (-imaginary, real)
+        rotated = pairs * cos + pairs.flip(-1) * (sin * sign)
     else:
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return rotated.flatten(-2).to(x.dtype)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from model.codec import VideoCodec
+from model.eight_bits import round_linears
 from model.fused_block import FusedBlock
 from model.fused_ops import missing
 from model.transformer import WanTransformer
@@ -69,6 +70,8 @@ class Quantization(Enum):
     """Weights and activations in 8-bit integers."""
     fp8 = "fp8"
     """Weights and activations in 8-bit floats with a scale for each row. NVIDIA Ada, Hopper and later."""
+    fp8_rounded = "fp8_rounded"
+    """The same values, multiplied in the precision of the model: any device, and slow. It shows the quality of fp8."""
 
 
 class Kernels(Enum):
@@ -161,6 +164,9 @@ def rollout_flops(transformer: WanTransformer, rollout: RolloutConfig, *, frames
 
 def quantize(blocks: nn.Module, kind: Quantization) -> None:
     """Replace the weights of every linear layer by 8-bit ones."""
+    if kind is Quantization.fp8_rounded:
+        round_linears(blocks)
+        return
     device = next(blocks.parameters()).device
     if kind is Quantization.fp8 and not (
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY

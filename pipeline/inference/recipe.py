@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from model.kernels import AttentionBackend
 from model.prompt_files import encoder_digest
 from model.weights import find_part, weights_hash
 from pipeline.config import PipelineConfig, Sampler, TextConfig
@@ -119,7 +118,7 @@ def deciding_settings(config: PipelineConfig, dtype: torch.dtype) -> dict[str, A
         "rollout": values["rollout"],
         "video": values["video"],
         "quantize": values["optimize"]["quantize"],
-        "attention": "8 bits" if config.generator.attention is AttentionBackend.sage else "full precision",
+        "attention": "8 bits" if config.generator.attention.has_8_bits else "full precision",
         "dtype": str(dtype).removeprefix("torch."),
     }
     if config.sampler is not Sampler.rollout:

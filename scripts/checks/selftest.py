@@ -43,7 +43,7 @@ BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.06}
 """Largest relative difference of latents."""
 LEVELS = {torch.float32: 0.5, torch.bfloat16: 6.0}
 """Largest mean difference of pixels, in levels of 255."""
-KERNEL_BOUND, SAGE_BOUND = 0.02, 0.1
+KERNEL_BOUND, EIGHT_BIT_BOUND = 0.02, 0.1
 GRAPHS = 6
 """The most graphs that a rollout needs: first, growing and full window, each denoised and committed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -134,7 +134,7 @@ def check_kernel(device: torch.device, backend: AttentionBackend) -> str:
     weights = torch.einsum("blnd,bsnd->bnls", q, k).div(128**0.5).softmax(-1)
     expected = torch.einsum("bnls,bsnd->blnd", weights, v)
     made = run_kernel(backend, *(x.to(device, dtype) for x in (q, k, v))).float().cpu()
-    return within(difference(made, expected), SAGE_BOUND if backend is AttentionBackend.sage else KERNEL_BOUND)
+    return within(difference(made, expected), EIGHT_BIT_BOUND if backend.has_8_bits else KERNEL_BOUND)
 
 
 def check_triton(device: torch.device) -> str:

@@ -9,7 +9,10 @@ MEASURES = {
     "peer": "peers",
     "codec": "codecs",
     "codec_peer": "peers",
+    "graph": "graphs",
     "load": "programs",
     "train": "programs",
 }
 """Measurement -> module of scripts.measuring whose function ``measure_NAME`` makes it."""
+ALONE = ("graph",)
+"""Measurements that are not part of ``all``."""

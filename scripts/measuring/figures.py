@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+PATHS = ("compiled", "triton")
+"""How a layer is computed: compiled, and compiled with optimize.kernels=triton."""
 FIGURES: dict[str, tuple[str, ...]] = {
     "inference": (
         *("text", "step N", "context", "decode of a first latent", "decode", "host copy", "steps of chunk N"),
@@ -22,6 +24,9 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "peer": ("ours s", "diffusers s", "ours / diffusers"),
     "codec": ("decode s", "decoded frames/s", "encode s", "peak memory GiB", "warm-up s"),
     "codec_peer": ("ours s", "diffusers s", "ours / diffusers"),
+    "graph": tuple(
+        f"{path} {figure}" for path in PATHS for figure in ("kernels a layer", "passes a layer", "MB a layer")
+    ),
     "load": ("inference.py --help s", "imports s", "imports, parts and a prompt s"),
     "train": ("seconds", "seconds_PHASE", "samples_per_second", "peak memory GiB"),
 }

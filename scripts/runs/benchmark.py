@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.measuring import MEASURES
+from scripts.measuring import ALONE, MEASURES
 from scripts.measuring.bench import Bench, Figures
 from scripts.measuring.figures import is_known
 from scripts.measuring.machine import machine
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     against = json.loads(Path(args.against).read_text()) if args.against else None
     report = {"command": args.command, "machine": machine(bench.device), "results": {}}
     print_head(report, against)
-    for name in MEASURES if args.what == "all" else [args.what]:
+    for name in [one for one in MEASURES if one not in ALONE] if args.what == "all" else [args.what]:
         figures = measure(name, bench)
         report["results"][name] = figures
         print_figures(name, figures, against["results"].get(name, {}) if against else {})

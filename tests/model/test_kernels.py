@@ -200,3 +200,33 @@ def test_every_kernel_that_runs_here_equals_sdpa(backend):
     tolerance = 0.1 if backend is AttentionBackend.sage else 0.02
     expected = attention(q, k, v, backend=AttentionBackend.sdpa).float()
     assert relative_error(attention(q, k, v, backend=backend).float(), expected) <= tolerance
+
+
+@pytest.mark.parametrize(("name", "bound"), [("int8", 0.02), ("fp8", 0.05)])
+def test_attention_in_8_bits_is_close_to_exact_attention(name, bound):
+    """Also with keys far from zero, which their mean takes off, and with lengths that fill no block."""
+    q, k, v = (random(2, length, 3, 64, seed=length) for length in (200, 333, 334))
+    v = v[:, :333]
+    expected = kernels.sdpa(q, k, v)
+    for keys in (k, k + 20 * random(1, 1, 3, 64)):
+        made = attention(q, keys, v, backend=AttentionBackend(name))
+        assert 0 < relative_error(made, expected) <= bound
+    half = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=AttentionBackend(name))
+    assert half.dtype == torch.bfloat16 and relative_error(half.float(), expected) <= bound + 0.01
+    with pytest.raises(UserError, match=f"'{name}' has no backward pass"):
+        attention(q.requires_grad_(), k, v, backend=AttentionBackend(name))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_rollout_with_attention_in_8_bits_is_close_to_one_without(name):
+    """Also compiled, in one graph."""
+    denoiser, latents, embeds = tiny_denoiser(), random(1, 3, 4, 4, 6), random(1, 5, 8, seed=1)
+    arguments = latents, torch.full((1, 1), 500.0), embeds
+    with torch.no_grad():
+        expected = denoiser(*arguments).x0
+        denoiser.transformer.attention_backend = AttentionBackend(name)
+        made = denoiser(*arguments).x0
+        for block in denoiser.transformer.blocks:
+            block.compile(fullgraph=True, backend="eager")
+        assert relative_error(denoiser(*arguments).x0, made) <= 1e-5
+    assert 0 < relative_error(made, expected) <= 0.02

@@ -147,6 +147,18 @@ def test_8_bit_products_are_close_layer_by_layer(kind, tolerance):
             assert 0 < error <= tolerance, (name, error)
 
 
+def test_rounded_products_are_close_layer_by_layer_and_in_a_clip():
+    sizes = replace(TINY, dim=128, ffn_dim=256)
+    plain, rounded = optimized(sizes), optimized(sizes, quantize=Quantization.fp8_rounded)
+    x, changed = random(1, 64, 128), 0
+    for name, layer in plain.transformer.blocks.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer.in_features == 128:
+            changed += 1
+            assert 0 < relative_error(rounded.transformer.blocks.get_submodule(name)(x), layer(x)) <= 0.05, name
+    assert changed == 2 * 7  # q, k and v of self-attention are one layer
+    assert 0 < relative_error(latents_of(rounded), latents_of(plain)) <= 0.1
+
+
 def test_8_bit_floats_are_refused_without_a_gpu_that_has_them():
     with pytest.raises(UserError, match=r"quantize=fp8 needs an NVIDIA GPU .*, not cpu"):
         optimized(quantize=Quantization.fp8)
