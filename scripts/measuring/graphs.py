@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, scheduler
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import MultiOutput, MultiOutputLayout
@@ -26,6 +26,8 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from model.attention import AttentionBackend
 from model.fused_block import FusedBlock
@@ -36,7 +38,6 @@ from model.transformer import PRESETS, WanConfig
 from pipeline.sizes import token_size
 from scripts.measuring.bench import Bench, Figures
 from scripts.measuring.figures import PATHS
-from utils.errors import UserError
 
 CUDA = torch.device("cuda", 0)
 CHUNK = 6
@@ -61,14 +62,7 @@ def measure_graph(bench: Bench) -> Figures:
     """Kernels beside products and attention, and their bytes: compiled, and compiled with the Triton kernels.
 
     A pass reads or writes the hidden states of a chunk once.
-
-    Raises:
-        UserError: triton is not installed.
     """
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise UserError("benchmark.py graph needs the package triton: pip install triton") from error
     config = bench.config
     rows, columns = token_size(config)
     tokens = (config.video.height // rows) * (config.video.width // columns)
@@ -194,10 +188,6 @@ def _numel(dep: Any) -> int:
 @contextmanager
 def _imagined_gpu() -> Iterator[None]:
     """Let inductor believe in an H100. It asks for properties of the device and computes nothing on it."""
-    from torch._inductor import scheduler
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
     properties = {
         "multi_processor_count": 132,
         "major": 9,
