@@ -126,6 +126,8 @@ class DMDConfig:
     """Weight of a regression to stored trajectories (ode.pairs) in the generator's loss. 0 turns it off."""
     clean_step: bool = False
     """causvid: a chunk may also be clean, as if rollout.denoising_steps had one more entry, 0."""
+    clean_context: bool = False
+    """causvid: every chunk is denoised after clean real chunks (teacher forcing), not after noised ones."""
 
     def __post_init__(self) -> None:
         require(self, AT_LEAST_1, "critic_updates")

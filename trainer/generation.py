@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.attention import block_causal_mask, teacher_forcing_mask
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import MAX_TIMESTEP
@@ -193,6 +194,7 @@ class ChunkDenoising(Generation):
         steps = [*steps_of_chunk(config.timesteps(self.denoiser), 0), *([0.0] if self.config.dmd.clean_step else [])]
         chunks = config.chunks(self.config.video.num_frames)
         timesteps = sample_step_timesteps(micro_batch.total, chunks, steps, micro_batch.generator("steps"))
+        clean_context = self.config.dmd.clean_context
         with torch.set_grad_enabled(with_grad):
             latents = denoise_chunks(
                 self.denoiser,
@@ -200,7 +202,10 @@ class ChunkDenoising(Generation):
                 batch.embeds,
                 timesteps=micro_batch.of(timesteps).to(batch.real.device),
                 noise=micro_batch.randn("start noise", batch.real),
-                block_mask=config.mask(batch.real.shape[1]),
+                block_mask=config.mask(
+                    batch.real.shape[1], teacher_forcing_mask if clean_context else block_causal_mask
+                ),
+                clean_context=clean_context,
             )
         return Video(latents)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.attention import BlockMask
 from model.denoiser import Denoiser
 from model.flow_matching import add_noise
+from trainer.objectives.diffusion import predict_in_context
 
 
 def sample_step_timesteps(
@@ -35,6 +36,7 @@ def denoise_chunks(
     timesteps: Tensor,
     noise: Tensor,
     block_mask: BlockMask,
+    clean_context: bool = False,
 ) -> Tensor:
     """Predict x0 [B F C H W] in one step from real latents that are noised chunk by chunk.
 
@@ -43,6 +45,10 @@ def denoise_chunks(
         prompt_embeds: [B L E].
         timesteps: [B F], from :func:`sample_step_timesteps`. A frame at timestep 0 is returned unchanged.
         noise: [B F C H W].
-        block_mask: block-causal over F frames.
+        block_mask: block-causal over F frames; the teacher-forcing mask over 2 F frames for ``clean_context``.
+        clean_context: every chunk sees the clean chunks before it, as in teacher forcing.
     """
+    if clean_context:
+        noisy = add_noise(clean, noise, timesteps)
+        return predict_in_context(denoiser, noisy, timesteps, clean, prompt_embeds, block_mask).x0
     return denoiser(add_noise(clean, noise, timesteps), timesteps, prompt_embeds, block_mask=block_mask).x0
