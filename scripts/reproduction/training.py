@@ -12,6 +12,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
+AVERAGES = 5  # the averaged weights cover the last fifth of a training, in every method
 SHORT = 8  # warm-up and the critic's head start take at most this fraction (1/SHORT) of the updates
 
 
@@ -51,6 +52,7 @@ def _keys(training: Training, folder: Path) -> list[str]:
     """Return the overrides of a training."""
     short = max(1, training.steps // SHORT)
     keys = [f"trainer.steps={training.steps}", f"trainer.seed={training.seed}", "trainer.save_every=20"]
+    keys.append(f"trainer.ema_decay={max(0.0, 1 - AVERAGES / training.steps):.3f}")
     keys += ["trainer.export_dtype=float16", f"optimizer.warmup_steps={short}", *training.overrides]
     section = "generator"
     if training.config.startswith(("self_forcing", "causvid")):
