@@ -65,7 +65,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One row of the table: a method, in one form."""
 
     method: str
@@ -85,12 +85,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReproductionPlan:
     """Everything that a budget pays for, in the order in which it runs."""
 
     budget: Budget
     trainings: tuple[Training, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[MethodRow, ...]
 
 
 METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -119,10 +119,10 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 AT_INFERENCE_TOO = ("rollout.",)  # an ablation of these keys makes its videos in the same way
 
 
-def build_plan(budget: Budget) -> Plan:
+def build_plan(budget: Budget) -> ReproductionPlan:
     """Return the trainings and the rows of a budget."""
     trainings: list[Training] = []
-    rows: list[Row] = []
+    rows: list[MethodRow] = []
     for form in budget.forms:
         trainings += _students(budget, form)
         for method in METHODS:
@@ -136,7 +136,7 @@ def build_plan(budget: Budget) -> Plan:
         for training, row in extra:
             trainings += training
             rows.append(row)
-    return Plan(budget, tuple(trainings), tuple(rows))
+    return ReproductionPlan(budget, tuple(trainings), tuple(rows))
 
 
 def _students(budget: Budget, form: str) -> list[Training]:
@@ -150,19 +150,19 @@ def _students(budget: Budget, form: str) -> list[Training]:
 
 def _method(budget: Budget, form: str, method: str, seed: int) -> Training:
     config, short, overrides = METHODS[method]
-    name = f"{Row(method, form, ()).name}-{seed}"
+    name = f"{MethodRow(method, form, ()).name}-{seed}"
     return Training(name, config, seed, budget.steps, (*_form(form), *overrides), f"{form}-{short}-start-{seed}")
 
 
-def _rows(form: str, method: str, trainings: tuple[str, ...]) -> list[Row]:
+def _rows(form: str, method: str, trainings: tuple[str, ...]) -> list[MethodRow]:
     """Return the rows of a method: those that can take many steps have one with many and one with four."""
     if method in ("Teacher forcing", "Diffusion forcing"):
-        many = Row(f"{method} many steps", form, trainings, MANY_STEPS, (1, 2, 4))
-        return [many, Row(f"{method} 4 steps", form, trainings)]
-    return [Row(method, form, trainings)]
+        many = MethodRow(f"{method} many steps", form, trainings, MANY_STEPS, (1, 2, 4))
+        return [many, MethodRow(f"{method} 4 steps", form, trainings)]
+    return [MethodRow(method, form, trainings)]
 
 
-def _starts(budget: Budget, form: str) -> list[tuple[list[Training], Row]]:
+def _starts(budget: Budget, form: str) -> list[tuple[list[Training], MethodRow]]:
     """Return self-forcing DMD after ODE regression, causal ODE and causal consistency."""
     seed, made = budget.seeds[0], []
     for label, config, short in (
@@ -176,21 +176,21 @@ def _starts(budget: Budget, form: str) -> list[tuple[list[Training], Row]]:
         first = Training(f"{form}-{key}-{seed}", config, seed, budget.start_steps, _form(form), start, pairs)
         method = f"Self Forcing DMD from {label}"
         second = replace(_method(budget, form, "Self Forcing DMD", seed), start=first.name)
-        second = replace(second, name=f"{Row(method, form, ()).name}-{seed}")
-        made.append(([first, second], Row(method, form, (second.name,), main=False)))
+        second = replace(second, name=f"{MethodRow(method, form, ()).name}-{seed}")
+        made.append(([first, second], MethodRow(method, form, (second.name,), main=False)))
     return made
 
 
-def _ablations(budget: Budget, form: str) -> list[tuple[list[Training], Row]]:
+def _ablations(budget: Budget, form: str) -> list[tuple[list[Training], MethodRow]]:
     """Return the variants of self-forcing DMD."""
     made = []
     for label, overrides in ABLATIONS.items():
         method = f"Self Forcing DMD, {label}"
         training = _method(budget, form, "Self Forcing DMD", budget.seeds[0])
-        name = f"{Row(method, form, ()).name}-{budget.seeds[0]}"
+        name = f"{MethodRow(method, form, ()).name}-{budget.seeds[0]}"
         training = replace(training, name=name, overrides=(*training.overrides, *overrides))
         shown = tuple(override for override in overrides if override.startswith(AT_INFERENCE_TOO))
-        made.append(([training], Row(method, form, (name,), shown, main=False)))
+        made.append(([training], MethodRow(method, form, (name,), shown, main=False)))
     return made
 
 

@@ -25,7 +25,7 @@ from utils.previews import save_contact_sheet
 from utils.shapes import Scene, held_out_scenes, measure, summarise
 from utils.tracking import progress
 
-COLUMNS = ("present", "colour", "shape", "size", "background", "texture", "direction", "smooth", "speed", "all_right")
+COLUMNS = ("present", "colour", "shape", "size", "background", "direction", "smooth", "speed", "all_right")
 
 
 def run(args: Namespace) -> None:
@@ -108,7 +108,8 @@ def make_clips(sampler: str, pipeline: TextToVideo, config: Config, requests: li
 def format_table(args: Namespace, tables: dict[str, dict[str, Any]]) -> str:
     """Return the table as text, with one row for each length."""
     lines = [f"{args.prompts} held-out prompts, seed {args.seed}, {args.sampler}, {args.checkpoint}"]
-    columns = [name for name in COLUMNS if all(name in table for table in tables.values())]
+    rich = all("texture" in table for table in tables.values())
+    columns = (*COLUMNS, "texture") if rich else COLUMNS
     lines.append("length  frames  " + "  ".join(f"{name:>10}" for name in columns))
     for length, table in tables.items():
         lines.append(f"{length:>6}  {table['frames']:>6}  " + "  ".join(f"{table[name]:10.3f}" for name in columns))

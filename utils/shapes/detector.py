@@ -49,6 +49,7 @@ def measure_plain(clip: Tensor, scene: Scene, config: ShapesConfig) -> Measureme
         shape=present & is_shape[best],
         size=present & is_size[best],
         background=is_named(objects.background, BACKGROUNDS, scene.background, BACKGROUND_TOLERANCE),
+        paths=(objects.centroid.masked_fill(~present[:, None], math.nan),),
         **measure_path(objects.centroid, present, scene, config),
     )
 

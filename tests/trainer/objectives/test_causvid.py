@@ -2,7 +2,7 @@
 
 import torch
 
-from model.attention import block_causal_mask
+from model.attention import block_causal_mask, teacher_forcing_mask
 from model.flow_matching import add_noise
 from tests.parity import gradients, random, relative_error, tiny_denoiser
 from trainer.objectives.causvid import denoise_chunks, sample_step_timesteps
@@ -43,6 +43,20 @@ def test_pure_noise_hides_the_real_latents():
     with torch.no_grad():
         one, other = (denoise_chunks(tiny_denoiser(), clean, EMBEDS, **drawn) for clean in (CLEAN, CLEAN + 1))
     assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_clean_context_shows_a_chunk_the_real_chunks_before_it_without_noise():
+    """At pure noise a chunk depends on the real chunks before it, and on none after it or at its own place."""
+    drawn = {"timesteps": torch.full((2, 4), 1000.0), "noise": NOISE, "block_mask": teacher_forcing_mask(4, 2)}
+    first, second = CLEAN.clone(), CLEAN.clone()
+    first[:, :2] += 1
+    second[:, 2:] += 1
+    x0, before, after = (
+        denoise_chunks(tiny_denoiser(), clean, EMBEDS, clean_context=True, **drawn) for clean in (CLEAN, first, second)
+    )
+    assert torch.equal(before[:, :2], x0[:, :2]) and not torch.equal(before[:, 2:], x0[:, 2:])
+    assert torch.equal(after, x0)
 
 
 def test_dmd_gradient_reaches_the_generator_only_and_is_the_hand_written_one():

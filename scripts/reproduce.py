@@ -1,0 +1,53 @@
+"""Reproduce the paper's claim in the Shapes world: train every method from one teacher, measure it, write a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import exit_code
+
+EPILOG = """\
+It trains, then measures, then writes REPORT/reproduction.md with a table, plots and a contact sheet for each method.
+Stop it at any time and run the same command again: finished trainings and measured rows are kept, and a training that
+was stopped goes on from its last checkpoint. It needs the teacher, codec and text encoder of checkpoints/shapes.
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="frame-wise, one seed, fewer updates: at most 40 CPU minutes")
+    add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
+    add("--report", metavar="FOLDER", help="where reproduction.md is written; default: FOLDER/report")
+    add("--plan", action="store_true", help="print what would run and how long it takes here, and stop")
+    add("overrides", nargs="*", metavar="key=value", help="keys for every training and measurement")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Import what the work needs, once the arguments are known, and do it."""
+    from scripts.reproduction.plan import FULL, QUICK
+    from scripts.reproduction.runner import reproduce
+
+    reproduce(
+        QUICK if args.quick else FULL,
+        folder=args.folder and Path(args.folder),
+        report=args.report and Path(args.report),
+        plan_only=args.plan,
+        overrides=tuple(args.overrides),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

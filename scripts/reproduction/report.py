@@ -1,0 +1,198 @@
+"""Writes reproduction.md from measured rows: tables, plots, contact sheets, and how they were made."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.reproduction.measuring import REAL, Measured, measured_file, read_measured, sheet_file
+from scripts.reproduction.plan import FORMS, MethodRow, ReproductionPlan
+from scripts.reproduction.plot import line_plot
+from scripts.reproduction.statistics import Interval, frechet_interval, mean_interval
+from utils.files import atomic_write_text
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COLUMNS = {  # column -> title, unit of its plot
+    "present": ("present", "share"),
+    "colour": ("colour", "share"),
+    "shape": ("shape", "share"),
+    "size": ("size", "share"),
+    "background": ("background", "share"),
+    "texture": ("texture kept", "share"),
+    "direction": ("direction", "share"),
+    "smooth": ("smooth", "share"),
+    "speed": ("speed", "share"),
+    "all_right": ("all right", "share"),
+    "path_error": ("path error", "pixels"),
+    "flicker": ("flicker", "8-bit levels"),
+    "frechet": ("Fréchet distance", "squared latent units"),
+}
+SHOWN = ("shape", "texture", "speed", "smooth", "all_right", "path_error", "flicker", "frechet")
+PLOTTED = ("all_right", "speed", "shape", "path_error", "frechet")
+CLAIM_LENGTH = 4  # multiples of the training length at which the methods are compared
+LOWER_IS_BETTER = {"path_error", "flicker", "frechet"}
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A row with its results."""
+
+    row: MethodRow
+    trainings: int
+    steps: str
+    frames_per_second: float | None
+    values: dict[int, dict[str, Interval]]
+    """Length -> column -> value."""
+
+
+def write_report(plan: ReproductionPlan, folder: Path, target: Path, command: str) -> Path:
+    """Write reproduction.md and the folder reproduction with its table, plots and sheets into ``target``."""
+    entries, real = _entries(plan, folder)
+    assets = target / "reproduction"
+    assets.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(assets / "table.csv", _csv(entries, real))
+    for form in plan.budget.forms:
+        for column in PLOTTED:
+            if lines := _lines(entries, form, column):
+                title, unit = COLUMNS[column]
+                plot = line_plot(f"{form}: {title} against length", unit, lines)
+                atomic_write_text(assets / f"{form}-{column}.svg", plot)
+    for name in [REAL, *(entry.row.name for entry in entries)]:
+        if (sheet := sheet_file(folder, name, plan.budget.seeds[0])).is_file():
+            shutil.copyfile(sheet, assets / f"{name}.png")
+    page = target / "reproduction.md"
+    atomic_write_text(page, _page(plan, entries, real, command))
+    return page
+
+
+def _entries(plan: ReproductionPlan, folder: Path) -> tuple[list[MeasuredRow], MeasuredRow | None]:
+    """Return the measured rows, and that of real clips."""
+    real_file = measured_file(folder, REAL, 0)
+    real = read_measured(real_file) if real_file.is_file() else None
+    entries = []
+    for row in plan.rows:
+        files = [measured_file(folder, row.name, seed) for seed in plan.budget.seeds[: len(row.trainings)]]
+        measured = [read_measured(file) for file in files if file.is_file()]
+        if measured:
+            entries.append(_entry(row, measured, real))
+    return entries, real and _entry(MethodRow("Real clips after the codec", "", ()), [real], None)
+
+
+def _entry(row: MethodRow, measured: Sequence[Measured], real: Measured | None) -> MeasuredRow:
+    values: dict[int, dict[str, Interval]] = {}
+    for length, columns in measured[0].columns.items():
+        found = {name: mean_interval([part.columns[length][name] for part in measured]) for name in columns}
+        if real is not None and length in real.features:
+            found["frechet"] = frechet_interval(real.features[length], [part.features[length] for part in measured])
+        values[int(length.removesuffix("x"))] = found
+    speeds = [part.frames_per_second for part in measured if part.frames_per_second is not None]
+    return MeasuredRow(row, len(measured), _steps(row), max(speeds) if speeds else None, values)
+
+
+def _steps(row: MethodRow) -> str:
+    """Return how many passes of the denoiser make a chunk, in words."""
+    if not row.trainings:
+        return "-"
+    if any(override.startswith("sampler=") for override in row.overrides):
+        return "16, with guidance"
+    listed = [override for override in row.overrides if override.startswith("rollout.denoising_steps=")]
+    return str(listed[0].count(",") + 1) if listed else "4"
+
+
+def _lines(entries: Sequence[MeasuredRow], form: str, column: str) -> dict[str, dict[int, Interval]]:
+    return {
+        entry.row.method: {length: values[column] for length, values in entry.values.items() if column in values}
+        for entry in entries
+        if entry.row.form == form and entry.row.main
+    }
+
+
+def _csv(entries: Sequence[MeasuredRow], real: MeasuredRow | None) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    facts = ["form", "method", "length", "trainings", "steps", "frames_per_second"]
+    writer.writerow([*facts, "column", "mean", "low", "high"])
+    for entry in [*([real] if real else []), *entries]:
+        speed = "" if entry.frames_per_second is None else round(entry.frames_per_second, 1)
+        for length, columns in entry.values.items():
+            for name, value in columns.items():
+                facts = [entry.row.form, entry.row.method, length, entry.trainings, entry.steps, speed]
+                writer.writerow([*facts, name, *(round(number, 4) for number in value)])
+    return text.getvalue()
+
+
+def _page(plan: ReproductionPlan, entries: Sequence[MeasuredRow], real: MeasuredRow | None, command: str) -> str:
+    budget = plan.budget
+    parts = [
+        "# The claim, reproduced in the Shapes world",
+        f"`{command}` wrote this page from its own runs, at revision `{_revision()}`. Do not edit it: run the script.",
+        f"Budget `{budget.name}`: students take {budget.start_steps} updates of 16 clips from the teacher's weights, "
+        f"by teacher forcing (TF) or diffusion forcing (DF). Every method then takes {budget.steps} updates of 8 "
+        f"clips. Training seeds: {len(budget.seeds)}. Held-out prompts: {budget.prompts}. Videos of each prompt: "
+        f"{len(budget.video_seeds)}. A value is a mean with the larger half of its 95 % interval, over prompts and "
+        "seeds (bootstrap).",
+        "Lengths are multiples of the training length; a value at 4x covers the whole video up to 4x. Shares, such as "
+        "`speed` (within 20 % of the world's speed) and `all right`, are better if higher. Path error (pixels from "
+        "exact physics), flicker (8-bit levels) and the Fréchet distance (codec features of the last training length, "
+        "against real clips) are better if lower.",
+    ]
+    for form in budget.forms:
+        parts += _form_section(form, FORMS[form], [entry for entry in entries if entry.row.form == form], real)
+    return "\n\n".join(parts) + "\n"
+
+
+def _form_section(form: str, chunk: int, entries: Sequence[MeasuredRow], real: MeasuredRow | None) -> list[str]:
+    """Return the section of one form: the verdict, a table for each length, plots and sheets."""
+    parts = [f"## {form.capitalize()}: {chunk} latent frame(s) at a time", *_verdict(entries)]
+    for length in sorted({length for entry in entries for length in entry.values}):
+        parts += [f"### {length}x", _table([*([real] if real else []), *entries], length)]
+    plots = [f"![{COLUMNS[name][0]}](reproduction/{form}-{name}.svg)" for name in PLOTTED]
+    rows = [entry.row for entry in entries if entry.row.main]
+    sheets = [f"{row.method}:\n\n![{row.method}](reproduction/{row.name}.png)" for row in rows]
+    return [*parts, "### Quality against length", *plots, "### Contact sheets", *sheets]
+
+
+def _table(entries: Sequence[MeasuredRow], length: int) -> str:
+    shown = [entry for entry in entries if length in entry.values]
+    names = [name for name in SHOWN if any(name in entry.values[length] for entry in shown)]
+    titles = ["method", *(COLUMNS[name][0] for name in names), "steps", "frames/s"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for entry in shown:
+        cells = [str(entry.values[length].get(name, "-")) for name in names]
+        speed = "-" if entry.frames_per_second is None else f"{entry.frames_per_second:.0f}"
+        lines.append(f"| {' | '.join([entry.row.method, *cells, entry.steps, speed])} |")
+    return "\n".join(lines)
+
+
+def _verdict(entries: Sequence[MeasuredRow]) -> list[str]:
+    """Return for some columns whether self-forcing DMD is ahead of the others, by more than the intervals."""
+    said = []
+    for column in ("speed", "all_right", "path_error", "frechet"):
+        found = {
+            entry.row.method: entry.values[CLAIM_LENGTH][column]
+            for entry in entries
+            if column in entry.values.get(CLAIM_LENGTH, {})
+        }
+        ours = found.get("Self Forcing DMD")
+        others = {name: value for name, value in found.items() if not name.startswith("Self Forcing")}
+        if ours is not None and others:
+            compared = "; ".join(f"{_compare(ours, value, column)} {name} ({value})" for name, value in others.items())
+            said.append(f"- {COLUMNS[column][0]} at {CLAIM_LENGTH}x: Self Forcing DMD ({ours}) is {compared}.")
+    return ["\n".join(said)] if said else []
+
+
+def _compare(ours: Interval, other: Interval, column: str) -> str:
+    if ours.low > other.high or ours.high < other.low:
+        return "ahead of" if (ours.mean < other.mean) == (column in LOWER_IS_BETTER) else "behind"
+    return "not apart from"
+
+
+def _revision() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

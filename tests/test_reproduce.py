@@ -1,0 +1,151 @@
+"""The reproduction: a fair plan, measures that measure, and a run that goes on where it stopped."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import reproduce
+from scripts.reproduction.measuring import REAL, measure_real, measure_row, measured_file, read_measured
+from scripts.reproduction.metrics import flicker, frechet_distance, path_error
+from scripts.reproduction.plan import ABLATIONS, FULL, METHODS, QUICK, Training, build_plan
+from scripts.reproduction.report import write_report
+from scripts.reproduction.runner import estimate_left
+from scripts.reproduction.statistics import frechet_interval, mean_interval
+from scripts.reproduction.training import commands, train_all, weights_of
+from trainer.config import Config
+from utils.config import load_config
+from utils.errors import UserError
+from utils.shapes import Scene, ShapesConfig, measure, positions, render_at
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCENE = Scene("circle", "red", "large", "up and right", "navy")
+TINY = replace(QUICK, prompts=1, steps=1, start_steps=1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("budget", [QUICK, replace(FULL, forms=("chunkwise",))], ids=["quick", "full"])
+def test_the_plan_is_fair_and_in_order(budget):
+    """Every method has the same updates and clips, from a student that was trained before."""
+    plan = build_plan(budget)
+    known, methods = {}, set(METHODS)
+    for training in plan.trainings:
+        assert training.name not in known and (training.start is None or training.start in known)
+        known[training.name] = training
+    for row in (row for row in plan.rows if row.main):
+        runs = [known[name] for name in row.trainings]
+        assert [(run.seed, run.steps) for run in runs] == [(seed, budget.steps) for seed in budget.seeds]
+        config = config_of(runs[-1], Path("logs")) if row.form == "framewise" else None
+        assert config is None or (config.trainer.steps, config.trainer.batch_size) == (budget.steps, 8)
+        methods -= {method for method in METHODS if row.method.startswith(method)}
+    assert not methods, "a method without a row"
+    assert len({row.name for row in plan.rows}) == len(plan.rows)
+
+
+def config_of(training: Training, folder: Path) -> Config:
+    """The configuration of the last command: that of train.py."""
+    (*_, command) = commands(training, folder)
+    return load_config(Config, REPOSITORY / command[2], command[command.index("--no_visualize") + 1 :])
+
+
+def test_teacher_forcing_dmd_sees_clean_context_and_variants_change_what_they_name():
+    trainings = {training.name: training for training in build_plan(FULL).trainings}
+    assert config_of(trainings["framewise-tf-dmd-0"], Path("logs")).dmd.clean_context
+    assert not config_of(trainings["framewise-df-dmd-0"], Path("logs")).dmd.clean_context
+    plain = config_of(trainings["chunkwise-self-forcing-dmd-0"], Path("logs"))
+    for label in ABLATIONS:
+        varied = config_of(trainings[f"chunkwise-self-forcing-dmd-{label.replace(' ', '-')}-0"], Path("logs"))
+        assert varied.rollout.frames_per_chunk == 3 and varied != plain, label
+    started = config_of(trainings["framewise-self-forcing-dmd-from-causal-ode-0"], Path("logs"))
+    assert started.student.weights == str(weights_of(Path("logs"), "framewise-causal-ode-0"))
+
+
+def test_a_path_error_is_the_distance_from_exact_physics():
+    config = ShapesConfig()
+    exact = positions([SCENE], torch.tensor([[12.0, 30.0]]), 60, config)
+    drifting = exact + torch.linspace(0, 3, 60)[None, :, None] * torch.tensor([0.0, 1.0])
+
+    def error(path: torch.Tensor) -> float:
+        return path_error(measure(render_at([SCENE], path)[0], SCENE, config), SCENE, config)
+
+    assert error(exact) < 0.15 and error(drifting) == pytest.approx(1.5, abs=0.3)
+    lost = exact.clone()
+    lost[:, 30:] = -100
+    assert error(lost) == pytest.approx(12, abs=0.5), "a missing object counts as half the frame's side"
+
+
+def test_flicker_and_the_frechet_distance_are_zero_only_for_what_is_equal():
+    still = torch.zeros(6, 3, 8, 8)
+    assert flicker(still) == 0
+    assert flicker(still + 0.02 * torch.arange(6)[:, None, None, None]) == pytest.approx(2.55, abs=0.01)
+    features = torch.randn(200, 4, generator=seeded())
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(features, features + 2) == pytest.approx(16, abs=1e-3)
+    assert frechet_distance(features, 3 * features) > 1
+
+
+def test_intervals_shrink_with_more_prompts_and_cover_the_mean():
+    drawn = torch.rand(3, 400, generator=seeded()).tolist()
+    many, few = mean_interval(drawn), mean_interval([row[:10] for row in drawn])
+    assert many.low < 0.5 < many.high and many.high - many.low < few.high - few.low
+    assert mean_interval([[1.0, 1.0], [1.0, 1.0]]) == (1, 1, 1)
+    features = torch.randn(20, 5, 3, generator=seeded())
+    near, far = frechet_interval(features, [features]), frechet_interval(features, [features + 1])
+    assert near.high < far.low
+
+
+def test_a_failed_training_is_named(tmp_path):
+    broken = Training("broken", "no_such_configuration", 0, 1)
+    with pytest.raises(UserError, match=r"broken: train\.py .* ended with code 2"):
+        train_all((broken,), tmp_path, ())
+
+
+def test_a_run_goes_on_where_it_stopped_and_reports_what_it_has(tmp_path, monkeypatch):
+    """Two rows of finished trainings, of which one is measured already; the shipped models stand in for them."""
+    monkeypatch.chdir(REPOSITORY)
+    plan = build_plan(TINY)
+    chosen = {"Diffusion forcing 4 steps": "student", "Self Forcing DMD": "generator"}
+    rows = tuple(replace(row, lengths=(4,)) for row in plan.rows if row.method in chosen)
+    for row in rows:
+        weights = weights_of(tmp_path, row.trainings[0])
+        weights.parent.mkdir(parents=True)
+        weights.symlink_to(REPOSITORY / "checkpoints" / "shapes" / chosen[row.method])
+    finished = {row.trainings[0] for row in rows}
+    plan = replace(plan, rows=rows, trainings=tuple(run for run in plan.trainings if run.name in finished))
+    train_all(plan.trainings, tmp_path, ())
+    whole = estimate_left(plan, tmp_path, 1.0)
+    assert whole.training == 0, "finished trainings are kept"
+    measure_real(TINY, tmp_path, (), (4,))
+    measure_row(rows[0], TINY, tmp_path, ("rollout.frames_per_chunk=3",))
+    assert estimate_left(plan, tmp_path, 1.0).measuring < whole.measuring
+    first = measured_file(tmp_path, rows[0].name, 0)
+    before = first.stat().st_mtime_ns
+    for row in rows:
+        measure_row(row, TINY, tmp_path, ("rollout.frames_per_chunk=3",))
+    assert first.stat().st_mtime_ns == before
+    real = read_measured(measured_file(tmp_path, REAL, 0))
+    assert min(real.columns["4x"]["shape"] + real.columns["4x"]["all_right"]) >= 0.99
+    check_report(write_report(plan, tmp_path, tmp_path / "report", "scripts/reproduce.sh --quick"))
+
+
+def check_report(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "speed at 4x: Self Forcing DMD (" in text and "| Real clips after the codec | 1.000" in text
+    links = [part.partition(")")[0] for part in text.split("](")[1:]]
+    assert links and all((page.parent / link).is_file() for link in links)
+    with (page.parent / "reproduction" / "table.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert {row["column"] for row in table} >= {"shape", "path_error", "flicker", "frechet", "speed"}
+    assert all(float(row["low"]) <= float(row["mean"]) <= float(row["high"]) for row in table)
+
+
+def test_it_says_how_long_it_takes_and_starts_nothing(tmp_path, capsys):
+    assert reproduce.main(["--quick", "--plan", "--folder", str(tmp_path / "new")]) == 0
+    said = capsys.readouterr().err
+    assert "9 trainings and 9 rows; about" in said and "are left on this machine" in said
+    assert not (tmp_path / "new").exists()
