@@ -26,6 +26,8 @@ from utils.files import atomic_write_text
 from utils.legacy_config import refuse_official_keys
 
 T = TypeVar("T")
+YAML_WORDS = {True: ("on", "yes", "true"), False: ("off", "no", "false")}
+"""The words that YAML reads as a truth value."""
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
@@ -216,10 +218,14 @@ def _literal(value: Any) -> Any:
 
 
 def _enum_member(kind: Any, value: Any) -> Any:
-    """Return the member of the enum `kind` whose name or value is `value` in any case. Other values are unchanged."""
-    if not (isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str)):
+    """Return the member of the enum `kind` whose name or value is `value` in any case. Other values are unchanged.
+
+    YAML reads off, no, on and yes as truth values.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str | bool)):
         return value
-    matching = (m for m in kind if value.casefold() in (m.name.casefold(), str(m.value).casefold()))
+    words = YAML_WORDS[value] if isinstance(value, bool) else (value.casefold(),)
+    matching = (m for m in kind if m.name.casefold() in words or str(m.value).casefold() in words)
     return next(matching, value)
 
 

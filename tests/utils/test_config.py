@@ -13,6 +13,7 @@ from utils.errors import UserError
 class Mode(Enum):
     CAUSAL = "causal"
     BIDIRECTIONAL = "bidirectional"
+    OFF = "off"
 
 
 @dataclass
@@ -81,6 +82,13 @@ def test_enum_members_are_read_by_name_or_value_in_any_case(write, text):
     assert load_config(Config, write(f"name: a\nmode: {text}\n")).mode is Mode.BIDIRECTIONAL
 
 
+def test_off_is_a_member_of_an_enum_although_yaml_reads_it_as_a_truth_value(write):
+    assert load_config(Config, write("name: a\nmode: off\n")).mode is Mode.OFF
+    assert load_config(Config, write("name: a\n"), ["mode=off"]).mode is Mode.OFF
+    with pytest.raises(UserError, match="mode"):
+        load_config(Config, write("name: a\nmode: on\n"))
+
+
 @pytest.mark.parametrize("text", ["1e-3", "a: b", "[unclosed", "no", "x=y", "7", "", "it's"])
 def test_a_text_override_is_taken_as_it_stands(write, text):
     """A value YAML would read as a number, a list or nothing stays text in a text field."""
@@ -128,7 +136,7 @@ def test_saved_configuration_reads_back_equal(write, tmp_path):
         ("rollout=4", "rollout=4 is not a section with the keys window, sink, steps"),
         ("rollout.sink.x=4", "rollout.sink={'x': 4} is not of type int"),
         ("compile=3", "compile=3 is not of type bool"),
-        ("mode=cusal", "mode='cusal' is not one of CAUSAL, BIDIRECTIONAL; did you mean CAUSAL?"),
+        ("mode=cusal", "mode='cusal' is not one of CAUSAL, BIDIRECTIONAL, OFF; did you mean CAUSAL?"),
         ("rollout.window", "'rollout.window' is not an override of the form section.key=value"),
         ("=3", "'=3' is not an override of the form section.key=value"),
         ("--rollout.window=3", "'--rollout.window=3' is not an override of the form section.key=value"),
