@@ -1,4 +1,4 @@
-"""Live video from prompts in the browser: python demo.py, or with a configuration and a checkpoint of your own."""
+"""Make live video from prompts in the browser. Without options, use the Shapes model on this machine only."""
 
 from __future__ import annotations
 
@@ -18,31 +18,41 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_server_arguments(parser)
     add = parser.add_argument
-    add("--download", action="store_true", help="fetch the published weights that are missing first")
-    add("--share", action="store_true", help="also make a public https address through Gradio's servers")
-    add("--no-browser", action="store_true", help="do not open a browser window")
+    add("--download", action="store_true", help="first download missing published weights; default: off")
+    add("--share", action="store_true", help="also make a public https address through Gradio's servers; default: off")
+    add("--no-browser", action="store_true", help="do not open a browser window; default: open one on a desktop")
     return parser.parse_intermixed_args(arguments)
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every server of the page needs: the model, who may come in, and the clips."""
+    """Add the options that every server of the page needs: the model, access, and clips."""
     add = parser.add_argument
-    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file; default: %(default)s")
-    add("--checkpoint_path", help="weights of the generator: a folder, .safetensors or .pt")
-    add("--use_ema", action="store_true", help="averaged weights, where a checkpoint holds both")
-    add("--tiny_decoder", type=Path, help="TAEHV weights (taew2_1.pth) to offer beside the Wan VAE: faster, less sharp")
-    add("--host", default="127.0.0.1", help="address to listen on; any but this machine needs --auth or --insecure")
-    add("--port", type=int, default=7860, help="default: %(default)s")
-    add("--auth", metavar="USER:PASSWORD", action="append", help="ask visitors for these; repeat it for more accounts")
-    add("--insecure", action="store_true", help="let anyone in who reaches the address")
-    add("--root-path", default="", help="path below which a proxy shows the page, such as /wan")
-    add("--allowed-host", metavar="NAME", action="append", default=[], help="name by which a proxy makes it known")
-    add("--trusted-proxy", metavar="ADDRESS", action="append", default=[],
-        help="proxy, or network of proxies, whose X-Forwarded-For says who a visitor is")  # fmt: skip
-    add("--max-viewers", type=int, default=4, help="videos made at once; further viewers wait; default: %(default)s")
-    add("--batch", action="store_true", help="make chunks of several viewers as one batch where they are alike")
-    add("--clips_folder", default="videos/demo", help="where finished clips go; default: %(default)s")
-    add("--longest_clip", type=float, default=120.0, help="seconds of a clip that are kept; default: %(default)s")
+    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file with the settings; "
+        "default: %(default)s")  # fmt: skip
+    add("--checkpoint_path", help="weights of the generator: a folder, a .safetensors or a .pt file; "
+        "default: generator.weights")  # fmt: skip
+    add("--use_ema", action="store_true", help="use the averaged weights if a checkpoint holds both; "
+        "default: generator.use_ema, or the raw ones")  # fmt: skip
+    add("--tiny_decoder", type=Path, help="weights of TAEHV (taew2_1.pth), a faster and less sharp decoder that "
+        "visitors may choose instead of the Wan VAE; default: none")  # fmt: skip
+    add("--host", default="127.0.0.1", help="address to listen on; one that other machines can reach needs --auth or "
+        "--insecure; default: %(default)s")  # fmt: skip
+    add("--port", type=int, default=7860, help="port to listen on; default: %(default)s")
+    add("--auth", metavar="USER:PASSWORD", action="append", help="account that visitors need; may be repeated; "
+        "default: no password")  # fmt: skip
+    add("--insecure", action="store_true", help="let anyone use the demo who can reach the address; default: off")
+    add("--root-path", default="", help="path below which a proxy shows the page, such as /wan; default: none")
+    add("--allowed-host", metavar="NAME", action="append", default=[], help="host name under which a proxy shows the "
+        "page; may be repeated; default: this machine's, or any name if others may visit")  # fmt: skip
+    add("--trusted-proxy", metavar="ADDRESS", action="append", default=[], help="address or network of a proxy whose "
+        "X-Forwarded-For names the visitor; may be repeated; default: none")  # fmt: skip
+    add("--max-viewers", type=int, default=4, help="number of videos made at the same time; further viewers wait; "
+        "default: %(default)s")  # fmt: skip
+    add("--batch", action="store_true", help="make chunks of several viewers as one batch if their settings are equal; "
+        "default: off")  # fmt: skip
+    add("--clips_folder", default="videos/demo", help="folder for finished clips; default: %(default)s")
+    add("--longest_clip", type=float, default=120.0, help="longest clip in seconds; a longer video is cut there; "
+        "default: %(default)s")  # fmt: skip
     add("overrides", nargs="*", metavar="key=value", help="any key of the configuration, such as rollout.window=9")
 
 

@@ -1,4 +1,4 @@
-"""Turn prompts into videos: python inference.py, or with a configuration, a checkpoint and prompts of your own."""
+"""Make videos from prompts. Without options, make those of prompts/shapes.txt with the Shapes model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ The shipped Shapes model understands sentences of this form:
   DIRECTION   up and right, up and left, down and right, down and left
   BACKGROUND  black, navy, gray, white
 
-Where an option names a key as its default, the value of the configuration file holds; --dry-run prints it.
-docs/inference.md explains file names, what is skipped, and what happens when a run is stopped.
+If a default is the name of a key, its value comes from the configuration file; --dry-run prints all values.
+docs/inference.md explains the names of the files, which videos are skipped, and what happens if a run is stopped.
 """
 
 
@@ -62,18 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the videos show").add_argument
-    add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times, without --data_path")
+    add("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated; default: --data_path")
     add(
         "--data_path",
         metavar="FILE",
-        help="prompts: text with one a line, or the column 'prompt' of a .jsonl or .csv; with --i2v, JSON lines with "
-        "'image' and 'prompt'; default: inference.data_path",
+        help="file of prompts: text with one prompt a line, or .jsonl or .csv with a column 'prompt'; with --i2v, JSON "
+        "lines with 'image' and 'prompt'; default: inference.data_path",
     )
     add(
         "--extended_prompt_path",
         metavar="FILE",
-        help="long prompts to generate from, paired line by line with --data_path, which names the files; "
-        "default: the prompts themselves",
+        help="file of long prompts: videos are made from line N of this file and named after line N of --data_path; "
+        "default: videos are made from --data_path",
     )
     add(
         "--prompt-extend",
@@ -84,9 +84,9 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--seed",
         metavar="N",
-        help="with the prompt it decides a video; -1 draws one and records it; default: inference.seed",
+        help="seed of the noise, a whole number; -1 draws a random seed and records it; default: inference.seed",
     )
-    add("--num_samples", metavar="N", help="videos a prompt; default: inference.num_samples")
+    add("--num_samples", metavar="N", help="number of videos for each prompt; default: inference.num_samples")
 
 
 def _add_start_options(parser: argparse.ArgumentParser) -> None:
@@ -95,15 +95,15 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--extend",
         metavar="VIDEO",
-        help="go on with this video; --num_output_frames then counts what is added; default: none",
+        help="continue this video; --num_output_frames then counts only the added latent frames; default: none",
     )
-    add("--v2v", metavar="VIDEO", help="follow this video, which also decides the length; default: none")
+    add("--v2v", metavar="VIDEO", help="follow this video, which also gives the length; default: none")
     add(
         "--strength",
         type=float,
         default=0.6,
         metavar="X",
-        help="how far --v2v may go from its video, above 0 up to 1; default: %(default)s",
+        help="how much --v2v may differ from its video: above 0, at most 1; default: %(default)s",
     )
 
 
@@ -112,63 +112,68 @@ def _add_time_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_output_frames",
         metavar="N",
-        help="latent frames a video: N of them are 1 + 4 (N - 1) frames of the file; default: video.num_frames",
+        help="length in latent frames; N of them are 1 + 4 (N - 1) frames of the file; default: video.num_frames",
     )
     add("--fps", metavar="X", help="frames per second of the files, such as 16 or 23.976; default: video.fps")
     add(
         "--switch",
         action="append",
         metavar="'12s: PROMPT'",
-        help="go on with another prompt from this second on; may be given several times; default: none",
+        help="change the prompt at this second; may be repeated; default: none",
     )
     add(
         "--switch_style",
         metavar="STYLE",
-        help="cut, keep, recache or blend: what a switch does to the frames before it; default: recache",
+        help="how a switch treats the frames before it: recache, keep, blend or cut; default: recache",
     )
     add(
         "--storyboard",
         metavar="FILE",
-        help="YAML list of {at: 12s, prompt: a cat, style: recache}; at: 0s takes the place of --prompt; default: none",
+        help="YAML file, a list of {at: 12s, prompt: a cat, style: recache}; at: 0s replaces --prompt; default: none",
     )
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("files").add_argument
-    add("--output_folder", metavar="FOLDER", help="where videos go; default: inference.output_folder")
+    add("--output_folder", metavar="FOLDER", help="folder for the videos; default: inference.output_folder")
     add(
         "--save_with_index",
         action="store_true",
-        help="name files by the number of the prompt, as in the official code; default: by the prompt",
+        help="name files after the number of the prompt, as the official code does; default: after the prompt",
     )
-    add("--overwrite", action="store_true", help="make videos again that exist; default: keep them")
+    add("--overwrite", action="store_true", help="make existing videos again; default: keep them")
     add("--dry-run", action="store_true", help="print the whole configuration and stop; default: off")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and machine").add_argument
-    add("--config_path", default=DEFAULT_CONFIG, metavar="FILE", help="YAML file; default: %(default)s")
+    add(
+        "--config_path",
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="YAML file with the settings; default: %(default)s",
+    )
     add(
         "--checkpoint_path",
         metavar="PATH",
-        help="weights of the generator: a folder, .safetensors or .pt; default: generator.weights",
+        help="weights of the generator: a folder, a .safetensors or a .pt file; default: generator.weights",
     )
     add(
         "--use_ema",
         action="store_true",
-        help="averaged weights if a checkpoint holds both; default: the raw ones",
+        help="use the averaged weights if a checkpoint holds both; default: generator.use_ema, or the raw ones",
     )
     add(
         "--download",
         action="store_true",
-        help="fetch the published weights that are missing from the Hugging Face hub first; default: off",
+        help="first download missing published weights from the Hugging Face hub; default: off",
     )
     add("--device", metavar="NAME", help="auto, cuda, cuda:N, mps or cpu; default: device")
     add("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16; default: dtype")
     add(
         "--vram",
         metavar="GB",
-        help="gigabytes of the device's memory (of RAM on a CPU) that may be used; default: what is free",
+        help="gigabytes of the device's memory (RAM on a CPU) that may be used; default: all free memory",
     )
 
 

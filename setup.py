@@ -1,4 +1,4 @@
-"""Metadata for `pip install -e .`; requirements.txt alone is enough to run from a checkout."""
+"""Metadata for `pip install -e .`. To run from a checkout, requirements.txt is enough."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 
 
 def requirements(name: str) -> list[str]:
-    """The requirement specifiers of a requirements file, without comments and includes."""
+    """Return the requirements of a requirements file, without comments and includes."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     return [line for line in lines if line and not line.startswith("-")]
 

@@ -11,16 +11,27 @@ from utils.cli import exit_code
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config_path", required=True, help="YAML file of values for trainer.config.Config")
+    parser.add_argument("--config_path", required=True, help="YAML file with the settings; required")
     parser.add_argument(
-        "--logdir", help="folder of the run; a run that has checkpoints in it continues from the last one"
+        "--logdir",
+        help="folder of the run; if it has checkpoints, the last one is continued; required without --dry-run",
     )
-    parser.add_argument("--disable-wandb", action="store_true", help="report to metrics.jsonl only")
-    parser.add_argument("--no_save", action="store_true", help="write no checkpoint before the end, or before a signal")
-    parser.add_argument("--no_visualize", action="store_true", help="make no samples before the end")
-    parser.add_argument("--no_resume", action="store_true", help="start anew; earlier checkpoints are set aside")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what the run reproduces and needs, print all keys, and stop"
+        "--disable-wandb", action="store_true", help="write metrics to metrics.jsonl only; default: off"
+    )
+    parser.add_argument(
+        "--no_save", action="store_true", help="write a checkpoint only at the end or after a signal; default: off"
+    )
+    parser.add_argument("--no_visualize", action="store_true", help="make samples only at the end; default: off")
+    parser.add_argument(
+        "--no_resume",
+        action="store_true",
+        help="start from the beginning; earlier files are kept under other names; default: off",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what the run reproduces and which files it needs, print all settings, and stop; default: off",
     )
     parser.add_argument("overrides", nargs="*", help="any key of the configuration, such as trainer.steps=20")
     args = parser.parse_intermixed_args(arguments)

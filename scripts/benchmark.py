@@ -1,10 +1,10 @@
-"""Measure speed: every stage of inference, training, loading, the codec, and the floor of bare matrix products.
+"""Measure speed: every stage of inference, training, loading, the codec, and bare matrix products to compare with.
 
     python scripts/benchmark.py inference --config_path configs/shapes/self_forcing_dmd.yaml
     python scripts/benchmark.py inference --config_path configs/self_forcing_dmd.yaml --random-weights
     python scripts/benchmark.py all --output benchmark.json
 
-Prints a table with the command that reproduces it; --output keeps it as JSON, --against compares with such a file.
+It prints a table with the command that reproduces it. --output saves it as JSON, --against compares with such a file.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=[*MEASURES, "all"], help="what to measure; all takes about ten minutes")
-    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="configuration; default: %(default)s")
-    add("--random-weights", action="store_true", help="full-size parts without files, and random text embeddings")
-    add("--frames", type=int, help="latent frames a video; default: the configuration's")
-    add("--repeats", type=int, default=5, help="videos, passes or steps measured; default: %(default)s")
+    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file; default: %(default)s")
+    add("--random-weights", action="store_true", help="use random weights, so that no files are needed; default: off")
+    add("--frames", type=int, help="latent frames of a video; default: video.num_frames")
+    add("--repeats", type=int, default=5, help="number of measured videos, passes or steps; default: %(default)s")
     add("--threads", type=int, help="CPU threads of torch; default: torch's choice")
     add(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu counts processor time, for a busy machine and --threads 1; default: %(default)s",
+        help="cpu measures processor time, for a busy machine with --threads 1; default: %(default)s",
     )
-    add("--output", help="write the results to this JSON file, after each measurement")
-    add("--against", help="print ratios to the results in this JSON file")
+    add("--output", help="JSON file for the results, written after each measurement; default: none")
+    add("--against", help="JSON file of earlier results; print the ratios to them; default: none")
     add(
         "overrides",
         nargs="*",

@@ -1,6 +1,6 @@
 """Encode every prompt that a training asks for into the folder data.embeddings. Training then needs no text encoder.
 
-Run it again to go on after an interruption, or to add the prompts of another configuration to the same folder.
+Run it again to continue after an interruption, or to add the prompts of another configuration to the same folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FILE",
-        help="one more prompt file; may be repeated",
+        help="another file of prompts to encode; may be repeated; default: none",
     )
     return parse(parser, arguments)
 

@@ -1,10 +1,10 @@
-"""Look at this machine, and try every path that a video or a training step takes on it.
+"""Describe this machine, and test every code path that a video or a training step takes on it.
 
     python scripts/doctor.py                  # about a minute; paste its output into a bug report
     python scripts/doctor.py --benchmark      # also measures speed: at most six minutes, needs no download
     python scripts/doctor.py --json doctor.json
 
-Exit code 1 means that something failed; the last line says what.
+Exit code 1 means that a test failed. The last line says which.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from utils.cli import exit_code
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config_path", default="configs/self_forcing_dmd.yaml", help="memory is planned for it; default: %(default)s")
+    add(
+        "--config_path",
+        default="configs/self_forcing_dmd.yaml",
+        help="YAML file for the memory plan; default: %(default)s",
+    )
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu; default: %(default)s")
-    add("--benchmark", action="store_true", help="measure speed too, with random weights: at most six minutes")
-    add("--json", metavar="FILE", help="write everything to this file too")
+    add("--benchmark", action="store_true", help="also measure speed with random weights, in at most six minutes; "
+        "default: off")  # fmt: skip
+    add("--json", metavar="FILE", help="also write all results to this JSON file; default: none")
     return parser.parse_args(arguments)
 
 

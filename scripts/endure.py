@@ -1,9 +1,9 @@
-"""Long tests of what must not break: killed trainings, damaged checkpoints, and what other parts add.
+"""Run the long tests: killed trainings, damaged checkpoints, and a demo that is attacked.
 
 python scripts/endure.py [PART ...]
 
-Without a part all run, one after the other, in less than 15 minutes on two CPU cores. Each prints its figures as lines
-of one table; the exit code is 1 if a figure does not keep its limit.
+Without PART all parts run one after the other, in less than 15 minutes on two CPU cores. They print one table. The exit
+code is 1 if a figure exceeds its limit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from scripts.endurance.figures import Figure
 
 PARTS = {
-    "kills": "50 SIGKILLs of trainings with one and two processes; the end must be equal to the last bit",
-    "damage": "every bit of a checkpoint flipped, every file damaged; a run must go on from the newest good one",
-    "serving": "500 visits, hostile uploads, idle connections, a crowd: the demo must stay small, quick and fair",
+    "kills": "kill trainings 50 times, with one and two processes; the result must be equal to the last bit",
+    "damage": "flip every bit and damage every file of a checkpoint; a run must go on from the newest good one",
+    "serving": "visit the demo 500 times and attack it; it must stay small, quick and fair",
 }
 """Name of a module in scripts/endurance -> what it does. The module has ``run(folder: Path) -> list[Figure]``."""
 
@@ -39,10 +39,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=f"parts:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="which parts to run (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="the parts to run; default: all")
     args = parser.parse_args(arguments)
     if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"{unknown[0]!r} is no part; choose from {', '.join(PARTS)}")
+        parser.error(f"{unknown[0]!r} is not a part; choose from {', '.join(PARTS)}")
     return args
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(parts: list[str]) -> list[Figure]:
-    """Run parts and print the table; returns the figures that do not keep their limit."""
+    """Run parts and print the table. Return the figures that exceed their limit."""
     started, figures = time.monotonic(), []
     print("| part | what | value | limit | |\n|---|---|---|---|---|", flush=True)
     for part in parts:

@@ -1,4 +1,4 @@
-"""Measure a checkpoint: a Shapes one with the detector on held-out prompts, any one with --vbench; print a table."""
+"""Measure a checkpoint and print a table: a Shapes model with its detector, any model with --vbench."""
 
 from __future__ import annotations
 
@@ -14,28 +14,37 @@ from utils.cli import exit_code
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="weights of the generator or the teacher: folder, .safetensors or .pt")
-    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml")
-    add("--use_ema", action="store_true", help="averaged weights, where a checkpoint holds both")
+    add("--checkpoint", required=True, help="weights of the generator or the teacher: folder, .safetensors or .pt; "
+        "required")  # fmt: skip
+    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file; default: %(default)s")
+    add("--use_ema", action="store_true", help="use the averaged weights if a checkpoint holds both; "
+        "default: generator.use_ema, or the raw ones")  # fmt: skip
     add(
         "--sampler",
         choices=("rollout", "teacher"),
         default="rollout",
-        help="few-step rollout, or many bidirectional steps",
+        help="rollout: few steps, chunk by chunk; teacher: many bidirectional steps; default: %(default)s",
     )
-    add("--prompts", type=int, default=96, help="held-out prompts measured")
-    add("--lengths", type=int, nargs="+", default=[1, 4], help="multiples of the training length")
-    add("--seed", type=int, default=0)
-    add("--batch", type=int, default=16)
-    add("--output_folder", default="logs/evaluate", help="for the JSON table and the contact sheets")
-    add("overrides", nargs="*", metavar="key=value")
+    add("--prompts", type=int, default=96, help="number of held-out prompts; default: %(default)s")
+    add("--lengths", type=int, nargs="+", default=[1, 4],
+        help="lengths of the videos, as multiples of the training length; default: %(default)s")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the noise; default: %(default)s")
+    add("--batch", type=int, default=16, help="videos made at the same time; default: %(default)s")
+    add("--output_folder", default="logs/evaluate",
+        help="folder for the JSON table and the contact sheets; default: %(default)s")  # fmt: skip
+    add("overrides", nargs="*", metavar="key=value", help="any key of the configuration, such as rollout.window=9")
     add = parser.add_argument_group("videos for VBench, of any model").add_argument
-    add("--vbench", metavar="FOLDER", help="make 5 videos a prompt in VBench's names and measure them; default: off")
-    add("--data_path", metavar="FILE", help="prompts, one a line: VBench's all_dimension.txt")
-    add("--extended_prompt_path", metavar="FILE", help="long prompts, paired line by line with --data_path")
-    add("--vbench_info", metavar="FILE", help="VBench_full_info.json, for VBench's own prompts; default: other prompts")
-    add("--dimensions", metavar="NAME,NAME", help="what VBench scores, with commas; default: all that it can")
-    add("--long", action="store_true", help="cut the videos into clips of 2 s and score them as VBench-Long does")
+    add("--vbench", metavar="FOLDER", help="make 5 videos for each prompt, with VBench's file names, and measure "
+        "them; default: off")  # fmt: skip
+    add("--data_path", metavar="FILE", help="prompts, one a line, such as VBench's all_dimension.txt; "
+        "default: none, needed with --vbench")  # fmt: skip
+    add("--extended_prompt_path", metavar="FILE", help="long prompts to generate from; line N belongs to line N of "
+        "--data_path; default: none")  # fmt: skip
+    add("--vbench_info", metavar="FILE", help="VBench_full_info.json, if the prompts are VBench's own; default: none")
+    add("--dimensions", metavar="NAME,NAME", help="the dimensions that VBench scores, separated by commas; "
+        "default: all that it can score for these prompts")  # fmt: skip
+    add("--long", action="store_true", help="cut the videos into clips of 2 seconds and score these, as VBench-Long "
+        "does; default: off")  # fmt: skip
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Write a transformer in another format: python scripts/export.py IN OUT --format diffusers --ema --dtype bfloat16"""
+"""Write a transformer or a LoRA in another format: python scripts/export.py IN OUT --format diffusers --ema"""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from utils.cli import exit_code
 from utils.errors import UserError
 
 FORMATS = {
-    "wan": "folder as Wan-AI publishes it",
-    "official": "training checkpoint .pt as Self Forcing publishes it",
-    "diffusers": "diffusers pipeline folder; whole if the text encoder, tokenizer and VAE are known (--parts)",
-    "comfyui": "single .safetensors for ComfyUI",
-    "safetensors": "single .safetensors with bare names",
-    "peft": "peft adapter folder; IN is a LoRA in any key style",
+    "wan": "a folder as Wan-AI publishes it",
+    "official": "a training checkpoint .pt as Self Forcing publishes it",
+    "diffusers": "a diffusers pipeline folder, whole if the text encoder, tokenizer and VAE are known (--parts)",
+    "comfyui": "one .safetensors file for ComfyUI",
+    "safetensors": "one .safetensors file with names without a prefix",
+    "peft": "a peft adapter folder; IN is a LoRA of any trainer",
 }
 
 
@@ -28,24 +28,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("output", metavar="OUT", help="file or folder to write")
     formats = "; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items())
     add("--format", required=True, choices=FORMATS, help=formats)
-    add("--ema", action="store_true", help="averaged weights of a training checkpoint; without it the raw ones")
+    add("--ema", action="store_true", help="write the averaged weights of a training checkpoint; default: the raw ones")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="type of the written weights; default: as stored, bfloat16 for packed ones",
+        help="type of the written weights; default: the stored type, or bfloat16 for packed weights",
     )
-    add("--lora", help="LoRA to merge first: PATH[:SCALE], or '[PATH:SCALE, ...]'")
+    add("--lora", help="LoRA to merge first: PATH[:SCALE], or '[PATH:SCALE, ...]'; default: none")
     add(
         "--lora_scale",
         type=float,
         default=1.0,
-        help="factor of the scales of the LoRA; 1 is as trained; default: %(default)s",
+        help="factor of all LoRA scales; 1 is as trained; default: %(default)s",
     )
-    add("--parts", help="release folder that holds the other parts of a diffusers pipeline; default: IN")
+    add("--parts", help="folder with the other parts of a diffusers pipeline; default: IN")
     add("--shift", type=float, default=5.0, help="timestep shift of a diffusers pipeline; default: %(default)s")
-    add("--preset", default="wan2.1-t2v-1.3b", help="sizes to try first if IN has no config.json; default: %(default)s")
+    add(
+        "--preset", default="wan2.1-t2v-1.3b", help="preset to try first if IN has no config.json; default: %(default)s"
+    )
     add("--shard_gb", type=float, default=10.0, help="largest file of a folder, in gigabytes; default: %(default)s")
-    add("--overwrite", action="store_true", help="write over what OUT holds")
+    add("--overwrite", action="store_true", help="replace OUT if it exists; default: off")
     return parser.parse_args(arguments)
 
 

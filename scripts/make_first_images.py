@@ -13,7 +13,7 @@ from utils.cli import exit_code
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_folder", default="prompts", help="default: %(default)s")
+    parser.add_argument("--output_folder", default="prompts", help="folder for images and lists; default: %(default)s")
     return parser.parse_args(arguments)
 
 

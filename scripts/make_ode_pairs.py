@@ -1,7 +1,7 @@
-"""Sample a teacher and keep points of each trajectory in the folder ode.pairs, for ODE regression.
+"""Sample a teacher, and store points of each denoising trajectory in the folder ode.pairs, for ODE regression.
 
-With --causal the teacher is a causal one (teacher forcing), and every chunk is solved after the clean chunks before it,
-of real videos, which are kept too. Run it again to go on after an interruption, or with a larger --count.
+With --causal the teacher is a causal model (trained with teacher forcing). It denoises each chunk after the clean
+chunks of a real video, which are stored too. Run it again to continue after an interruption, or with a larger --count.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     config = "configs/shapes/ode_regression.yaml"
     parser = shard_parser(__doc__, config=config, items="trajectories", shard_size=32)
     add = parser.add_argument
-    add("--causal", action="store_true", help="trajectories of a causal teacher after clean context")
-    add("--count", type=int, default=512, metavar="N", help="trajectories (default: %(default)s)")
-    add("--batch", type=int, default=16, metavar="N", help="trajectories solved at once (default: %(default)s)")
+    add("--causal", action="store_true", help="the teacher is causal and gets clean context; default: off")
+    add("--count", type=int, default=512, metavar="N", help="number of trajectories; default: %(default)s")
+    add("--batch", type=int, default=16, metavar="N", help="trajectories solved together; default: %(default)s")
     add(
         "--solver_steps",
         type=int,
         default=48,
         metavar="N",
-        help="Euler steps; rollout.denoising_steps must lie on their grid (default: %(default)s)",
+        help="Euler steps; rollout.denoising_steps must be among their timesteps; default: %(default)s",
     )
     return parse(parser, arguments)
 

@@ -1,9 +1,9 @@
-"""Make the same videos many times, and count the different files: 1 if prompt, seed and settings alone decide a video.
+"""Make the same videos many times, and count the different files of each video.
 
     python scripts/repeat.py --runs 100 --prompt "a large red circle moving up and right on a navy background"
 
-All other options are those of inference.py. With --busy 2, two processes keep two cores busy meanwhile, to see that a
-busy machine changes nothing.
+The count is 1 if the prompt, the seed and the settings alone decide a video. All other options are those of
+inference.py. With --busy 2, two processes keep two cores busy, to show whether a busy machine changes a video.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import inference
 
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1_000_000))"
-"""A program that keeps one core busy as long as the one that started it lives."""
+"""A program that keeps one core busy until the program that started it ends."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read --runs and --busy; `options` holds what is left for inference.py."""
+    """Read --runs and --busy. `options` holds the other arguments, for inference.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10, help="how often to make the videos; default: %(default)s")
-    parser.add_argument("--busy", type=int, default=0, help="cores to keep busy meanwhile; default: %(default)s")
+    parser.add_argument("--runs", type=int, default=10, help="how many times to make the videos; default: %(default)s")
+    parser.add_argument("--busy", type=int, default=0, help="number of cores to keep busy; default: %(default)s")
     args, options = parser.parse_known_args(arguments)
     args.options = options
     return args
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def repeat(runs: int, options: list[str]) -> int:
-    """Make the videos `runs` times. Return 1 if a video has more than one content, or the code of a run that fails."""
+    """Make the videos `runs` times. Return 1 if the files of a video differ, or the exit code of a run that fails."""
     found: dict[str, set[str]] = defaultdict(set)
     for run in range(1, runs + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -51,13 +51,13 @@ def repeat(runs: int, options: list[str]) -> int:
                 return code
             for path in Path(folder).glob("*.mp4"):
                 found[path.name].add(hashlib.sha256(path.read_bytes()).hexdigest())
-        print(f"run {run} of {runs}: {max(map(len, found.values()))} different files of a video at most")
+        print(f"run {run} of {runs}: at most {max(map(len, found.values()))} different files of a video")
     return int(any(len(hashes) > 1 for hashes in found.values()))
 
 
 @contextmanager
 def busy_cores(count: int) -> Iterator[list[subprocess.Popen]]:
-    """Run so many processes that do nothing but compute, each on a core of its own."""
+    """Run `count` processes that only compute, each on its own core."""
     loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield loops

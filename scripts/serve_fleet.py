@@ -1,4 +1,4 @@
-"""The demo's page and API on several GPUs or machines: one model a replica, kept alive and scaled by Ray Serve."""
+"""Serve the demo on several GPUs or machines. Each replica has one model. Ray Serve starts and replaces replicas."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_server_arguments(parser)
     parser.set_defaults(share=False, download=False)
     add = parser.add_argument_group("the fleet").add_argument
-    add("--replicas", type=int, default=1, help="replicas that always run; default: %(default)s")
+    add("--replicas", type=int, default=1, help="number of replicas that always run; default: %(default)s")
     add(
         "--max-replicas",
         type=int,
         default=0,
         metavar="N",
-        help="replicas at most, with long queues; default: --replicas",
+        help="most replicas that may run when many viewers wait; default: --replicas",
     )
-    add("--gpus", type=float, default=1.0, help="GPUs of a replica, 0 for the CPU; default: %(default)s")
-    add("--cpus", type=float, default=1.0, help="CPU cores that are reserved for a replica; default: %(default)s")
+    add("--gpus", type=float, default=1.0, help="GPUs of each replica, 0 for the CPU; default: %(default)s")
+    add("--cpus", type=float, default=1.0, help="CPU cores reserved for each replica; default: %(default)s")
     add("--hang-seconds", type=float, default=300.0, metavar="S",
-        help="a replica that works on one chunk for longer is replaced; default: %(default)s")  # fmt: skip
-    add("--address", help="a Ray cluster that runs, such as auto; default: a new one on this machine")
+        help="seconds; a replica that works on one chunk for longer is replaced; default: %(default)s")  # fmt: skip
+    add("--address", help="a running Ray cluster, such as auto; default: a new one on this machine")
     return parser
 
 

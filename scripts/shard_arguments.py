@@ -1,4 +1,4 @@
-"""The arguments that all scripts share which fill a folder of shards."""
+"""The arguments that all scripts have in common that fill a folder of shards."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import argparse
 
 
 def shard_parser(description: str, *, config: str, items: str, shard_size: int) -> argparse.ArgumentParser:
-    """Return a parser with the arguments of all such scripts.
+    """Return a parser with the arguments that all these scripts have.
 
     Args:
         description: the help text.
         config: the default configuration file.
-        items: what a shard holds, in the plural.
+        items: the content of a shard, in the plural.
         shard_size: the default number of items in a shard.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config_path", default=config, metavar="YAML", help="default: %(default)s")
+    parser.add_argument("--config_path", default=config, metavar="YAML", help="YAML file; default: %(default)s")
     parser.add_argument(
         "--shard_size",
         type=int,
         default=shard_size,
         metavar="N",
-        help=f"{items} in a file; an interruption loses at most as many (default: %(default)s)",
+        help=f"{items} in one file; an interruption loses at most this many; default: %(default)s",
     )
     return parser
 

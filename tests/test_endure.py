@@ -30,4 +30,4 @@ def test_the_table_has_a_line_for_every_figure(monkeypatch, capsys, is_kept):
 def test_another_part_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         endure.main(["kill"])
-    assert "'kill' is no part; choose from kills, damage" in capsys.readouterr().err
+    assert "'kill' is not a part; choose from kills, damage" in capsys.readouterr().err

@@ -261,7 +261,7 @@ def _last(points: Sequence[Point] | None) -> float | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.report", description=__doc__)
-    parser.add_argument("logdir", help="the --logdir of a training, finished or not")
+    parser.add_argument("logdir", help="the --logdir of a training that is finished or still running")
     args = parser.parse_args(arguments)
     return exit_code(lambda: print(f"wrote {write_report(args.logdir)}"))
 
