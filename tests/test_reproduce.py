@@ -1,6 +1,11 @@
 """The reproduction: a fair plan, measures that measure, and a run that goes on where it stopped."""
 
 import csv
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +19,7 @@ from scripts.reproduction.plan import ABLATIONS, FULL, METHODS, QUICK, Training,
 from scripts.reproduction.report import write_report
 from scripts.reproduction.runner import estimate_left
 from scripts.reproduction.statistics import frechet_interval, mean_interval
-from scripts.reproduction.training import commands, train_all, weights_of
+from scripts.reproduction.training import commands, run_program, train_all, weights_of
 from trainer.config import Config
 from utils.config import load_config
 from utils.errors import UserError
@@ -100,9 +105,38 @@ def test_intervals_shrink_with_more_prompts_and_cover_the_mean():
 
 
 def test_a_failed_training_is_named(tmp_path):
-    broken = Training("broken", "no_such_configuration", 0, 1)
-    with pytest.raises(UserError, match=r"broken: train\.py .* ended with code 2"):
-        train_all((broken,), tmp_path, ())
+    (tmp_path / "broken.py").write_text("raise SystemExit(2)", encoding="utf-8")
+    with pytest.raises(UserError, match=r"teacher: .*broken\.py ended with code 2; correct .* it goes on from here"):
+        run_program([str(tmp_path / "broken.py")], "teacher")
+
+
+STUB = """\
+import signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), (folder / "saved").touch(), sys.exit(0)))
+(folder / "started").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_until_the_training_has_saved(tmp_path, number):
+    (tmp_path / "stub.py").write_text(STUB, encoding="utf-8")
+    call = f"run_program([{str(tmp_path / 'stub.py')!r}, {str(tmp_path)!r}], 'stub')"
+    command = [sys.executable, "-c", f"from scripts.reproduction.training import run_program; {call}"]
+    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+        wait_for((tmp_path / "started").exists)
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert (tmp_path / "saved").exists()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_run_goes_on_where_it_stopped_and_reports_what_it_has(tmp_path, monkeypatch):

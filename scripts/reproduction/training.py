@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from scripts.reproduction.plan import Training
 from utils.errors import UserError
+from utils.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,7 +36,7 @@ def train_all(trainings: tuple[Training, ...], folder: Path, overrides: tuple[st
             continue
         logger.info("%s: %d updates", place, training.steps)
         for command in commands(training, folder, overrides):
-            _run(command, training.name)
+            run_program(command, training.name)
 
 
 def commands(training: Training, folder: Path, overrides: tuple[str, ...] = ()) -> list[list[str]]:
@@ -69,11 +71,30 @@ def _keys(training: Training, folder: Path) -> list[str]:
     return keys
 
 
-def _run(command: list[str], name: str) -> None:
-    """Run a Python program of this repository. Its output is this program's."""
-    result = subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=False)
-    if result.returncode:
+def run_program(command: list[str], name: str) -> None:
+    """Run a Python program of this repository, whose output is this program's. A signal to end is passed on to it.
+
+    Raises:
+        UserError: the program failed.
+        SystemExit: a signal came. The program has saved its state by then.
+    """
+    process: subprocess.Popen | None = None
+
+    def pass_on(_: signal.Signals) -> None:
+        if process is not None:
+            process.terminate()
+
+    with StopSignals(on_signal=pass_on) as stop:
+        # In a session of its own, so that Ctrl-C in a terminal reaches it once: from here.
+        process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, start_new_session=True)
+        if stop.received:
+            process.terminate()
+        code = process.wait()
+    if stop.received:
+        logger.info("%s: stopped; run the same command again to go on", name)
+        raise SystemExit(128 + stop.received)
+    if code:
         raise UserError(
-            f"{name}: {' '.join(command[:3])} ended with code {result.returncode}; mend what it says and run "
-            "reproduce.sh again: it goes on from here"
+            f"{name}: {' '.join(command[:3])} ended with code {code}; correct what it says and run reproduce.sh again: "
+            "it goes on from here"
         )

@@ -21,7 +21,7 @@ from trainer.data import (
 )
 from trainer.stored_data import ODEData, StoredEmbeddings
 from utils.errors import UserError
-from utils.shapes import Scene, ShapesConfig, held_out_scenes, measure
+from utils.shapes import Scene, ShapesConfig, World, held_out_scenes, measure
 from utils.shards import ShardWriter
 
 VIDEO = VideoConfig(height=48, width=48, num_frames=6, fps=12)
@@ -66,6 +66,15 @@ def test_a_sample_is_a_function_of_its_index_whoever_reads_it():
         assert [parts[i % processes].prompts[i // processes] for i in range(8)] == batch.prompts
         frames = [parts[i % processes].frames[i // processes] for i in range(8)]
         assert torch.equal(torch.stack(frames), batch.frames)
+
+
+def test_the_rich_world_gives_one_and_two_objects_that_the_detector_finds():
+    config = ShapesConfig(world=World.rich)
+    samples = TrainingOrder(ShapesData(config, 17), 0).next(6)
+    scenes = [Scene.from_prompt(prompt) for prompt in samples.prompts]
+    assert {len(scene.things) for scene in scenes} == {1, 2}
+    for scene, clip in zip(scenes, samples.frames, strict=True):
+        assert all(values.float().mean() > 0.9 for values in measure(clip, scene, config).columns.values())
 
 
 def test_resuming_goes_on_with_the_sample_after_the_last():
