@@ -28,7 +28,6 @@ JSON_FILE, PIECES_FILE, SETTINGS_FILE = "tokenizer.json", "spiece.model", "token
 TOKENIZER_FILES = (JSON_FILE, PIECES_FILE)  # the first is complete, for every class and version that wrote it
 TOKENIZER_ENDINGS = {Path(name).suffix for name in TOKENIZER_FILES}
 MAX_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
-MAX_DEPTH_OF_SETTINGS = 40
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # T5's names
 
 

@@ -289,7 +289,7 @@ def _run_round(streams: dict[StreamSession, Stream]) -> dict[StreamSession, Tens
     due = [one for one, stream in streams.items() if not first or stream.pending.stage is Stage.context]
     with ExitStack() as timers:
         for one in due:
-            timers.enter_context(streams[one].timer(streams[one].pending.stage.value))
+            timers.enter_context(streams[one].timer.phase(streams[one].pending.stage.value))
         x0 = run_together(due[0].pipeline.denoiser, [streams[one].pending for one in due])
     streams[due[0]].timer.throttle()  # the passes of all sessions were queued together
     return dict(zip(due, x0, strict=True))

@@ -26,7 +26,7 @@ from pipeline.source import SourceEncoder, SourceFrames
 from pipeline.states import SwitchStyle
 from pipeline.steps import steps_of_chunk
 from pipeline.text_to_video import TextToVideo
-from utils.timer import StageTimer
+from utils.timer import Stopwatch
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LatentChunk(FinishedChunk):
     """The prompt of the chunk."""
     begins: bool
     """True if a clip begins with this chunk: at the start of the stream, and after a cut."""
-    timer: StageTimer = field(repr=False)
+    timer: Stopwatch = field(repr=False)
     stream: Stream = field(repr=False)
     """The stream it belongs to."""
     finished: torch.cuda.Event | None = None
@@ -96,7 +96,7 @@ class Stream:
         self.ended = False
         self.abandoned = False
         self.pending: Pass | None = None
-        self.timer = StageTimer(self.device)
+        self.timer = Stopwatch(self.device)
         self._events = self._run()
         self._advancing = threading.Lock()
 
@@ -117,7 +117,7 @@ class Stream:
         """Run at most one pass. Returns a chunk if the pass finished one. ``ended`` is True after the last one."""
         if self.pending is None:
             return self.advance(None)
-        with self.timer(self.pending.stage.value):
+        with self.timer.phase(self.pending.stage.value):
             x0 = self.pending.run(self.pipeline.denoiser)
         self.timer.throttle()
         return self.advance(x0)
@@ -138,7 +138,7 @@ class Stream:
         if self.device.type == "cuda":
             chunk.finished = torch.cuda.current_stream(self.device).record_event()
         self.frames += self._pixel_frames(event.latents)
-        self.index, self.begins, self.timer = self.index + 1, False, StageTimer(self.device)
+        self.index, self.begins, self.timer = self.index + 1, False, Stopwatch(self.device)
         return chunk
 
     def close(self) -> None:
@@ -177,17 +177,17 @@ class Stream:
         size = self.config.frames_per_chunk
         for index, latents in enumerate(chunk.latents.split(size, dim=1)):
             for part in latents.split(1 if chunk.begins and index == 0 else size, dim=1):
-                with torch.no_grad(), chunk.timer("decode"):
+                with torch.no_grad(), chunk.timer.phase("decode"):
                     frames = self.decoder.decode(part)
                 yield frames
 
     def _run(self) -> Generator[Pass | FinishedChunk, Tensor | None, None]:
         request, pipeline = self.request, self.pipeline
-        with self.timer("text"):
+        with self.timer.phase("text"):
             self.embeds = pipeline.text_encoder.encode([each.prompt for each in self.requests])
         context = None
         if request.context_frames is not None:
-            with self.timer("source"):
+            with self.timer.phase("source"):
                 context = self.encode(torch.stack([each.context_frames for each in self.requests]))
             yield FinishedChunk(0, context)
         if pipeline.sampler is not Sampler.rollout:
@@ -253,7 +253,7 @@ class Stream:
             self.begins = self.begins or (embeds is not None and style is SwitchStyle.cut)
             first_step = 0
             if self.source is not None:
-                with self.timer("source"):
+                with self.timer.phase("source"):
                     frames = self.source.take(self._pixel_frames(latents))
                     if frames is None:
                         return
@@ -277,7 +277,7 @@ class Stream:
             switch = self.scheduled.popleft()
         style = SwitchStyle.blend
         if switch is not None:
-            with self.timer("text"):
+            with self.timer.phase("text"):
                 target = self.pipeline.text_encoder.encode([switch.prompt]).expand_as(self.embeds)
             style, self.prompt = switch.style, switch.prompt
             count = switch.blend_chunks if style is SwitchStyle.blend else 1

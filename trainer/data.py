@@ -21,10 +21,11 @@ from pipeline.config import TextConfig, VideoConfig
 from pipeline.loading import load_text_encoder
 from trainer.draws import Dataset, Draw, Samples
 from trainer.stored_data import StoredEmbeddings, VideoData
-from utils.distributed import derive_seed, resolve_dtype
+from utils.distributed import resolve_dtype
 from utils.errors import UserError
 from utils.images import load_image
 from utils.prompts import pair_prompts, read_image_prompts, read_prompt_lines, read_prompts
+from utils.seeds import derive_seed, random_stream
 from utils.shapes import Scene, ShapesConfig, render_clips, training_scenes
 
 CACHED_PROMPTS = 4096
@@ -111,7 +112,7 @@ class TrainingOrder:
     def _drawn(self, index: int) -> Draw:
         epoch, place = divmod(index, len(self.dataset))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+            generator = random_stream(self.seed, "epoch", epoch)
             self._order = epoch, torch.randperm(len(self.dataset), generator=generator).tolist()
         return Draw(self._order[1][place], derive_seed(self.seed, "sample", index))
 

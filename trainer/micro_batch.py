@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.rollout import randn
-from utils.distributed import Ranks, derive_seed
+from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.seeds import random_stream
 
 Rows = TypeVar("Rows", Tensor, Sequence)
 
@@ -51,12 +52,12 @@ class MicroBatch:
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator for numbers that are drawn once for the global batch; the same in all its micro-batches."""
-        return torch.Generator().manual_seed(derive_seed(self.seed, purpose))
+        return random_stream(self.seed, purpose)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One generator for each sample."""
         places = range(self.start, self.start + self.size)
-        return [torch.Generator().manual_seed(derive_seed(self.seed, purpose, place)) for place in places]
+        return [random_stream(self.seed, purpose, place) for place in places]
 
     def randn(self, purpose: str, like: Tensor) -> Tensor:
         """Draw standard normal noise [size ...] in the shape, device and dtype of ``like``."""

@@ -38,10 +38,12 @@ from trainer.stored_data import StoredEmbeddings
 from trainer.update import Loss, Updated, make_update, mean_metrics
 from utils.checkpoint import Checkpoints, KeepPolicy, Stateful, load_checkpoint
 from utils.config import save_config, to_dict
-from utils.distributed import Ranks, any_process, derive_seed, stop_signals
+from utils.distributed import Ranks, any_process, stop_signals
 from utils.errors import UserError
 from utils.prompts import read_prompts
-from utils.tracking import Stopwatch, Tracker, duration, peak_memory, progress
+from utils.seeds import derive_seed, random_stream
+from utils.timer import Stopwatch
+from utils.tracking import Tracker, duration, peak_memory, progress
 from utils.transfer import send
 from utils.video import VideoWriter, save_contact_sheet
 
@@ -102,7 +104,7 @@ class Trainer(ABC):
 
     def stream(self, *parts: int | str) -> torch.Generator:
         """Return a random stream for a purpose. It is the same on every process."""
-        return torch.Generator().manual_seed(self.seed(*parts))
+        return random_stream(self.config.trainer.seed, *parts)
 
     def load_trained(self, config: DenoiserConfig, lora: LoRAConfig | None = None) -> Denoiser:
         """Load a denoiser to train, in float32, distributed over the processes. ``lora`` replaces the run's own."""

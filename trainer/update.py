@@ -14,7 +14,7 @@ from trainer.micro_batch import MicroBatch
 from trainer.optimizer import Optimizer
 from trainer.parallelize import average_replicated, synchronise_gradients
 from utils.distributed import all_reduce_mean
-from utils.tracking import Stopwatch
+from utils.timer import Stopwatch
 
 
 class Loss(NamedTuple):

@@ -6,7 +6,6 @@ Waiting has no time limit while the other processes live: a rank may make sample
 while the others wait. A job ends if a rank fails or disappears. `utils.heartbeat` notices this within seconds.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -197,12 +196,6 @@ def processes_here(ranks: Ranks) -> int:
     """Return how many processes of the job share this machine's RAM. If the launcher does not tell, all of them."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(here) if here.isdecimal() and int(here) > 0 else ranks.world_size
-
-
-def derive_seed(*parts: int | str) -> int:
-    """Return a seed in [0, 2^63) from all parts, their types and order: `derive_seed(seed, prompt, "noise")`."""
-    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Measures the seconds of the stages of some work, on a CPU or on a CUDA device."""
+"""Measures the seconds of the phases of some work, on a CPU or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -28,18 +28,29 @@ def elapsed(start: Moment, end: Moment) -> float:
     return start.elapsed_time(end) / 1000
 
 
-class StageTimer:
-    """Seconds by stage. On CUDA they are measured between events in the current stream, because work is queued."""
+class Stopwatch:
+    """Measures the seconds of named phases. A phase inside another one is not counted twice.
+
+    On CUDA it puts events into the current stream, because work is queued there. So a phase does not wait for the
+    device; the other methods do.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spans: list[tuple[str, Moment, Moment]] = []
+        self._open: list[str] = []
+        self._since: Moment | None = None
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = moment(self._device)
-        yield
-        self._spans.append((stage, start, moment(self._device)))
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the block for `name`."""
+        self._turn()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._open.pop()
 
     def throttle(self) -> None:
         """Wait until only the newest span of work is queued, so that a stop takes effect soon."""
@@ -47,8 +58,21 @@ class StageTimer:
             self._spans[-2][2].synchronize()
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each stage. Waits for queued work."""
+        """Return the seconds of every phase since the start or the last lap, in order of appearance."""
         total: dict[str, float] = {}
-        for stage, start, end in self._spans:
-            total[stage] = total.get(stage, 0.0) + elapsed(start, end)
+        for name, start, end in self._spans:
+            total[name] = total.get(name, 0.0) + elapsed(start, end)
         return total
+
+    def lap(self) -> dict[str, float]:
+        """Return the seconds of every phase since the last lap, and begin the next one."""
+        total = self.seconds()
+        self._spans.clear()
+        return total
+
+    def _turn(self) -> None:
+        """Add the time since the last turn to the innermost open phase."""
+        now = moment(self._device)
+        if self._open:
+            self._spans.append((self._open[-1], self._since, now))
+        self._since = now

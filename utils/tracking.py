@@ -7,8 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Annotated, Any
@@ -20,7 +19,6 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.files import NO_FOLLOW, atomic_write_bytes, atomic_write_text, is_own_file, set_aside
 from utils.side_files import read_json_lines, read_limited
-from utils.timer import Moment, elapsed, moment
 from utils.video import evenly_spaced, read_video
 
 try:
@@ -146,45 +144,6 @@ def progress(
     if isinstance(iterable_or_total, int):
         return tqdm(total=iterable_or_total, **options)
     return tqdm(iterable_or_total, **options)
-
-
-class Stopwatch:
-    """Measures the seconds of named phases. A phase inside another one is not counted twice.
-
-    On CUDA it puts events into the current stream. So phases do not wait for the device; only :meth:`lap` does.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spans: list[tuple[str, Moment, Moment]] = []
-        self._open: list[str] = []
-        self._since: Moment | None = None
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time of the block for `name`."""
-        self._turn()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._open.pop()
-
-    def lap(self) -> dict[str, float]:
-        """Return the seconds of every phase since the last lap, in order of appearance."""
-        spans, self._spans = self._spans, []
-        seconds: dict[str, float] = {}
-        for name, start, end in spans:
-            seconds[name] = seconds.get(name, 0.0) + elapsed(start, end)
-        return seconds
-
-    def _turn(self) -> None:
-        """Add the time since the last turn to the innermost open phase."""
-        now = moment(self.device)
-        if self._open:
-            self._spans.append((self._open[-1], self._since, now))
-        self._since = now
 
 
 def read_metrics(path: str | Path, *, repair: bool) -> list[dict[str, float | None]]:

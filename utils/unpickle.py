@@ -1,17 +1,15 @@
 """The only module that reads pickled data. The data cannot run code.
 
-A pickle is a program. Every file that holds one (`.pt`, `.pth`, `.bin`, the metadata of a checkpoint) is read here,
-with a list of the classes it may name. A test walks the source and fails if another module unpickles.
+A pickle is a program. Every file that holds one (`.pt`, `.pth`, `.bin`) is read here, and torch then accepts only tensors
+in plain containers. A test walks the source and fails if another module unpickles.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -20,36 +18,6 @@ from utils.errors import UserError
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_PICKLE_BYTES = 256 * 2**20
 TORCH_MAGIC = b"\x80\x02"  # torch.save writes protocol 2
-
-
-class _Restricted(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, allowed: Mapping[tuple[str, str], Any], source: str) -> None:
-        super().__init__(file)
-        self._allowed, self._source = allowed, source
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise UserError(f"{self._source}: names {module}.{name}, which this kind of file never needs; refused")
-        return self._allowed[module, name]
-
-
-def restricted_load(file: BinaryIO, allowed: Mapping[tuple[str, str], Any], source: str | Path) -> Any:
-    """Read one pickle that may name only the classes and functions in `allowed`: (module, name) -> object.
-
-    Every object in `allowed` must be harmless to call with any arguments.
-
-    Raises:
-        UserError: the pickle names something else, is damaged, or is larger than 256 MiB.
-    """
-    data = file.read(MAX_PICKLE_BYTES + 1)
-    if len(data) > MAX_PICKLE_BYTES:
-        raise UserError(f"{source}: holds more than {MAX_PICKLE_BYTES} bytes of pickled data; refused")
-    try:
-        return _Restricted(io.BytesIO(data), allowed, str(source)).load()
-    except UserError:
-        raise
-    except Exception as error:  # damaged bytes can raise anything while they are read
-        raise UserError(f"{source}: is damaged ({type(error).__name__}: {error}); use another copy") from None
 
 
 def load_torch(path: str | Path) -> Any:

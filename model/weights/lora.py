@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights.adapters import Decomposed, Hadamard, Kronecker, LowRank, Replacement, Whole
+from model.weights.adapters import Adapter, LowRank, Replacement, Whole
 from model.weights.packed import PackedTensor, unpack
 from model.weights.write import save_folder
 from utils.errors import UserError
@@ -30,7 +30,7 @@ NAMED = 3  # how many layers a message names
 class LoRA:
     """Differences of a transformer's weights, under original Wan names."""
 
-    layers: dict[str, LowRank | Hadamard | Kronecker | Decomposed] = field(default_factory=dict)
+    layers: dict[str, Adapter] = field(default_factory=dict)
     """Layer name, such as blocks.0.self_attn.q -> the difference of its weight."""
     full: dict[str, Whole | Replacement] = field(default_factory=dict)
     """Parameter name -> its difference. Files use this for biases, norms and modulations."""
@@ -39,7 +39,7 @@ class LoRA:
     left_out: dict[str, str] = field(default_factory=dict)
     """Layers that a text-to-video model does not have, by the name in the file -> what they belong to."""
 
-    def adapters(self) -> Iterator[tuple[str, LowRank | Hadamard | Kronecker | Decomposed | Whole | Replacement]]:
+    def adapters(self) -> Iterator[tuple[str, Adapter]]:
         """Yield parameter names and their adapters."""
         for name, adapter in self.layers.items():
             yield f"{name}.weight", adapter

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.request import StreamRequest
-from pipeline.session import SessionState, StreamSession, denoise_together
+from pipeline.session import StreamSession, denoise_together
+from pipeline.states import SessionState
 from pipeline.text_to_video import TextToVideo
 from scripts.measuring.bench import PROMPT, Bench, Figures
 from utils.distributed import share_cores

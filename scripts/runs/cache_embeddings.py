@@ -11,8 +11,9 @@ from pipeline.loading import load_text_encoder
 from scripts.runs.shard_job import begin
 from trainer.config import Config
 from trainer.data import all_prompts
-from utils.distributed import derive_seed, share
+from utils.distributed import share
 from utils.prompts import read_prompts
+from utils.seeds import derive_seed
 from utils.shards import ShardWriter
 from utils.tracking import progress
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from pipeline.config import VideoConfig
 from pipeline.loading import load_codec
 from scripts.runs.shard_job import begin
-from utils.distributed import derive_seed, share
+from utils.distributed import share
 from utils.errors import UserError
 from utils.prompts import one_line, read_entries
+from utils.seeds import derive_seed
 from utils.shards import ShardWriter
 from utils.tracking import progress
 from utils.video import stream_video

@@ -18,8 +18,9 @@ from scripts.runs.shard_job import ShardJob, begin
 from trainer.config import Config
 from trainer.data import Contents, text_source, training_data
 from trainer.objectives.consistency import causal_trajectory
-from utils.distributed import derive_seed, share
+from utils.distributed import share
 from utils.errors import UserError
+from utils.seeds import derive_seed
 from utils.shards import ShardWriter
 from utils.tracking import progress
 

@@ -545,7 +545,7 @@ def test_the_shipped_model_shows_the_new_object_within_two_chunks_of_a_switch(mo
 def test_passes_of_several_sessions_never_pile_up(pipeline, monkeypatch):
     """After every round the sessions wait until only the newest work is queued, so that a stop takes effect soon."""
     waits = []
-    monkeypatch.setattr("utils.timer.StageTimer.throttle", lambda timer: waits.append(timer))
+    monkeypatch.setattr("utils.timer.Stopwatch.throttle", lambda timer: waits.append(timer))
     sessions = [StreamSession(pipeline, request(prompt=prompt)) for prompt in (RED, BLUE)]
     passes = []
     hook = pipeline.denoiser.register_forward_pre_hook(lambda *_: passes.append(1))

@@ -16,7 +16,6 @@ from utils.distributed import (
     any_process,
     barrier,
     broadcast_value,
-    derive_seed,
     gather_values,
     init_distributed,
     processes_here,
@@ -28,6 +27,7 @@ from utils.distributed import (
     stop_signals,
 )
 from utils.errors import UserError
+from utils.seeds import derive_seed
 
 ROOT = Path(__file__).parents[2]
 PLACE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.tracking import Stopwatch, Tracker, peak_memory, progress, setup_logging
+from utils.timer import Stopwatch
+from utils.tracking import Tracker, peak_memory, progress, setup_logging
 from utils.video import VideoWriter
 
 ROOT = Path(__file__).parents[2]
