@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-def missing(device: torch.device) -> str | None:
+def missing_for_kernels(device: torch.device) -> str | None:
     """Describe the requirement of the kernels that this device lacks; None if they can run."""
     if find_spec("triton") is None:
         return "the package triton (pip install triton)"

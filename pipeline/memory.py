@@ -170,7 +170,7 @@ def need(profile: Profile, of: Sizes, *, one_memory: bool) -> Need:
     return Need(int(device + of.overhead), 0 if one_memory else ram)
 
 
-def measure(
+def measured_sizes(
     config: PipelineConfig, *, device: torch.device, dtype: torch.dtype, use_ema: bool | None, text: bool
 ) -> Sizes:
     """Return all sizes, from the headers of the weights and the configuration.
@@ -314,7 +314,7 @@ def plan(
     Raises:
         UserError: no profile fits, or weights are missing or damaged.
     """
-    measured = measure(config, device=device, dtype=dtype, use_ema=use_ema, text=text)
+    measured = measured_sizes(config, device=device, dtype=dtype, use_ema=use_ema, text=text)
     return choose_profile(config, measured, device=device, text=text, interactive=interactive, processes=processes)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from model.codec import VideoCodec
 from model.eight_bits import round_linears
 from model.fused_block import FusedBlock
-from model.fused_ops import missing
+from model.fused_ops import missing_for_kernels
 from model.transformer import WanTransformer
 from model.wan_vae import WanVAE
 from pipeline.rollout import RolloutConfig
@@ -215,7 +215,7 @@ def optimize_codec(codec: VideoCodec, config: OptimizeConfig) -> None:
 
 def require_kernels(device: torch.device) -> None:
     """Raise UserError if the kernels of :mod:`model.fused_ops` cannot run on this device."""
-    if lacking := missing(device):
+    if lacking := missing_for_kernels(device):
         raise UserError(f"optimize.kernels=triton needs {lacking}; use optimize.kernels=torch")
 
 

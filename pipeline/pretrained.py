@@ -34,7 +34,8 @@ from utils.config import from_dict, to_dict
 from utils.distributed import resolve_device, resolve_dtype
 from utils.errors import UserError
 from utils.files import atomic_write_text
-from utils.video import fit_image, load_image
+from utils.frames import fit_image
+from utils.images import load_image
 
 PIPELINE_FILE = "pipeline.yaml"
 ABOUT = "A causal video diffusion model: it turns a prompt into a video, chunk by chunk, in a few denoising steps."

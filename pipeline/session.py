@@ -22,7 +22,7 @@ from pipeline.rollout import Stage
 from pipeline.states import SessionState, Stopped, SwitchStyle
 from pipeline.stream import Abandoned, LatentChunk, Stream
 from pipeline.text_to_video import TextToVideo
-from utils.video import to_uint8
+from utils.frames import to_uint8
 
 SOURCE_POLL_SECONDS = 0.01
 Show = Callable[[Tensor], None]

@@ -11,7 +11,7 @@ from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver
 from scripts import cache_embeddings, encode_videos, make_ode_pairs
 from scripts.runs.encode_videos import read_clip, video_prompts
-from trainer.data import Contents, all_prompts, training_data
+from trainer.data import Contents, training_data, training_prompts
 from trainer.draws import Draw
 from trainer.objectives.consistency import causal_trajectory
 from trainer.stored_data import ODEData, StoredEmbeddings
@@ -28,7 +28,7 @@ def test_cached_embeddings_equal_the_encoders_to_the_last_bit(release, tmp_path,
     flags = ["--config_path", release.config_path, f"data.embeddings={tmp_path / 'embeds'}"]
     assert cache_embeddings.main([*flags, "--prompts", str(tmp_path / "more.txt"), "--shard_size", "100"]) == 0
     config = release.config()
-    prompts = [*all_prompts(config.data, config.video), "a cat on a mat", config.sampling.negative_prompt]
+    prompts = [*training_prompts(config.data, config.video), "a cat on a mat", config.sampling.negative_prompt]
     stored, encoder = StoredEmbeddings(tmp_path / "embeds"), load_text_encoder(config.text_encoder)
     with torch.no_grad():
         assert torch.equal(stored.encode(prompts), encoder.encode(prompts))

@@ -20,7 +20,7 @@ import inference
 from model.weights import load_state_dict, weights_hash
 from pipeline.config import load_pipeline_config
 from pipeline.loading import load_codec
-from pipeline.memory import GB, PROFILES, measure, need
+from pipeline.memory import GB, PROFILES, measured_sizes, need
 from scripts.endurance.kills import launch, log_file
 from tests.inference_parts import REPOSITORY, end, records, same, snapshot, start, videos, wait_for
 from utils.files import safe_stem
@@ -365,7 +365,7 @@ def test_a_full_disk_is_refused(refuse, no_weights, monkeypatch):
 def test_a_limit_chooses_what_fits_says_so_and_makes_the_same_video(make, release, capsys, profile):
     whole = make("--prompt", "a cat", folder="whole")
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "use_ema": False, "text": True}
-    needed = need(profile, measure(release.config(), **options), one_memory=True).device
+    needed = need(profile, measured_sizes(release.config(), **options), one_memory=True).device
     capsys.readouterr()
     limited = make("--prompt", "a cat", "text_encoder.cache=null", "--vram", f"{needed / GB:.9f}", folder="limited")
     assert same(whole / "a cat-0.mp4", limited / "a cat-0.mp4")

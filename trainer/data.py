@@ -185,7 +185,7 @@ def training_data(
     if config.switch_path is not None and config.kind is not DataKind.prompts:
         raise UserError(f"data.switch_path={config.switch_path} needs data.kind=prompts, not {config.kind.value}")
     if contents is Contents.prompts:
-        return TrainingOrder(PromptData(all_prompts(config, video), _second_prompts(config)), seed)
+        return TrainingOrder(PromptData(training_prompts(config, video), _second_prompts(config)), seed)
     frames = video.num_frames if contents is Contents.clips else 1
     match config.kind:
         case DataKind.shapes:
@@ -197,7 +197,7 @@ def training_data(
     return TrainingOrder(data, seed)
 
 
-def all_prompts(config: DataConfig, video: VideoConfig) -> list[str]:
+def training_prompts(config: DataConfig, video: VideoConfig) -> list[str]:
     """Return every prompt of the training data, in order.
 
     Raises:

@@ -40,12 +40,13 @@ from utils.checkpoint import Checkpoints, KeepPolicy, Stateful, load_checkpoint
 from utils.config import save_config, to_dict
 from utils.distributed import Ranks, any_process, stop_signals
 from utils.errors import UserError
+from utils.previews import save_contact_sheet
 from utils.prompts import read_prompts
 from utils.seeds import derive_seed, random_stream
 from utils.timer import Stopwatch
 from utils.tracking import Tracker, duration, peak_memory, progress
 from utils.transfer import send
-from utils.video import VideoWriter, save_contact_sheet
+from utils.video import VideoWriter
 
 log = logging.getLogger(__name__)
 

@@ -28,11 +28,11 @@ from utils.checkpoint_files import (
     Manifest,
     Rows,
     StoredTensor,
-    describe,
     read_manifest,
     read_state,
     read_tensors_into,
     rows_of,
+    stored_tensors,
     tensor_file,
     write_file,
     write_manifest,
@@ -267,7 +267,7 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 def _describe(folder: str | Path) -> dict[str, StoredTensor]:
     try:
-        return describe(Path(folder), read_manifest(Path(folder)))
+        return stored_tensors(Path(folder), read_manifest(Path(folder)))
     except DamagedCheckpoint as error:
         raise _unreadable(folder, error) from None
 

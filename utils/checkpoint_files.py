@@ -241,7 +241,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def describe(folder: Path, manifest: Manifest) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path, manifest: Manifest) -> dict[str, StoredTensor]:
     """Return name, shape and place of every tensor, from the headers only.
 
     Raises:

@@ -14,9 +14,9 @@ from utils.checkpoint_files import (
     MANIFEST_FILE,
     STATE_FILE,
     DamagedCheckpoint,
-    describe,
     read_manifest,
     read_state,
+    stored_tensors,
     tensor_file,
     verify,
 )
@@ -178,7 +178,7 @@ def _check_content(folder: Path, ranks: Ranks) -> None:
 
 def _check_meaning(folder: Path) -> None:
     manifest = read_manifest(folder)
-    describe(folder, manifest)
+    stored_tensors(folder, manifest)
     if read_state(folder)["step"] != manifest.step:
         raise DamagedCheckpoint(f"{STATE_FILE} is that of another step")
 

@@ -32,10 +32,10 @@ class Drift:
 def measure_drift(frames: Tensor, fps: float, *, seconds: float = 2.0) -> Drift:
     """Compare the first and the last seconds of a video, uint8 [F H W 3]. A shorter video is compared by halves."""
     count = max(3, min(round(seconds * fps), len(frames) // 2))
-    return Drift(measure(frames[:count]), measure(frames[-count:]))
+    return Drift(frame_figures(frames[:count]), frame_figures(frames[-count:]))
 
 
-def measure(frames: Tensor) -> dict[str, float]:
+def frame_figures(frames: Tensor) -> dict[str, float]:
     """Return the figures of at least three frames, uint8 [F H W 3].
 
     sharpness: mean absolute Laplacian of the luma. brightness: mean luma. colourfulness: mean distance of the channels

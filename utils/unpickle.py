@@ -1,7 +1,7 @@
 """The only module that reads pickled data. The data cannot run code.
 
-A pickle is a program. Every file that holds one (`.pt`, `.pth`, `.bin`) is read here, and torch then accepts only tensors
-in plain containers. A test walks the source and fails if another module unpickles.
+A pickle is a program. Every file that holds one (`.pt`, `.pth`, `.bin`) is read here, and torch accepts only tensors in
+plain containers. A test walks the source and fails if another module unpickles.
 """
 
 from __future__ import annotations

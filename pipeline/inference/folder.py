@@ -15,7 +15,7 @@ from pipeline.inference.plan import SUFFIX, Job
 from pipeline.inference.recipe import TAG, Recipe, read_recipe
 from utils.files import fit_name, is_own_file, set_aside
 from utils.mp4 import is_complete
-from utils.video import partial_paths, read_metadata
+from utils.video import partial_paths, read_video_metadata
 
 log = logging.getLogger("inference")
 
@@ -94,7 +94,7 @@ class OutputFolder:
             return _Standing.free if begun is None or begun.text == recipe.text else _Standing.other
         file = self.folder / name
         whole = file.is_file() and is_complete(file)
-        if whole and read_metadata(file).get(TAG) == recipe.text:
+        if whole and read_video_metadata(file).get(TAG) == recipe.text:
             return _Standing.same
         return _Standing.damaged if is_own_file(file) and not whole else _Standing.other
 
@@ -115,7 +115,7 @@ def settle_partials(path: Path, recipe: Recipe, *, finished: bool) -> Path | Non
     Returns:
         the unfinished file that is kept, `NAME.partial.mp4`, or None.
     """
-    own = [file for file in _partials(path) if read_metadata(file).get(TAG) == recipe.text]
+    own = [file for file in _partials(path) if read_video_metadata(file).get(TAG) == recipe.text]
     longest = max(own, key=lambda file: file.stat().st_size, default=None)
     for file in own:
         if finished or file is not longest:

@@ -27,8 +27,9 @@ from pipeline.states import SessionState
 from pipeline.storyboard import schedule
 from pipeline.text_to_video import TextToVideo
 from utils.distributed import is_launched
+from utils.images import load_image
 from utils.signals import StopSignals
-from utils.video import VideoWriter, load_image, stream_video
+from utils.video import VideoWriter, stream_video
 
 log = logging.getLogger("inference")
 

@@ -43,7 +43,7 @@ class Job:
         return [self.recipe.prompt, *(cue.prompt for cue in self.cues)]
 
 
-def all_prompts(jobs: Sequence[Job]) -> list[str]:
+def prompts_of(jobs: Sequence[Job]) -> list[str]:
     """Return every prompt of the jobs, each one once."""
     return list(dict.fromkeys(prompt for job in jobs for prompt in job.prompts))
 

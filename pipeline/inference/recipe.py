@@ -17,7 +17,7 @@ from pipeline.loading import generator_hash, stored_prompts
 from utils.config import to_dict
 from utils.errors import UserError
 from utils.side_files import parse_json
-from utils.video import read_metadata
+from utils.video import read_video_metadata
 
 TAG = "comment"  # the mp4 tag that holds a recipe; "title" holds the prompt
 FORMAT = 1
@@ -72,7 +72,7 @@ class Recipe:
 
 def read_recipe(path: str | Path) -> Recipe | None:
     """Return the recipe in the metadata of a video file; None if it has none."""
-    text = read_metadata(path).get(TAG, "")
+    text = read_video_metadata(path).get(TAG, "")
     if not text.startswith("{"):
         return None
     try:

@@ -20,8 +20,9 @@ from utils.config import to_dict, to_yaml
 from utils.errors import UserError
 from utils.files import atomic_write_text, is_own_file
 from utils.mp4 import is_complete
+from utils.previews import save_contact_sheet
 from utils.side_files import append_json_line, read_json_lines
-from utils.video import count_frames, sample_frames, save_contact_sheet
+from utils.video import count_frames, sample_frames
 
 log = logging.getLogger("inference")
 

@@ -20,7 +20,7 @@ from pipeline.inference.checks import check_weights, fit_length, warn_of_prompts
 from pipeline.inference.folder import OutputFolder, Placement, settle_partials
 from pipeline.inference.make import MadeVideo, make_video
 from pipeline.inference.options import InferenceOptions
-from pipeline.inference.plan import all_prompts, plan_jobs
+from pipeline.inference.plan import plan_jobs, prompts_of
 from pipeline.inference.recipe import part_hashes
 from pipeline.inference.records import append_record, complete_records, save_run
 from pipeline.loading import needs_text_encoder
@@ -130,7 +130,7 @@ def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torc
     folder = Path(config.inference.output_folder)
     complete_records(folder)
     jobs = plan_jobs(config, options, dtype)
-    check_weights(config, all_prompts(jobs), dtype)
+    check_weights(config, prompts_of(jobs), dtype)
     hashes = part_hashes(config, use_ema=config.generator.average(options.use_ema), dtype=dtype)
     output = OutputFolder(folder)
     placements = []
@@ -145,7 +145,7 @@ def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torc
 
 def _announce(config: PipelineConfig, placements: Sequence[Placement]) -> None:
     """Log what will be made, after all checks."""
-    warn_of_prompts(config.text_encoder, all_prompts([placement.job for placement in placements]))
+    warn_of_prompts(config.text_encoder, prompts_of([placement.job for placement in placements]))
     missing = [placement for placement in placements if not placement.exists]
     renamed = [placement.path for placement in missing if placement.path.stem != placement.job.recipe.name]
     if renamed:
@@ -166,7 +166,7 @@ def _make_videos(config: PipelineConfig, placements: Sequence[Placement], parts:
     missing = [placement for placement in placements if not placement.exists]
     together = config.optimize.sequence_parallel  # then all processes make each video
     mine = missing if together else share(missing, ranks.rank, ranks.world_size)
-    prompts = all_prompts([placement.job for placement in mine])
+    prompts = prompts_of([placement.job for placement in mine])
     chosen = None
     if mine:
         text = needs_text_encoder(config, prompts, parts["dtype"])

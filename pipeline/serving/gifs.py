@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from utils.video import sample_frames, write_gif
+from utils.previews import write_gif
+from utils.video import sample_frames
 
 MOST_FRAMES = 160
 MOST_HEIGHT = 480  # pixels

@@ -18,7 +18,7 @@ FULL_PRECISION = "full"  # the model's own precision
 DEFAULT_STYLE = "recache"  # the default of inference.py too
 
 
-def one_line(prompt: str) -> str:
+def checked_prompt(prompt: str) -> str:
     """Return a prompt on one line. Control characters become spaces, so that no command or file of a clip has any.
 
     Raises:
@@ -30,7 +30,7 @@ def one_line(prompt: str) -> str:
     return line
 
 
-Prompt = Annotated[str, StringConstraints(max_length=LONGEST_PROMPT), AfterValidator(one_line)]
+Prompt = Annotated[str, StringConstraints(max_length=LONGEST_PROMPT), AfterValidator(checked_prompt)]
 
 
 class _Message(BaseModel):

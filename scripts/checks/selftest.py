@@ -144,7 +144,7 @@ def check_triton(device: torch.device) -> str:
     shift, scale = signals[:, :, :, None].unbind(2)
     rms = ChannelNorm(96, ndim=3)
     with torch.no_grad():
-        if lacking := fused_ops.missing(device):
+        if lacking := fused_ops.missing_for_kernels(device):
             raise Skipped(f"needs {lacking}")
         expected = norm.modulated(x, shift, scale), activate(rms, conv, frames, {})
         rms.fused = True
@@ -220,10 +220,10 @@ def check_session(device: torch.device, kind: str, dtype: torch.dtype) -> str:
 def streamed(device: torch.device, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """The frames [F H W 3] of a session, as float32."""
     pipeline = tiny_pipeline(prepared_denoiser(device, dtype), kind)
-    return torch.cat([chunk.frames for chunk in StreamSession(pipeline, request("a prompt"))]).float()
+    return torch.cat([chunk.frames for chunk in StreamSession(pipeline, small_request("a prompt"))]).float()
 
 
-def request(prompt: str) -> StreamRequest:
+def small_request(prompt: str) -> StreamRequest:
     """A short stream."""
     return StreamRequest(prompt, 8 * LATENT[0], 8 * LATENT[1], num_frames=2 * RULES.frames_per_chunk)
 
@@ -247,7 +247,7 @@ def check_two_sessions(device: torch.device, mode: CompileMode) -> str:
 
 def latents_of(pipeline: TextToVideo, prompt: str) -> Iterator[torch.Tensor]:
     """The chunks of latents of a session, each made when it is asked for; float32 on the CPU."""
-    session = StreamSession(pipeline, request(prompt))
+    session = StreamSession(pipeline, small_request(prompt))
     return (block.latents.float().cpu() for block in iter(session.denoise, None))
 
 

@@ -12,7 +12,7 @@ from pipeline.config import load_pipeline_config
 from scripts.checks.facts import installed, preset_sizes
 from scripts.measuring.bench import Bench, Figures
 from scripts.measuring.figures import COMPILED_ROW, FP8_ROW, FULL_ROW
-from scripts.runs.benchmark import measure
+from scripts.runs.benchmark import make_measurement
 
 FULL, SHAPES = "configs/self_forcing_dmd.yaml", "configs/shapes/self_forcing_dmd.yaml"
 TAEHV, COMPILED = ("codec.kind=tiny",), ("optimize.compile=default",)
@@ -58,7 +58,7 @@ def measure_row(row: Row, device: torch.device) -> Figures:
     """The figures of a row, by the names that benchmark.py gives them."""
     config = load_pipeline_config(row.config_path, row.overrides)
     bench = Bench(config, device, config_path=row.config_path, repeats=row.repeats, random_weights=True)
-    figures = measure(row.name, bench)
+    figures = make_measurement(row.name, bench)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         if row.name == "inference":

@@ -31,10 +31,10 @@ def measure_inference(bench: Bench) -> Figures:
     frames = bench.num_frames
     shape = (1, *bench.config.video.latent_shape(codec, frames))
     with torch.inference_mode():
-        warm_up = bench.seconds(lambda: [make_video(bench, denoiser, codec, embed, shape) for _ in range(2)])
+        warm_up = bench.seconds(lambda: [time_videos(bench, denoiser, codec, embed, shape) for _ in range(2)])
         bench.spans.clear()
         peak_memory(bench.device)
-        videos = [make_video(bench, denoiser, codec, embed, shape) for _ in range(bench.repeats)]
+        videos = [time_videos(bench, denoiser, codec, embed, shape) for _ in range(bench.repeats)]
     best = min(videos, key=lambda video: video["total"])
     figures = bench.stages() | {f"{name} s": best[name] for name in ("first frame", "denoise and context", "total")}
     pixel_frames = codec.num_frames(frames)
@@ -46,7 +46,7 @@ def measure_inference(bench: Bench) -> Figures:
     }
 
 
-def make_video(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Callable[[], Tensor], shape) -> Figures:
+def time_videos(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Callable[[], Tensor], shape) -> Figures:
     """One video, timed stage by stage; seconds of the first frame, of the denoiser and of all."""
     begin, first, denoised, before = bench.now(), None, 0.0, 0.0
     with bench.stage("text"):

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     report = {"command": args.command, "machine": machine(bench.device), "results": {}}
     print_head(report, against)
     for name in [one for one in MEASURES if one not in ALONE] if args.what == "all" else [args.what]:
-        figures = measure(name, bench)
+        figures = make_measurement(name, bench)
         report["results"][name] = figures
         print_figures(name, figures, against["results"].get(name, {}) if against else {})
         if args.output:
@@ -52,7 +52,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
     )
 
 
-def measure(name: str, bench: Bench) -> Figures:
+def make_measurement(name: str, bench: Bench) -> Figures:
     """Make one of the measurements. Every figure has a name of scripts/measuring/figures.py."""
     module = import_module(f"scripts.measuring.{MEASURES[name]}")
     figures = getattr(module, f"measure_{name}")(bench)

@@ -10,7 +10,7 @@ import torch
 from pipeline.loading import load_text_encoder
 from scripts.runs.shard_job import begin
 from trainer.config import Config
-from trainer.data import all_prompts
+from trainer.data import training_prompts
 from utils.distributed import share
 from utils.prompts import read_prompts
 from utils.seeds import derive_seed
@@ -41,7 +41,7 @@ def wanted_prompts(config: Config, files: list[str]) -> list[str]:
     Raises:
         UserError: a file is missing or holds no prompts.
     """
-    prompts = all_prompts(config.data, config.video)
+    prompts = training_prompts(config.data, config.video)
     for file in (config.data.sample_prompts, *files):
         prompts = [*prompts, *read_prompts(file)]
     return list(dict.fromkeys([*prompts, config.sampling.negative_prompt]))

@@ -110,11 +110,11 @@ def wait_until_running(signals: StopSignals) -> None:
         if application is not None and application.status == "RUNNING":
             return
         if application is not None and application.status == "DEPLOY_FAILED":
-            raise UserError(f"the fleet did not start: {reason(application)}")
+            raise UserError(f"the fleet did not start: {failure_reason(application)}")
         time.sleep(0.5)
 
 
-def reason(application: Any) -> str:
+def failure_reason(application: Any) -> str:
     """Return the last line of what Ray says about an application that failed."""
     texts = [deployment.message for deployment in application.deployments.values()]
     lines = [line.strip() for text in [application.message, *texts] for line in text.splitlines() if line.strip()]

@@ -75,13 +75,13 @@ def _measure(args: Namespace, config: PipelineConfig, videos: list[Path]) -> Non
         frames = read_video(path)
         drifts.append(measure_drift(frames, config.video.fps))
         if args.long:
-            cut(path, frames, config.video.fps, folder / CLIPS)
+            cut_into_clips(path, frames, config.video.fps, folder / CLIPS)
     report = {"videos": len(videos), "drift": summarise_drift(drifts), "vbench": _scores(args, config, folder)}
     atomic_write_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
-    print(format_table(report))
+    print(format_scores(report))
 
 
-def cut(path: Path, frames: Tensor, fps: float, folder: Path) -> list[Path]:
+def cut_into_clips(path: Path, frames: Tensor, fps: float, folder: Path) -> list[Path]:
     """Cut a video, uint8 [F H W 3], into clips of two seconds as VBench-Long names them: NAME/NAME_000.mp4.
 
     The last clip begins earlier, so that it is as long as the others. Existing clips are kept.
@@ -133,7 +133,7 @@ def _scorer(package: str):
     return VBenchLong
 
 
-def format_table(report: dict) -> str:
+def format_scores(report: dict) -> str:
     """Return the report as text, with one row for each measure. A change of 1 is no drift."""
     lines = [f"{report['videos']} videos", f"{'':>14}  {'first':>8}  {'last':>8}  {'change':>8}"]
     for name in MEASURES:

@@ -22,7 +22,7 @@ from pipeline import memory
 from pipeline.config import CodecKind, Sampler
 from pipeline.generation import generate, stream_frames
 from pipeline.loading import load_denoiser, load_text_encoder
-from pipeline.memory import GB, PROFILES, Sizes, TextPlacement, check_disk, measure, need, plan
+from pipeline.memory import GB, PROFILES, Sizes, TextPlacement, check_disk, measured_sizes, need, plan
 from pipeline.request import StreamRequest
 from pipeline.text_to_video import load_pipeline
 from tests.parity import relative_error
@@ -106,7 +106,7 @@ CASES = {
 @pytest.mark.parametrize(("profile", "change"), CASES.values(), ids=CASES)
 def test_the_estimate_is_within_a_quarter_of_what_tensors_take(middling, profile, change):
     config = change(middling)
-    expected = need(profile, measure(config, use_ema=True, text=True, **CPU), one_memory=True).device
+    expected = need(profile, measured_sizes(config, use_ema=True, text=True, **CPU), one_memory=True).device
     with PeakBytes() as taken:
         pipeline = load_pipeline(config, profile=profile, prompts=[PROMPT], **CPU)
         for _ in stream_frames(pipeline, [StreamRequest(PROMPT, 64, 320, num_frames=config.video.num_frames)]):
@@ -207,7 +207,7 @@ def test_the_smaller_decoder_is_advised_where_it_is_at_hand(published, monkeypat
 
 
 def test_processes_share_the_ram(middling, monkeypatch):
-    needed = need(PROFILES[0], measure(middling, use_ema=True, text=True, **CPU), one_memory=True).device
+    needed = need(PROFILES[0], measured_sizes(middling, use_ema=True, text=True, **CPU), one_memory=True).device
     monkeypatch.setattr(memory, "free_ram", lambda: int(1.5 * needed))
     assert plan(middling, **CPU).profile == PROFILES[0]
     assert plan(middling, processes=2, **CPU).profile != PROFILES[0]

@@ -24,8 +24,8 @@ from pipeline.workspace import Workspace
 from tests.parity import relative_error
 from trainer.config import Config
 from utils.config import load_config
+from utils.frames import to_uint8
 from utils.shapes import Scene, all_scenes, measure
-from utils.video import to_uint8
 
 pytest_plugins = ["tests.shapes_parts"]
 

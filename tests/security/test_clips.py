@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 from pipeline.serving.clips import Gallery, quoted
-from pipeline.serving.messages import one_line
+from pipeline.serving.messages import checked_prompt
 from pipeline.serving.spec import StreamSpec
 from tests.serving.synthetic import CHUNK_FRAMES, SyntheticModel
 
@@ -130,14 +130,14 @@ def test_a_copied_command_holds_no_control_character_and_says_the_same(text):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_prompt_is_one_line_of_text(text):
-    line = one_line(text)
+    line = checked_prompt(text)
     assert line.isprintable() or not any(ord(character) < 32 for character in line)
     assert "\n" not in line and line == line.strip()
 
 
 def test_ordinary_prompts_stay_as_they_are():
     for text in ("a cat, running", "ein Hund – schön", "一只猫", "👩‍🚀 walks", "می‌خواهم", "a  b"):
-        assert one_line(text) == " ".join(text.split())
+        assert checked_prompt(text) == " ".join(text.split())
 
 
 def test_a_command_line_is_safe_as_a_whole(tmp_path):

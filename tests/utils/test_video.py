@@ -14,18 +14,9 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
-from utils.video import (
-    VideoWriter,
-    contact_sheet,
-    evenly_spaced,
-    read_metadata,
-    read_video,
-    save_contact_sheet,
-    stream_video,
-    to_uint8,
-    write,
-    write_gif,
-)
+from utils.frames import evenly_spaced, to_uint8
+from utils.previews import contact_sheet, save_contact_sheet, write_gif
+from utils.video import VideoWriter, read_metadata, read_video, stream_video, write
 
 X264_PARAMS = write.X264["x264-params"]
 COLOURS = torch.tensor([[220, 30, 40], [20, 200, 60], [30, 40, 230], [240, 220, 30], [30, 30, 30]])

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.video import VideoWriter, count_frames, open_video, read_metadata, read_video, sample_frames, stream_video
+from utils.video import (
+    VideoWriter,
+    count_frames,
+    open_video,
+    read_video,
+    read_video_metadata,
+    sample_frames,
+    stream_video,
+)
 
 RED, GREEN, BLUE, WHITE = (220, 30, 40), (20, 200, 60), (30, 40, 230), (250, 250, 250)
 CORNERS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8)
@@ -211,7 +219,7 @@ def test_what_is_no_video_is_one_line(tmp_path):
             with pytest.raises(UserError, match=r"^cannot read a video from") as caught:
                 read(tmp_path / name)
             assert text in str(caught.value) and "\n" not in str(caught.value)
-        assert read_metadata(tmp_path / name) == {}
+        assert read_video_metadata(tmp_path / name) == {}
 
 
 def test_a_file_that_was_cut_off_gives_its_frames_and_one_warning(tmp_path, caplog):

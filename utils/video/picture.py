@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from utils.video.hdr import is_hdr, tone_map
-from utils.video.pyav import convert, load_pyav
+from utils.video.pyav import convert_frame, load_pyav
 
 if TYPE_CHECKING:
     import av
@@ -47,7 +47,7 @@ def _converted(frame: av.VideoFrame, format: str) -> np.ndarray:
     if frame.colorspace in UNSPECIFIED:
         is_hd = frame.width >= HD_WIDTH or frame.height > SD_HEIGHT
         matrix = Colorspace.ITU709 if is_hd else Colorspace.ITU601
-    return convert(frame, format, src_colorspace=matrix).to_ndarray()
+    return convert_frame(frame, format, src_colorspace=matrix).to_ndarray()
 
 
 def square_pixels(image: Image.Image, pixel_aspect: Fraction | None) -> Image.Image:

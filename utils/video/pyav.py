@@ -29,7 +29,7 @@ def reason(error: Exception) -> str:
     return text.splitlines()[0]
 
 
-def convert(frame: av.VideoFrame, format: str, **colours: Any) -> av.VideoFrame:
+def convert_frame(frame: av.VideoFrame, format: str, **colours: Any) -> av.VideoFrame:
     """Convert a frame to another pixel format; `colours` are the arguments of that name of `VideoFrame.reformat`.
 
     The result is the same on every CPU: without ACCURATE_RND, swscale rounds differently with and without vector

@@ -208,7 +208,7 @@ def count_frames(path: str | Path) -> int:
         return frames
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
+def read_video_metadata(path: str | Path) -> dict[str, str]:
     """Return the tags of a video file; an empty dict if the file cannot be read."""
     try:
         with open_video(path) as video:

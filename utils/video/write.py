@@ -20,7 +20,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.files import atomic_path, fit_name
 from utils.frames import enlarge, to_uint8
-from utils.video.pyav import convert, load_pyav, reason
+from utils.video.pyav import convert_frame, load_pyav, reason
 from utils.video.read import plays
 
 if TYPE_CHECKING:
@@ -211,7 +211,9 @@ def _to_yuv(image: np.ndarray) -> av.VideoFrame:
     av = load_pyav()
     colours = av.video.reformatter
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    return convert(frame, "yuv420p", dst_colorspace=colours.Colorspace.ITU709, dst_color_range=colours.ColorRange.MPEG)
+    return convert_frame(
+        frame, "yuv420p", dst_colorspace=colours.Colorspace.ITU709, dst_color_range=colours.ColorRange.MPEG
+    )
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
