@@ -214,7 +214,7 @@ class KVCache:
             if kept.fit(self.num_layers, layout, needed, fp8=self.fp8, sink=moved):
                 self.layers = kept.layers
                 return
-            kept.layers = []  # freed before new ones are made
+            kept.free()  # before new ones are made
         old_layers, self.layers = self.layers, []
         for layer in range(self.num_layers):
             fresh = LayerCache.empty(layout, size, sink=moved, fp8=self.fp8)
@@ -225,7 +225,7 @@ class KVCache:
                 fresh = LayerCache(fresh.k, fresh.v, old.sink)
             self.layers.append(fresh)
         if kept is not None:
-            kept.layers, kept.layout, kept.fp8, kept.sink = self.layers, layout, self.fp8, moved
+            kept.keep(self.layers, layout, fp8=self.fp8, sink=moved)
 
     def _slot(self, frame: int) -> int:
         if not self.ring or frame < self.window:

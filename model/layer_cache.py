@@ -213,3 +213,11 @@ class LayerBuffers:
         """Return whether they can hold ``frames`` frames of a layout in every layer."""
         same = (len(self.layers), self.layout, self.fp8, self.sink) == (num_layers, layout, fp8, sink)
         return same and self.layers[0].slots >= frames
+
+    def free(self) -> None:
+        """Drop what is kept."""
+        self.layers = []
+
+    def keep(self, layers: list[LayerCache], layout: KeyLayout, *, fp8: bool, sink: int) -> None:
+        """Keep the caches of all layers for the next :class:`model.kv_cache.KVCache`."""
+        self.layers, self.layout, self.fp8, self.sink = layers, layout, fp8, sink

@@ -126,6 +126,7 @@ class TextEncoder(nn.Module):
         text_len: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        input_device: torch.device | None = None,
     ) -> "TextEncoder":
         """Load a UMT5 encoder of any size and release; nothing is downloaded.
 
@@ -137,12 +138,13 @@ class TextEncoder(nn.Module):
             text_len: tokens L of a prompt; None takes the value of config.json, else Wan's 512.
             dtype: None keeps the stored dtype, or takes bfloat16 for packed weights.
             device: None leaves the weights on the CPU. They are memory-mapped unless `dtype` converts them.
+            input_device: see :class:`TextEncoder`.
 
         Raises:
             UserError: a file is missing or damaged, it is no UMT5 encoder, or the tokenizer has too many tokens for it.
         """
         loaded = read_encoder(path, tokenizer=tokenizer, text_len=text_len, dtype=dtype, device=device)
-        return cls(*loaded)
+        return cls(*loaded, input_device=input_device)
 
 
 def build_text_encoder(vocabulary: Iterable[str], config: TextEncoderConfig, *, seed: int = 0) -> TextEncoder:

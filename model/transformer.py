@@ -116,6 +116,18 @@ class WanTransformer(nn.Module):
         self.static_cache = False
         """True if caches are made for compiled passes."""
 
+    def run_with(self, *, gradient_checkpointing: bool, attention: AttentionBackend) -> None:
+        """Choose how passes run: whether backward recomputes the blocks, and the kernel of attention."""
+        self.gradient_checkpointing, self.attention_backend = gradient_checkpointing, attention
+
+    def use_static_cache(self) -> None:
+        """Make caches for compiled passes from now on."""
+        self.static_cache = True
+
+    def cache_heads(self, count: int) -> None:
+        """Store the keys of `count` heads in the caches of this process, because others store the rest."""
+        self.cached_heads = count
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise for training without weights: Xavier matrices, zero biases, a head that starts at zero."""
         for name, parameter in self.named_parameters():

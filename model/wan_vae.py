@@ -29,25 +29,35 @@ class WanVAE(nn.Module):
         fused: compute norms, SiLU, biases and shortcuts with the operators of `model.fused_ops`.
     """
 
-    def __init__(self, vae: WanAutoencoder) -> None:
+    def __init__(self, vae: WanAutoencoder, *, tiling: TileConfig | None = None) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         self.latent_channels = vae.config.z_dim
         self.spatial_scale = vae.config.spatial_scale
         self.temporal_scale = vae.config.temporal_scale
-        self.tiling: TileConfig | None = None
+        self.tiling = tiling
         self.winograd: bool | None = None
         self.folded: bool | None = None
         self.fused = False
 
     @classmethod
-    def from_file(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "WanVAE":
+    def from_file(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, tiling: TileConfig | None = None
+    ) -> "WanVAE":
         """Load the original Wan2.1_VAE.pth (or .safetensors), a diffusers folder, or a release's; nothing is fetched.
 
         Raises:
             UserError: the weights are missing, unreadable, or not those of a Wan2.1 autoencoder.
         """
-        return cls(read_autoencoder(path, dtype=dtype))
+        return cls(read_autoencoder(path, dtype=dtype), tiling=tiling)
+
+    def compute_with(
+        self, *, winograd: bool | None = None, folded: bool | None = None, fused: bool | None = None
+    ) -> None:
+        """Choose how to compute; see the attributes of these names. None leaves a choice as it is."""
+        self.winograd = self.winograd if winograd is None else winograd
+        self.folded = self.folded if folded is None else folded
+        self.fused = self.fused if fused is None else fused
 
     def num_frames(self, latent_frames: int) -> int:
         """Return how many frames latents decode to: the first latent gives 1, each later one `temporal_scale`."""

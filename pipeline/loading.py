@@ -61,8 +61,7 @@ def load_transformer(
     merge_loras(dict(model.named_parameters()), loras)
     if streamed:
         _stream_blocks(model, device, dtype)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    model.attention_backend = config.attention
+    model.run_with(gradient_checkpointing=config.gradient_checkpointing, attention=config.attention)
     return model
 
 
@@ -128,8 +127,7 @@ def load_codec(
     if not path.exists():
         raise not_found(path)
     if config.kind is CodecKind.wan:
-        codec = WanVAE.from_file(path)
-        codec.tiling = TileConfig() if tiled else None
+        codec = WanVAE.from_file(path, tiling=TileConfig() if tiled else None)
     else:
         codec = TinyVAE.from_pretrained(path) if path.is_dir() else TinyVAE.from_file(path)
     return codec.to(device, dtype).eval().requires_grad_(False)
@@ -149,10 +147,12 @@ def load_text_encoder(
     if not path.exists():
         raise not_found(path)
     device = torch.device(device)
-    where = {"dtype": waiting_dtype(device, dtype)} if streamed else {"dtype": dtype, "device": device}
+    if streamed:
+        where = {"dtype": waiting_dtype(device, dtype), "input_device": device}
+    else:
+        where = {"dtype": dtype, "device": device}
     encoder = TextEncoder.from_files(path, tokenizer=config.tokenizer, **where)
     if streamed:
-        encoder.input_device = device
         stream_weights(encoder.model.encoder, device, dtype)  # the rest is the shared embedding
     return encoder.eval().requires_grad_(False)
 

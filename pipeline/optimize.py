@@ -195,7 +195,7 @@ def fuse_blocks(transformer: WanTransformer) -> None:
     require_kernels(next(transformer.parameters()).device)
     for layer, block in enumerate(transformer.blocks):
         transformer.blocks[layer] = FusedBlock(block)
-    transformer.static_cache = True
+    transformer.use_static_cache()
 
 
 def optimize_codec(codec: VideoCodec, config: OptimizeConfig) -> None:
@@ -208,9 +208,9 @@ def optimize_codec(codec: VideoCodec, config: OptimizeConfig) -> None:
         return
     if config.kernels is Kernels.triton:
         require_kernels(codec.vae.device)
-        codec.fused = codec.folded = True
+        codec.compute_with(fused=True, folded=True)
     if config.codec_winograd:
-        codec.winograd = True
+        codec.compute_with(winograd=True)
 
 
 def require_kernels(device: torch.device) -> None:
@@ -231,7 +231,7 @@ def compile_blocks(transformer: WanTransformer, mode: CompileMode, *, backend: s
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED_FOLDER))  # later runs reuse the compiled code
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILE_LIMIT)
-    transformer.static_cache = True
+    transformer.use_static_cache()
     if mode is CompileMode.default:
         for block in transformer.blocks:
             block.compile(fullgraph=True, backend=backend)

@@ -105,10 +105,8 @@ class SelfForcingPipeline:
         if not path.exists():
             path = _download(str(name_or_path), download)
         config = load_pipeline_config(path, overrides) if path.is_file() else _folder_config(path, overrides)
-        config.device = device
-        if torch_dtype is not None:
-            config.dtype = str(torch_dtype).removeprefix("torch.")
-        return cls(config, use_ema=use_ema)
+        dtype = config.dtype if torch_dtype is None else str(torch_dtype).removeprefix("torch.")
+        return cls(replace(config, device=device, dtype=dtype), use_ema=use_ema)
 
     @property
     def parts(self) -> TextToVideo:

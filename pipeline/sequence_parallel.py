@@ -25,7 +25,7 @@ def shard_sequence(transformer: WanTransformer) -> None:
     processes, heads = dist.get_world_size(), transformer.config.num_heads
     if heads % processes:
         raise ValueError(f"num_heads={heads} is not a multiple of the {processes} processes")
-    transformer.cached_heads = heads // processes
+    transformer.cache_heads(heads // processes)
     transformer.blocks.register_forward_pre_hook(_take_tokens)
     transformer.blocks.register_forward_hook(_gather_tokens)
     for block in transformer.blocks:

@@ -134,9 +134,17 @@ class Stream:
         if isinstance(event, Pass):
             self.pending = event
             return None
-        chunk = LatentChunk(event.start_frame, event.latents, self.index, self.prompt, self.begins, self.timer, self)
-        if self.device.type == "cuda":
-            chunk.finished = torch.cuda.current_stream(self.device).record_event()
+        on_cuda = self.device.type == "cuda"
+        chunk = LatentChunk(
+            event.start_frame,
+            event.latents,
+            self.index,
+            self.prompt,
+            self.begins,
+            self.timer,
+            self,
+            finished=torch.cuda.current_stream(self.device).record_event() if on_cuda else None,
+        )
         self.frames += self._pixel_frames(event.latents)
         self.index, self.begins, self.timer = self.index + 1, False, Stopwatch(self.device)
         return chunk

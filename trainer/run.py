@@ -23,13 +23,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: the configuration, the weights, the data or the folder cannot be used.
     """
-    config = load_config(Config, args.config_path, args.overrides)
-    if args.disable_wandb:
-        config.trainer.wandb = config.trainer.tensorboard = False
-    if args.no_save:
-        config.trainer.save_every = 0
-    if args.no_visualize:
-        config.trainer.sample_every = 0
+    config = load_config(Config, args.config_path, [*args.overrides, *flag_overrides(args)])
     if args.dry_run:
         print(*(f"# {line}" for line in describe(config, args.config_path)), to_yaml(config), sep="\n", end="")
         return
@@ -43,3 +37,10 @@ def main(args: argparse.Namespace) -> None:
         options = {"wandb": loop.wandb, "tensorboard": loop.tensorboard, "is_main": ranks.is_main, "step": step}
         with Tracker(logdir, config=to_dict(config), **options) as tracker:
             build_trainer(config, RunContext(logdir, device, ranks, tracker, checkpoint)).train()
+
+
+def flag_overrides(args: argparse.Namespace) -> list[str]:
+    """Return the keys of the configuration that the flags of the command line set, each as ``key=value``."""
+    overrides = ["trainer.wandb=false", "trainer.tensorboard=false"] if args.disable_wandb else []
+    overrides += ["trainer.save_every=0"] if args.no_save else []
+    return [*overrides, *(["trainer.sample_every=0"] if args.no_visualize else [])]

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -101,15 +101,11 @@ def read_settings(path: Path) -> AdapterSettings:
     """Return the settings in the files beside an adapter or in its metadata; the defaults if there are none."""
     config = path.parent / PEFT_CONFIG
     if config.is_file() and (path.stem == "adapter_model" or len(weight_files(path.parent)) == 1):
-        settings = read_json(config, AdapterSettings)
-        settings.source = str(config)
-        return settings.check()
+        return replace(read_json(config, AdapterSettings), source=str(config)).check()
     if is_safetensors(path) and (text := read_metadata(path).get(DIFFUSERS_METADATA)):
         source = f"{path}: its metadata {DIFFUSERS_METADATA}"
         values = {
             key.removeprefix("transformer."): value for key, value in parse_json(text.encode(), dict, source).items()
         }
-        settings = check_schema(values, AdapterSettings, source)
-        settings.source = source
-        return settings.check()
+        return replace(check_schema(values, AdapterSettings, source), source=source).check()
     return AdapterSettings(source=str(path))
