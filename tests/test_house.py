@@ -107,6 +107,17 @@ def test_no_public_class_name_is_defined_twice():
     check(shared, SHARED_NAMES, f"one name, one thing {where}")
 
 
+def test_no_public_function_name_means_two_things():
+    """Every program has `main`, `run` and `parse_arguments`. An operator has the name of its kernel."""
+    places = defaultdict(set)
+    for path, tree in sources().items():
+        for node in tree.body if path != "model/fused_kernels.py" else ():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+                places[node.name].add(path)
+    shared = {name for name, paths in places.items() if len(paths) > 1} - {"main", "run", "parse_arguments"}
+    assert not shared, {name: sorted(places[name]) for name in shared}
+
+
 def test_no_imports_form_a_circle():
     circles, remaining = set(), {name: set(targets) for name, targets in imports().items()}
     while True:
