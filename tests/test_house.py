@@ -39,7 +39,7 @@ LATE_IMPORTS = {
     "gradio.networking": "only with --share",
     "model.fused_kernels": "needs triton, which is optional",
     "ray.serve": "optional",
-    "scripts.fleet_parts": "needs ray, which is optional",
+    "scripts.runs.fleet_parts": "needs ray, which is optional",
     "torch.distributed.tensor": "only if a checkpoint is written",
     "torch.utils.tensorboard": "optional",
     "torchao": "optional",

@@ -48,7 +48,7 @@ def make_application(args: argparse.Namespace, build_server: Callable[..., Serve
     access = replace(check(args), cookie_key=secrets.token_bytes(32))
     if find_spec("ray") is None or find_spec("ray.serve") is None:
         raise UserError("a fleet needs Ray Serve, which is not installed: pip install -e '.[fleet]'")
-    from scripts.fleet_parts import application
+    from scripts.runs.fleet_parts import application
 
     return application(args, access, build_server)
 
@@ -88,7 +88,7 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a line of each replica is not a repetition
     os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")  # such as one that is frozen as a whole
-    os.environ["RAY_SERVE_SESSION_ID_HEADER_KEY"] = "cookie"  # scripts.fleet_parts.ROUTED_BY
+    os.environ["RAY_SERVE_SESSION_ID_HEADER_KEY"] = "cookie"  # scripts.runs.fleet_parts.ROUTED_BY
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
