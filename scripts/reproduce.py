@@ -36,17 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Import what the work needs, once the arguments are known, and do it."""
-    from scripts.reproduction.plan import FULL, QUICK
-    from scripts.reproduction.runner import reproduce
+    from scripts.runs.reproduce import run as work
 
-    reproduce(
-        QUICK if args.quick else FULL,
-        folder=args.folder and Path(args.folder),
-        report=args.report and Path(args.report),
-        plan_only=args.plan,
-        overrides=tuple(args.overrides),
-    )
+    work(args)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from scripts import reproduce
-from scripts.reproduction.measuring import REAL, measure_real, measure_row, measured_file, read_measured
+from scripts.reproduction.measuring import REAL, measure_method, measure_real, measured_file, read_measured
 from scripts.reproduction.metrics import flicker, frechet_distance, path_error
 from scripts.reproduction.plan import ABLATIONS, FULL, METHODS, QUICK, Training, build_plan
-from scripts.reproduction.report import write_report
+from scripts.reproduction.report import write_reproduction
 from scripts.reproduction.runner import estimate_left
 from scripts.reproduction.statistics import frechet_interval, mean_interval
 from scripts.reproduction.training import commands, run_program, train_all, weights_of
@@ -155,16 +155,16 @@ def test_a_run_goes_on_where_it_stopped_and_reports_what_it_has(tmp_path, monkey
     whole = estimate_left(plan, tmp_path, 1.0)
     assert whole.training == 0, "finished trainings are kept"
     measure_real(TINY, tmp_path, (), (4,))
-    measure_row(rows[0], TINY, tmp_path, ("rollout.frames_per_chunk=3",))
+    measure_method(rows[0], TINY, tmp_path, ("rollout.frames_per_chunk=3",))
     assert estimate_left(plan, tmp_path, 1.0).measuring < whole.measuring
     first = measured_file(tmp_path, rows[0].name, 0)
     before = first.stat().st_mtime_ns
     for row in rows:
-        measure_row(row, TINY, tmp_path, ("rollout.frames_per_chunk=3",))
+        measure_method(row, TINY, tmp_path, ("rollout.frames_per_chunk=3",))
     assert first.stat().st_mtime_ns == before
     real = read_measured(measured_file(tmp_path, REAL, 0))
     assert min(real.columns["4x"]["shape"] + real.columns["4x"]["all_right"]) >= 0.99
-    check_report(write_report(plan, tmp_path, tmp_path / "report", "scripts/reproduce.sh --quick"))
+    check_report(write_reproduction(plan, tmp_path, tmp_path / "report", "scripts/reproduce.sh --quick"))
 
 
 def check_report(page: Path) -> None:

@@ -22,9 +22,10 @@ from scripts.reproduction.plan import FORMS, Budget, MethodRow
 from scripts.reproduction.training import weights_of
 from trainer.config import Config
 from utils.config import load_config
-from utils.distributed import derive_seed, resolve_device, resolve_dtype
+from utils.distributed import resolve_device, resolve_dtype
 from utils.files import atomic_path, atomic_write_text
 from utils.previews import save_contact_sheet
+from utils.seeds import derive_seed
 from utils.shapes import Scene, ShapesConfig, held_out_scenes, measure, render_clips
 from utils.shapes.paths import SPEED_TOLERANCE
 from utils.side_files import read_json
@@ -54,7 +55,7 @@ def measured_file(folder: Path, row: str, seed: int) -> Path:
     return folder / "measured" / f"{row}-{seed}.json"
 
 
-def measure_row(row: MethodRow, budget: Budget, folder: Path, overrides: tuple[str, ...]) -> None:
+def measure_method(row: MethodRow, budget: Budget, folder: Path, overrides: tuple[str, ...]) -> None:
     """Measure every training of a row that has no file yet."""
     for seed, training in zip(budget.seeds, row.trainings, strict=False):
         file = measured_file(folder, row.name, seed)

@@ -50,7 +50,7 @@ class MeasuredRow:
     """Length -> column -> value."""
 
 
-def write_report(plan: ReproductionPlan, folder: Path, target: Path, command: str) -> Path:
+def write_reproduction(plan: ReproductionPlan, folder: Path, target: Path, command: str) -> Path:
     """Write reproduction.md and the folder reproduction with its table, plots and sheets into ``target``."""
     entries, real = _entries(plan, folder)
     assets = target / "reproduction"

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from model.transformer import PRESETS, WanTransformer
-from scripts.reproduction.measuring import REAL, measure_real, measure_row, measured_file
+from scripts.reproduction.measuring import REAL, measure_method, measure_real, measured_file
 from scripts.reproduction.plan import Budget, MethodRow, ReproductionPlan, Training, build_plan
-from scripts.reproduction.report import write_report
+from scripts.reproduction.report import write_reproduction
 from scripts.reproduction.training import REPOSITORY, train_all, weights_of
 from utils.distributed import resolve_device
 from utils.errors import UserError
@@ -69,9 +69,9 @@ def reproduce(
     longest = max((row.lengths for row in plan.rows), key=max)
     measure_real(budget, folder, overrides, longest)
     for row in plan.rows:
-        measure_row(row, budget, folder, overrides)
+        measure_method(row, budget, folder, overrides)
     command = "scripts/reproduce.sh" + (" --quick" if budget.name == "quick" else "")
-    page = write_report(plan, folder, (report or folder / "report").absolute(), command)
+    page = write_reproduction(plan, folder, (report or folder / "report").absolute(), command)
     logger.info("the report is %s", page)
 
 

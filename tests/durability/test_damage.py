@@ -18,9 +18,9 @@ from utils.checkpoint_files import (
     Checksum,
     DamagedCheckpoint,
     Manifest,
-    describe,
     read_manifest,
     read_state,
+    stored_tensors,
     verify,
     write_manifest,
 )
@@ -281,7 +281,7 @@ def test_a_header_that_lies_costs_no_memory_and_is_no_good_checkpoint(folder, ro
     forged(folder / NEWEST, rows)
     verify(folder / NEWEST, read_manifest(folder / NEWEST))
     with pytest.raises(DamagedCheckpoint):
-        describe(folder / NEWEST, read_manifest(folder / NEWEST))
+        stored_tensors(folder / NEWEST, read_manifest(folder / NEWEST))
     assert find_good_checkpoint(folder) == folder / GOOD
 
 

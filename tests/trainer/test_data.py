@@ -16,8 +16,8 @@ from trainer.data import (
     PromptData,
     ShapesData,
     TrainingOrder,
-    all_prompts,
     training_data,
+    training_prompts,
 )
 from trainer.stored_data import ODEData, StoredEmbeddings
 from utils.errors import UserError
@@ -95,7 +95,7 @@ def test_clips_show_their_prompts_and_never_a_held_out_scene(codec):
     shown = zip(samples.frames, samples.prompts, strict=True)
     assert all(measure(clip, Scene.from_prompt(prompt)).colour.all() for clip, prompt in shown)
     assert samples.encode(codec, torch.device("cpu")).shape == (6, 6, 16, 12, 12)
-    assert not {scene.prompt for scene in held_out_scenes()} & set(all_prompts(SHAPES, VIDEO))
+    assert not {scene.prompt for scene in held_out_scenes()} & set(training_prompts(SHAPES, VIDEO))
 
 
 def test_the_first_frame_of_a_sample_is_that_of_its_clip(codec):
@@ -128,7 +128,7 @@ def test_encoded_videos_are_cut_to_what_is_asked_for(tmp_path, codec):
     clips = training_data(config, Contents.clips, seed=0, video=VIDEO, codec=codec).next(1)
     assert torch.equal(clips.encode(codec, torch.device("cpu")), latents.float()[None])
     first = training_data(config, Contents.first_frames, seed=0, video=VIDEO, codec=codec).next(1)
-    assert torch.equal(first.latents, latents.float()[None, :1]) and all_prompts(config, VIDEO) == ["a cat"]
+    assert torch.equal(first.latents, latents.float()[None, :1]) and training_prompts(config, VIDEO) == ["a cat"]
     for video, message in (
         (VideoConfig(height=48, width=96, num_frames=6), "have width 48, but video.width=96"),
         (VideoConfig(height=48, width=48, num_frames=9), "have 6 latent frames; 9 are needed"),

@@ -16,7 +16,7 @@ from PIL import Image
 from utils.errors import UserError
 from utils.frames import evenly_spaced, to_uint8
 from utils.previews import contact_sheet, save_contact_sheet, write_gif
-from utils.video import VideoWriter, read_metadata, read_video, stream_video, write
+from utils.video import VideoWriter, read_video, read_video_metadata, stream_video, write
 
 X264_PARAMS = write.X264["x264-params"]
 COLOURS = torch.tensor([[220, 30, 40], [20, 200, 60], [30, 40, 230], [240, 220, 30], [30, 30, 30]])
@@ -165,10 +165,10 @@ def test_a_video_carries_its_tags_while_it_is_written_and_afterwards(tmp_path):
     with VideoWriter(tmp_path / "clip.mp4", fps=8, metadata=tags) as writer:
         for _ in range(20):
             writer.write(moving_squares(8))
-        partial = read_metadata(writer.partial)
-    whole = read_metadata(tmp_path / "clip.mp4")
+        partial = read_video_metadata(writer.partial)
+    whole = read_video_metadata(tmp_path / "clip.mp4")
     assert tags.items() <= whole.items() and tags.items() <= partial.items()
-    assert read_metadata(tmp_path / "nowhere.mp4") == {}
+    assert read_video_metadata(tmp_path / "nowhere.mp4") == {}
 
 
 def test_a_stopped_video_plays_under_a_name_that_says_so_and_never_replaces_another(tmp_path):
