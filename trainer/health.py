@@ -64,6 +64,10 @@ class Alarm:
             )  # fmt: skip
         self.best = now if self.best is None else (min if rising else max)(self.best, now)
 
+    def restore(self, best: float | None, recent: list[float]) -> None:
+        """Go on from an earlier best median and the metrics of the unfinished window."""
+        self.best, self.recent = best, list(recent)
+
 
 class Health:
     """Counts skipped steps and watches the metrics of a run. Its state is part of a checkpoint.
@@ -135,5 +139,4 @@ class Health:
         """Restore the result of :meth:`state_dict`."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         for alarm in self.alarms:
-            alarm.best, recent = state["seen"][alarm.metric]
-            alarm.recent = list(recent)
+            alarm.restore(*state["seen"][alarm.metric])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,12 +42,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_counts(args: argparse.Namespace, config: Config) -> None:
-    """Refuse arguments that make no pair, and set the solver."""
+    """Raise UserError for arguments that make no pair."""
     for name in ("count", "batch", "shard_size", "solver_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
     kept_states(steps_of_chunk(config.rollout.denoising_steps, 0), args.solver_steps)
-    config.sampling.steps, config.sampling.solver = args.solver_steps, Solver.euler
 
 
 class Teacher:
@@ -54,7 +54,9 @@ class Teacher:
 
     def __init__(self, args: argparse.Namespace, job: ShardJob) -> None:
         """Load the models. Raises UserError if weights or data are missing or do not fit."""
-        self.config, self.device, self.dtype, self.causal = job.config, job.device, job.dtype, args.causal
+        sampling = replace(job.config.sampling, steps=args.solver_steps, solver=Solver.euler)
+        self.config = replace(job.config, sampling=sampling)
+        self.device, self.dtype, self.causal = job.device, job.dtype, args.causal
         self.kept = kept_states(steps_of_chunk(self.config.rollout.denoising_steps, 0), args.solver_steps)
         self.denoiser = load_denoiser(self.config.real_score, device=self.device, dtype=self.dtype)
         self.text = text_source(self.config.data, self.config.text_encoder, self.device)
