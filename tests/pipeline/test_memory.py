@@ -160,7 +160,7 @@ def test_each_profile_fits_its_card_and_the_one_before_does_not(published):
 
 @pytest.mark.parametrize(("vram", "ram", "card"), [(80, 8, 32), (24, 8, 16), (12, 8, 11), (10, 8, 10), (8, 8, 8)])
 def test_a_graphics_card_gets_its_profile(published, monkeypatch, vram, ram, card):
-    monkeypatch.setattr(memory, "measure", lambda *_, **__: published)
+    monkeypatch.setattr(memory, "measured_sizes", lambda *_, **__: published)
     monkeypatch.setattr(memory, "free_ram", lambda: ram * GB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(0.95 * vram * 2**30), 0))
     chosen = plan(Config(), device=torch.device("cuda"), dtype=torch.bfloat16)
@@ -171,7 +171,7 @@ def test_a_graphics_card_gets_its_profile(published, monkeypatch, vram, ram, car
 
 
 def test_a_session_keeps_its_text_encoder_within_reach_and_shows_every_chunk(published, monkeypatch):
-    monkeypatch.setattr(memory, "measure", lambda *_, **__: published)
+    monkeypatch.setattr(memory, "measured_sizes", lambda *_, **__: published)
     monkeypatch.setattr(memory, "free_ram", lambda: 64 * GB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(0.95 * 24 * 2**30), 0))
     chosen = plan(Config(), device=torch.device("cuda"), dtype=torch.bfloat16, interactive=True).profile
@@ -186,7 +186,7 @@ def test_a_session_keeps_its_text_encoder_within_reach_and_shows_every_chunk(pub
     ],
 )
 def test_what_fits_nowhere_is_refused_with_need_free_and_remedy(published, monkeypatch, vram, ram, words):
-    monkeypatch.setattr(memory, "measure", lambda *_, **__: published)
+    monkeypatch.setattr(memory, "measured_sizes", lambda *_, **__: published)
     monkeypatch.setattr(memory, "free_ram", lambda: ram * GB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(0.95 * vram * 2**30), 0))
     with pytest.raises(UserError) as error:
@@ -197,7 +197,7 @@ def test_what_fits_nowhere_is_refused_with_need_free_and_remedy(published, monke
 
 def test_the_smaller_decoder_is_advised_where_it_is_at_hand(published, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "measure", lambda *_, **__: published)
+    monkeypatch.setattr(memory, "measured_sizes", lambda *_, **__: published)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (11 * GB, 0))
     on_gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
     assert "taew2_1" not in plan(Config(), **on_gpu).line
