@@ -1,6 +1,7 @@
 """--vbench makes five videos a prompt in VBench's names, measures drift, cuts clips, and hands over to VBench."""
 
 import json
+import os
 import sys
 from types import ModuleType
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from scripts import evaluate
-from scripts.runs.vbench import clips
+from scripts.runs.vbench import clips, cut_into_clips
 from utils.video import count_frames
 
 PROMPTS = ["A red circle, moving up."]
@@ -70,6 +71,34 @@ def test_a_second_run_makes_nothing_again_and_vbench_scores_it(folder, capsys, m
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.mp4")}
     assert asked["mode"] == "custom_input" and asked["dimension_list"] == ["imaging_quality"]
     assert "imaging_quality  0.5000" in capsys.readouterr().out
+
+
+def test_videos_of_other_weights_are_not_scored_under_the_same_names(folder, capsys):
+    before = sorted((folder / "videos").iterdir())
+    assert run(folder, "generator.weights=checkpoints/shapes/student") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{PROMPTS[0]}-0.mp4: is a video of other weights" in error and "another folder" in error
+    assert sorted((folder / "videos").iterdir()) == before
+
+
+def test_a_clip_that_is_older_than_its_video_is_cut_again(tmp_path):
+    frames = torch.zeros(5, 16, 16, 3, dtype=torch.uint8)
+    video = tmp_path / "a-0.mp4"
+    video.write_bytes(b"video")
+    (clip,) = cut_into_clips(video, frames, 8, tmp_path / "clips")
+    os.utime(video, ns=(0, 0))
+    before = clip.stat().st_mtime_ns
+    cut_into_clips(video, frames, 8, tmp_path / "clips")
+    assert clip.stat().st_mtime_ns == before
+    os.utime(video)
+    os.utime(clip, ns=(0, 0))
+    cut_into_clips(video, frames, 8, tmp_path / "clips")
+    assert clip.stat().st_mtime_ns > 0
+
+
+def test_an_option_of_vbench_alone_is_refused(capsys):
+    assert evaluate.main(["--checkpoint=checkpoints/shapes/generator", "--long"]) == 2
+    assert "--long belongs to --vbench" in capsys.readouterr().err
 
 
 def test_clips_cover_all_frames_and_are_equally_long():

@@ -45,6 +45,8 @@ class InferenceOptions:
     """Download missing published weights first."""
     overwrite: bool = False
     """Make existing videos again."""
+    exact_names: bool = False
+    """Refuse a folder in which a name belongs to another video. Without it, the new video gets a longer name."""
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other. Raises UserError."""

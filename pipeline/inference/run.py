@@ -39,6 +39,7 @@ from utils.distributed import (
     share,
     share_cores,
 )
+from utils.errors import UserError
 from utils.files import ensure_writable_folder
 from utils.locks import folder_lock
 from utils.tracking import progress, setup_logging
@@ -136,6 +137,9 @@ def _place_videos(config: PipelineConfig, options: InferenceOptions, dtype: torc
     placements = []
     for job in progress(jobs, "looking for existing videos", unit="video"):
         placement = output.place(replace(job, recipe=replace(job.recipe, weights=hashes)))
+        if options.exact_names and placement.path.stem != placement.job.recipe.name:
+            taken = folder / f"{placement.job.recipe.name}.mp4"
+            raise UserError(f"{taken}: is a video of other weights or settings; choose another folder")
         if placement.exists and not options.overwrite:
             settle_partials(placement.path, placement.job.recipe, finished=True)  # left by a stopped --overwrite
         placements.append(replace(placement, exists=placement.exists and not options.overwrite))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.config import PipelineConfig, load_pipeline_config
+from pipeline.config import PipelineConfig, Sampler, load_pipeline_config
 from pipeline.inference.options import InferenceOptions
 from pipeline.inference.run import run as make_videos
 from utils.distributed import init_distributed, resolve_device
@@ -47,7 +47,10 @@ def run(args: Namespace) -> None:
     """
     config = _config(args)
     options = InferenceOptions(
-        data_path=args.data_path, extended_prompt_path=args.extended_prompt_path, use_ema=args.use_ema
+        data_path=args.data_path,
+        extended_prompt_path=args.extended_prompt_path,
+        use_ema=args.use_ema,
+        exact_names=True,  # VBench scores whatever bears the name of a prompt
     )
     videos = make_videos(config, options)
     if init_distributed(resolve_device(config.device).type).is_main:
@@ -63,12 +66,13 @@ def _config(args: Namespace) -> PipelineConfig:
         "inference.data_path": args.data_path,
         "inference.num_samples": SAMPLES,
         "inference.seed": args.seed,
+        **({"sampler": Sampler.many_step.name} if args.sampler == "teacher" else {}),
     }
     return load_pipeline_config(args.config_path, [*(f"{key}={value}" for key, value in keys.items()), *args.overrides])
 
 
 def _measure(args: Namespace, config: PipelineConfig, videos: list[Path]) -> None:
-    """Print and save one table."""
+    """Print and save one table. The measures are saved before VBench begins, which may fail."""
     folder = Path(args.vbench)
     drifts = []
     for path in progress(videos, "drift", unit="video"):
@@ -76,22 +80,30 @@ def _measure(args: Namespace, config: PipelineConfig, videos: list[Path]) -> Non
         drifts.append(measure_drift(frames, config.video.fps))
         if args.long:
             cut_into_clips(path, frames, config.video.fps, folder / CLIPS)
-    report = {"videos": len(videos), "drift": summarise_drift(drifts), "vbench": _scores(args, config, folder)}
+    report = {"videos": len(videos), "drift": summarise_drift(drifts), "vbench": {}}
+    _save(report, folder)
+    try:
+        report["vbench"] = _scores(args, config, folder)
+        _save(report, folder)
+    finally:
+        print(format_scores(report))
+
+
+def _save(report: dict, folder: Path) -> None:
     atomic_write_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
-    print(format_scores(report))
 
 
 def cut_into_clips(path: Path, frames: Tensor, fps: float, folder: Path) -> list[Path]:
     """Cut a video, uint8 [F H W 3], into clips of two seconds as VBench-Long names them: NAME/NAME_000.mp4.
 
-    The last clip begins earlier, so that it is as long as the others. Existing clips are kept.
+    The last clip begins earlier, so that it is as long as the others. Clips that are newer than the video are kept.
     """
     target = folder / path.stem
     target.mkdir(parents=True, exist_ok=True)
     made = []
     for number, clip in enumerate(clips(frames, round(CLIP_SECONDS * fps))):
         made.append(target / f"{path.stem}_{number:03d}.mp4")
-        if not made[-1].exists():
+        if not made[-1].exists() or made[-1].stat().st_mtime_ns < path.stat().st_mtime_ns:
             with VideoWriter(made[-1], fps) as writer:
                 writer.write(clip)
     return made
