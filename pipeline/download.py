@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import filter_repo_objects
 
 from model.weights.published import Published, not_found, published
 from pipeline.config import PipelineConfig
+from pipeline.hub import ask_hub
+from pipeline.remote_file import RemoteFile
 from utils.errors import UserError
-from utils.files import set_aside
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,12 @@ class Fetch:
     """The missing files of one repository."""
 
     source: Published
-    files: dict[str, int]
-    """Path in the repository -> bytes."""
+    files: list[RemoteFile]
+
+    @property
+    def missing_bytes(self) -> int:
+        """The bytes that are still to come; earlier attempts may have left a part."""
+        return sum(file.size - file.bytes_here(self.source.into) for file in self.files)
 
 
 def download_weights(config: PipelineConfig) -> None:
@@ -42,25 +47,27 @@ def download_weights(config: PipelineConfig) -> None:
         UserError: a missing path that is not published, a hub that cannot be reached, or a disk that is too small.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # otherwise it logs every request
-    fetches = [fetch for source in _sources(config) if (fetch := _plan(source)).files]
+    sources = _sources(config)
+    if constants.HF_HUB_OFFLINE and all(Path(path).exists() for path in _paths(config)):
+        log.info("download: HF_HUB_OFFLINE is set; the files that are here are used as they are")
+        return
+    fetches = [fetch for source in sources if (fetch := _plan(source)).files]
     if not fetches:
         log.info("download: every file is here already")
         return
     for fetch in fetches:
-        count, size = len(fetch.files), sum(fetch.files.values())
-        log.info(
-            "download: %s: %d files, %.2f GB into %s", fetch.source.repository, count, size / GB, fetch.source.into
-        )
+        count, size = len(fetch.files), fetch.missing_bytes / GB
+        log.info("download: %s: %d files, %.2f GB into %s", fetch.source.repository, count, size, fetch.source.into)
     _check_disk(fetches)
     for fetch in fetches:
-        _fetch(fetch)
+        for file in fetch.files:
+            _ask(fetch.source, partial(file.download, fetch.source.into))
 
 
 def _sources(config: PipelineConfig) -> list[Published]:
     """Return one entry for each repository and folder, with the patterns of all its paths in the configuration."""
-    text, generator = config.text_encoder, config.generator
     found: dict[tuple[str, Path], Published] = {}
-    for path in filter(None, (generator.weights, config.codec.weights, text.weights, text.tokenizer)):
+    for path in _paths(config):
         source = published(path)
         if source is not None:
             key = source.repository, source.into
@@ -71,47 +78,29 @@ def _sources(config: PipelineConfig) -> list[Published]:
     return list(found.values())
 
 
+def _paths(config: PipelineConfig) -> list[str]:
+    """Return the paths of weights that a configuration names."""
+    text = config.text_encoder
+    return [path for path in (config.generator.weights, config.codec.weights, text.weights, text.tokenizer) if path]
+
+
 def _plan(source: Published) -> Fetch:
     """Return the files of a repository that are missing here or have another size."""
-    info = _reached(source, lambda: HfApi().model_info(source.repository, files_metadata=True))
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    wanted = list(filter_repo_objects(sizes, allow_patterns=list(source.patterns)))
+    info = _ask(source, lambda: HfApi().model_info(source.repository, files_metadata=True))
+    files = {entry.rfilename: RemoteFile.of(info, entry) for entry in info.siblings or []}
+    wanted = list(filter_repo_objects(files, allow_patterns=list(source.patterns)))
     if not wanted:
         raise UserError(f"{source.repository}: holds no file that matches {', '.join(source.patterns)}; check the path")
-    return Fetch(source, {name: sizes[name] for name in wanted if not _is_here(source.into / name, sizes[name])})
-
-
-def _is_here(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+    return Fetch(source, [files[name] for name in wanted if not files[name].is_here(source.into)])
 
 
 def _check_disk(fetches: Iterable[Fetch]) -> None:
     for fetch in fetches:
         folder = next(parent for parent in fetch.source.into.absolute().parents if parent.exists())
-        needed, free = sum(fetch.files.values()), shutil.disk_usage(folder).free
+        needed, free = fetch.missing_bytes, shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(f"{folder}: {needed / GB:.2f} GB are needed and {free / GB:.2f} GB are free; make room")
 
 
-def _fetch(fetch: Fetch) -> None:
-    source = fetch.source
-    for name, size in fetch.files.items():
-        if os.path.lexists(path := source.into / name):  # the hub's client would treat it as complete
-            set_aside(path, f"does not have the {size} bytes that the hub states", log)
-    options = {"local_dir": source.into, "allow_patterns": list(fetch.files)}
-    _reached(source, lambda: snapshot_download(source.repository, **options))
-    for name, size in fetch.files.items():
-        if not _is_here(path := source.into / name, size):
-            raise UserError(
-                f"{path}: does not have the size that the hub states ({size} bytes); delete it and try again"
-            )
-
-
-def _reached(source: Published, call: Callable[[], T]) -> T:
-    """Return the result of a call to the hub. Every error becomes one line."""
-    try:
-        return call()
-    except Exception as error:  # versions of huggingface_hub use different HTTP libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        remedy = f"or download elsewhere with: {source.command}"
-        raise UserError(f"{source.repository}: cannot be downloaded ({reason}); check the network, {remedy}") from None
+def _ask(source: Published, call: Callable[[], T]) -> T:
+    return ask_hub(source.repository, call, otherwise=f"download elsewhere with: {source.command}")

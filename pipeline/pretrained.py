@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import yaml
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from model.weights.diffusers_folder import INDEX_FILE, read_shift, write_index
 from model.weights.transformer_read import open_transformer
 from model.weights.transformer_write import write_transformer
 from pipeline.config import CodecKind, PipelineConfig, Sampler, load_pipeline_config
+from pipeline.hub import ask_hub
 from pipeline.loading import load_codec, load_text_encoder
 from pipeline.memory import PROFILES, TextPlacement
 from pipeline.request import StreamRequest
@@ -30,6 +30,7 @@ from pipeline.rollout import Stage
 from pipeline.session import Chunk, StreamSession
 from pipeline.stream import LatentChunk, Stream
 from pipeline.text_to_video import TextToVideo, load_pipeline
+from utils.checkout import find_shipped
 from utils.config import from_dict, to_dict
 from utils.distributed import resolve_device, resolve_dtype
 from utils.errors import UserError
@@ -101,7 +102,7 @@ class SelfForcingPipeline:
         Raises:
             UserError: none of these exists, or a value does not fit.
         """
-        path = Path(name_or_path)
+        path = Path(find_shipped(str(name_or_path)))
         if not path.exists():
             path = _download(str(name_or_path), download)
         config = load_pipeline_config(path, overrides) if path.is_file() else _folder_config(path, overrides)
@@ -266,7 +267,7 @@ def _first_frame(image: str | Path | Image.Image, height: int, width: int) -> Te
 def _folder_config(folder: Path, overrides: Sequence[str]) -> PipelineConfig:
     """Return the configuration of a folder, with absolute paths."""
     if (folder / PIPELINE_FILE).is_file():
-        config = load_pipeline_config(folder / PIPELINE_FILE, overrides)
+        config = load_pipeline_config(folder / PIPELINE_FILE, overrides, inputs=())  # its paths are the folder's
         for section, key in WEIGHTS:
             value = getattr(getattr(config, section), key)
             if value is not None:
@@ -299,12 +300,9 @@ def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
 
 def _download(name: str, options: dict[str, Any]) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"{name}: no such folder or file, and not a name on the hub such as user/model")
-    try:
-        return Path(snapshot_download(name, **options))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no such folder here, and it cannot be downloaded from the hub: {reason}") from None
+        raise UserError(f"{name}: no such folder or file here, and not a name on the hub such as user/model")
+    here = "check the path: there is no such folder here"
+    return Path(ask_hub(name, lambda: snapshot_download(name, **options), otherwise=here))
 
 
 def _drive(stream: Stream, pipeline: SelfForcingPipeline, callback: Callable[..., Any] | None) -> Iterator[LatentChunk]:

@@ -40,7 +40,7 @@ def folder_lock(folder: str | Path, what: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder") from error
     try:
-        if not _try_lock(descriptor):
+        if not try_lock(descriptor):
             raise UserError(
                 f"{folder} is in use by {_holder(descriptor)}; wait for it to end, or choose another folder"
             )
@@ -53,7 +53,8 @@ def folder_lock(folder: str | Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file. Return False if another process holds it. Closing the file releases it."""
     if fcntl is None:
         return True
     try:
