@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from utils.checkout import find_shipped
 from utils.cli import exit_code
 from utils.signals import Stopper, StopSignals
 
@@ -27,10 +28,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that every server of the page needs: the model, access, and clips."""
     add = parser.add_argument
-    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file with the settings; "
-        "default: %(default)s")  # fmt: skip
-    add("--checkpoint_path", help="weights of the generator: a folder, a .safetensors or a .pt file; "
-        "default: generator.weights")  # fmt: skip
+    add("--config_path", type=find_shipped, default="configs/shapes/self_forcing_dmd.yaml",
+        help="YAML file with the settings; default: %(default)s")  # fmt: skip
+    add("--checkpoint_path", type=find_shipped,
+        help="weights of the generator: a folder, a .safetensors or a .pt file; default: generator.weights")  # fmt: skip
     add("--use_ema", action="store_true", help="use the averaged weights if a checkpoint holds both; "
         "default: generator.use_ema, or the raw ones")  # fmt: skip
     add("--tiny_decoder", type=Path, help="weights of TAEHV (taew2_1.pth), a faster and less sharp decoder that "

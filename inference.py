@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.inference.options import InferenceOptions
+from utils.checkout import find_shipped
 from utils.cli import exit_code, merged_overrides
 
 DEFAULT_CONFIG = "configs/shapes/self_forcing_dmd.yaml"
@@ -149,6 +150,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and machine").add_argument
     add(
         "--config_path",
+        type=find_shipped,
         default=DEFAULT_CONFIG,
         metavar="FILE",
         help="YAML file with the settings; default: %(default)s",

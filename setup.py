@@ -1,8 +1,12 @@
-"""Metadata for `pip install -e .`. To run from a checkout, requirements.txt is enough."""
+"""Metadata for `pip install -e .`. To run from a checkout, requirements.txt is enough.
+
+There is no wheel: its top-level packages `utils` and `model` would take the place of those of other programs.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 
@@ -13,7 +17,18 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("-")]
 
 
+class NoWheel(bdist_wheel):
+    """Refuses to build a wheel. An editable installation does not run this command."""
+
+    def run(self) -> None:
+        raise SystemExit(
+            "error: no wheel is built, as its packages `utils` and `model` would harm other programs; "
+            "use a checkout with: pip install -e ."
+        )
+
+
 setup(
+    cmdclass={"bdist_wheel": NoWheel},
     name="self-forcing",
     version="0.1.0",
     description="Self Forcing: autoregressive video diffusion, from training to streaming",

@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 
+from utils.checkout import find_shipped
 from utils.cli import exit_code
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config_path", required=True, help="YAML file with the settings; required")
+    parser.add_argument("--config_path", type=find_shipped, required=True, help="YAML file with the settings; required")
     parser.add_argument(
         "--logdir",
         help="folder of the run; if it has checkpoints, the last one is continued; required without --dry-run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.optimize import OptimizeConfig
 from pipeline.rollout import RolloutConfig
 from pipeline.sampling import SamplingConfig
 from utils.bounds import POSITIVE, require
-from utils.config import load_config
+from utils.config import INPUTS, load_config
 
 MAX_FPS = 1000
 RANDOM_SEED = -1
@@ -207,10 +207,15 @@ TRAINING_SECTIONS = frozenset(
 """The sections that :class:`trainer.config.Config` adds to a pipeline's configuration. One YAML file serves both."""
 
 
-def load_pipeline_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+def load_pipeline_config(
+    path: str | Path, overrides: Sequence[str] = (), *, inputs: Collection[str] = INPUTS
+) -> PipelineConfig:
     """Read the pipeline's part of a YAML file, with overrides such as ``rollout.window=9``.
+
+    Args:
+        inputs: keys that name files; they may lie in the checkout.
 
     Raises:
         UserError: the errors of :func:`utils.config.load_config`, or an override of a key that only training uses.
     """
-    return load_config(PipelineConfig, path, overrides, ignored=TRAINING_SECTIONS)
+    return load_config(PipelineConfig, path, overrides, ignored=TRAINING_SECTIONS, inputs=inputs)

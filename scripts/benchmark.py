@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.measuring import MEASURES
+from utils.checkout import find_shipped
 from utils.cli import exit_code
 from utils.errors import UserError
 
@@ -25,7 +26,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=[*MEASURES, "all"], help="what to measure; all takes about ten minutes")
-    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file; default: %(default)s")
+    add(
+        "--config_path",
+        type=find_shipped,
+        default="configs/shapes/self_forcing_dmd.yaml",
+        help="YAML file; default: %(default)s",
+    )
     add("--random-weights", action="store_true", help="use random weights, so that no files are needed; default: off")
     add("--frames", type=int, help="latent frames of a video; default: video.num_frames")
     add("--repeats", type=int, default=5, help="number of measured videos, passes or steps; default: %(default)s")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.checkout import find_shipped
 from utils.cli import exit_code
 
 
@@ -23,6 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--config_path",
+        type=find_shipped,
         default="configs/self_forcing_dmd.yaml",
         help="YAML file for the memory plan; default: %(default)s",
     )

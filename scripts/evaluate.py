@@ -8,15 +8,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.checkout import find_shipped
 from utils.cli import exit_code
+from utils.errors import UserError
+
+VBENCH_OPTIONS = ("data_path", "extended_prompt_path", "vbench_info", "dimensions", "long")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="weights of the generator or the teacher: folder, .safetensors or .pt; "
-        "required")  # fmt: skip
-    add("--config_path", default="configs/shapes/self_forcing_dmd.yaml", help="YAML file; default: %(default)s")
+    add("--checkpoint", type=find_shipped, required=True,
+        help="weights of the generator or the teacher: folder, .safetensors or .pt; required")  # fmt: skip
+    add(
+        "--config_path",
+        type=find_shipped,
+        default="configs/shapes/self_forcing_dmd.yaml",
+        help="YAML file; default: %(default)s",
+    )
     add("--use_ema", action="store_true", help="use the averaged weights if a checkpoint holds both; "
         "default: generator.use_ema, or the raw ones")  # fmt: skip
     add(
@@ -54,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    given = [name for name in VBENCH_OPTIONS if getattr(args, name)]
+    if given and args.vbench is None:
+        raise UserError(f"--{given[0]} belongs to --vbench FOLDER; add it, or leave --{given[0]} out")
     from scripts.runs.evaluate import run as measure
 
     measure(args)

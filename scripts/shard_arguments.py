@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from utils.checkout import find_shipped
+
 
 def shard_parser(description: str, *, config: str, items: str, shard_size: int) -> argparse.ArgumentParser:
     """Return a parser with the arguments that all these scripts have.
@@ -15,7 +17,9 @@ def shard_parser(description: str, *, config: str, items: str, shard_size: int) 
         shard_size: the default number of items in a shard.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config_path", default=config, metavar="YAML", help="YAML file; default: %(default)s")
+    parser.add_argument(
+        "--config_path", type=find_shipped, default=config, metavar="YAML", help="YAML file; default: %(default)s"
+    )
     parser.add_argument(
         "--shard_size",
         type=int,

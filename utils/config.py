@@ -21,6 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from utils.checkout import find_shipped
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.legacy_config import refuse_official_keys
@@ -30,21 +31,31 @@ YAML_WORDS = {True: ("on", "yes", "true"), False: ("off", "no", "false")}
 """The words that YAML reads as a truth value."""
 
 COMMAND_LINE = "command line"
+INPUTS = frozenset(
+    ["weights", "tokenizer", "data_path", "path", "switch_path", "embeddings", "sample_prompts", "pairs"]
+)
+"""The last parts of the keys that name files to read."""
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
 def load_config(
-    schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, ignored: Collection[str] = ()
+    schema: type[T],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    ignored: Collection[str] = (),
+    inputs: Collection[str] = INPUTS,
 ) -> T:
     """Read `path` and its `defaults`, apply overrides such as `rollout.window=9`, and return an instance of `schema`.
 
+    The file may also lie in the checkout, and so may the files that the keys `inputs` name; see `find_shipped`.
     The sections in `ignored` belong to another program. A file may have them; an override of them is refused.
 
     Raises UserError, in one line that names the source, the dotted key, the value and the nearest valid name; in one
     line a key for a file of the official code.
     """
     known = _field_hints(schema)
-    layers = _read_layers(Path(path), {*known, *ignored}, included_by=())
+    layers = _read_layers(Path(find_shipped(str(path))), {*known, *ignored}, included_by=())
     layers = {
         source: {key: value for key, value in values.items() if key not in ignored} for source, values in layers.items()
     }
@@ -54,9 +65,10 @@ def load_config(
     parsed = [(COMMAND_LINE, _parse_override(schema, text)) for text in overrides]
     for source, values in parsed:
         refuse_official_keys(values, known, source)
-    return _build(
-        schema, [*layers.items(), *parsed], source=f"{path} and the {COMMAND_LINE}" if overrides else str(path)
-    )
+    source = f"{path} and the {COMMAND_LINE}" if overrides else str(path)
+    config = _build(schema, [*layers.items(), *parsed], source)
+    _find_inputs(config, inputs)
+    return config
 
 
 def from_dict(schema: type[T], values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> T:
@@ -89,6 +101,16 @@ def to_yaml(config: Any) -> str:
 def save_config(config: Any, path: str | Path) -> None:
     """Write `to_yaml(config)` atomically."""
     atomic_write_text(path, to_yaml(config))
+
+
+def _find_inputs(config: Any, names: Collection[str]) -> None:
+    """Replace the paths of the fields `names`, at any depth, by those at which the files are."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            _find_inputs(value, names)
+        elif field.name in names and isinstance(value, str):
+            setattr(config, field.name, find_shipped(value))
 
 
 def _read_layers(path: Path, known: Collection[str], included_by: tuple[Path, ...]) -> dict[str, dict]:
