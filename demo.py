@@ -31,7 +31,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config_path", type=find_shipped, default="configs/shapes/self_forcing_dmd.yaml",
         help="YAML file with the settings; default: %(default)s")  # fmt: skip
     add("--checkpoint_path", type=find_shipped,
-        help="weights of the generator: a folder, a .safetensors or a .pt file; default: generator.weights")  # fmt: skip
+        help="weights of the generator: folder, .safetensors or .pt; default: generator.weights")  # fmt: skip
     add("--use_ema", action="store_true", help="use the averaged weights if a checkpoint holds both; "
         "default: generator.use_ema, or the raw ones")  # fmt: skip
     add("--tiny_decoder", type=Path, help="weights of TAEHV (taew2_1.pth), a faster and less sharp decoder that "
