@@ -39,10 +39,10 @@ def ask_hub(name: str, call: Callable[[], T], *, otherwise: str = "") -> T:
         raise
     except Exception as error:  # versions of huggingface_hub use different HTTP libraries
         remedy = f"; or {otherwise}" if otherwise else ""
-        raise UserError(f"{name}: cannot be downloaded: {explain(error, name)}{remedy}") from None
+        raise UserError(f"{name}: cannot be downloaded: {explain_refusal(error, name)}{remedy}") from None
 
 
-def explain(error: Exception, name: str) -> str:
+def explain_refusal(error: Exception, name: str) -> str:
     """Return the reason of an error of the hub's client, and the remedy, in one line."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if _is_full(error):

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import HfApi, constants
 
-from pipeline.hub import ask_hub, explain
+from pipeline.hub import ask_hub, explain_refusal
 from utils.errors import UserError
 
 ANSWERS = {
@@ -65,9 +65,9 @@ def test_a_hub_that_is_not_there_and_a_wrong_name_are_told_apart():
 def test_a_full_disk_is_seen_behind_the_clients_own_error():
     error = RuntimeError("download failed")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    assert "disk is full" in explain(error, "user/model")
+    assert "disk is full" in explain_refusal(error, "user/model")
 
 
 def test_whoever_is_offline_is_told_so(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert explain(FileNotFoundError("not in the cache"), "user/model").startswith("HF_HUB_OFFLINE is set")
+    assert explain_refusal(FileNotFoundError("not in the cache"), "user/model").startswith("HF_HUB_OFFLINE is set")
