@@ -44,8 +44,9 @@ class KeyLayout(NamedTuple):
         """Return the layout of keys [B F T N D]."""
         return cls(k.shape[0], *k.shape[2:], k.dtype, k.device)
 
+    @torch.inference_mode(False)
     def zeros(self, frames: int, dtype: torch.dtype, head_dim: int | None = None) -> Tensor:
-        """Return a tensor [B frames T N D] of zeros."""
+        """Return a tensor [B frames T N D] of zeros. Passes in inference mode and others may write to it."""
         shape = self.batch, frames, self.tokens, self.num_heads, self.head_dim if head_dim is None else head_dim
         buffer = torch.zeros(shape, dtype=dtype, device=self.device)
         if self.static:

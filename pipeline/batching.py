@@ -72,6 +72,7 @@ class JoinedCache:
         return [CachedText.batch(layers) for layers in zip(*rows, strict=True)]
 
 
+@torch.inference_mode()
 def run_together(denoiser: Denoiser, passes: Sequence[Pass]) -> list[Tensor]:
     """Return x0 [1 f C H W] of each pass. Passes of equal timestep, shape and number of seen frames form a batch."""
     groups: dict[tuple, list[int]] = {}

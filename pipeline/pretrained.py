@@ -310,7 +310,7 @@ def _drive(stream: Stream, pipeline: SelfForcingPipeline, callback: Callable[...
     count = 0
     while not stream.ended:
         pending = stream.pending
-        x0 = None if pending is None else pending.run(stream.pipeline.denoiser)
+        x0 = None if pending is None else stream.compute()
         chunk = stream.advance(x0)
         if callback is not None and pending is not None and pending.stage is Stage.denoise:
             callback(pipeline, count, pending.timestep, {"latents": x0})
