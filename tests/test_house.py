@@ -5,6 +5,7 @@ Tests are left out: only the code that a user installs is judged.
 
 import ast
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -156,6 +157,34 @@ def test_a_program_has_one_lazy_boundary():
     """It reads its arguments, so that --help takes no time. Then it imports one module, which does the work."""
     programs = {path: found for path, found in late_imports().items() if is_program(path)}
     assert not {path for path, found in programs.items() if len({module for _, module, _ in found}) > 1}
+
+
+def top_imports(path: str) -> set[str]:
+    """Modules that a file imports when it is imported itself."""
+    found = set()
+    for node in sources()[path].body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module != "__future__":
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & {module_name(file) for file in sources()}
+            found |= inside or {node.module}
+    return found
+
+
+@pytest.mark.parametrize("program", [path for path in sources() if is_program(path) and path != "setup.py"])
+def test_help_needs_only_the_standard_library(program):
+    """So it answers at once. The package of a module is imported too, and what it imports."""
+    files = {module_name(path): path for path in sources()}
+    waiting, seen = [module_name(program)], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        outer = {name.rpartition(".")[0]} & files.keys()
+        waiting += [*outer, *(top_imports(files[name]) if name in files else ())]
+    packages = {name.partition(".")[0] for name in seen if name not in files}
+    assert not packages - sys.stdlib_module_names - {"scripts"}
 
 
 def test_only_optional_packages_are_imported_in_functions():
