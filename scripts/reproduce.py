@@ -25,6 +25,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="frame-wise, one seed, fewer updates: at most 40 CPU minutes")
     add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
     add("--report", metavar="FOLDER", help="where reproduction.md is written; default: FOLDER/report")
+    add(
+        "--prompts", type=int, metavar="N", help="held-out prompts that are measured; default: 24 with --quick, else 96"
+    )
     add("--plan", action="store_true", help="print what would run and how long it takes here, and stop")
     add("overrides", nargs="*", metavar="key=value", help="keys for every training and measurement")
     return parser.parse_intermixed_args(arguments)

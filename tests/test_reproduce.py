@@ -183,3 +183,9 @@ def test_it_says_how_long_it_takes_and_starts_nothing(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "9 trainings and 9 rows; about" in said and "are left on this machine" in said
     assert not (tmp_path / "new").exists()
+
+
+def test_a_count_without_prompts_is_refused_before_anything_starts(tmp_path, capsys):
+    assert reproduce.main(["--quick", "--prompts", "97", "--folder", str(tmp_path / "new")]) == 2
+    assert "--prompts=97 must be from 1 to 96" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -16,6 +16,7 @@ from scripts.reproduction.report import write_reproduction
 from scripts.reproduction.training import REPOSITORY, train_all, weights_of
 from utils.distributed import resolve_device
 from utils.errors import UserError
+from utils.shapes import held_out_scenes
 from utils.tracking import duration, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,11 @@ def reproduce(
     """Train, measure and report what a budget pays for. What a stopped run has finished is kept.
 
     Raises:
-        UserError: the teacher is missing, or a training failed.
+        UserError: the teacher is missing, a count has nothing to measure, or a training failed.
     """
     setup_logging()
+    if not 1 <= budget.prompts <= (held_out := len(held_out_scenes())):
+        raise UserError(f"--prompts={budget.prompts} must be from 1 to {held_out}, the number of held-out prompts")
     plan = build_plan(budget)
     folder = (folder or REPOSITORY / "logs" / "reproduction" / budget.name).absolute()
     _check_release()
