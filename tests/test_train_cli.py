@@ -181,6 +181,15 @@ def test_samples_checkpoints_and_exports_come_as_often_as_asked(release, tmp_pat
     assert written("rarely", "*.pt") == ["model.pt"]
 
 
+def test_a_codec_that_trains_on_keeps_its_encoder(release, tmp_path):
+    flags = ["--config_path", release.config_path, "objective=autoencoder", "trainer.steps=1", "--no_visualize"]
+    given = release.folder / "codec"
+    assert train.main([*flags, f"autoencoder.weights={given}", "--logdir", str(tmp_path)]) == 0
+    before, after = load_state_dict(given), load_state_dict(tmp_path / "model" / "codec")
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
+
+
 def test_a_run_goes_on_by_itself_or_starts_anew_without_losing_what_was_there(release, tmp_path):
     flags = ["--config_path", release.config_path, "objective=autoencoder", "--no_visualize", "--logdir", str(tmp_path)]
     assert train.main([*flags, "trainer.steps=2"]) == 0
@@ -251,6 +260,11 @@ BAD_INPUT = {
         ["objective=autoencoder", "data.sample_prompts={release}/prompts.txt"],
         "'a large red circle on a navy background' is not a Shapes prompt",
     ),
+    "sample prompts of the rich world": (
+        ["objective=autoencoder", "data.sample_prompts=prompts/shapes_rich.txt"],
+        "is a scene of the rich world: set data.shapes.world=rich",
+    ),
+    "missing codec": (["objective=autoencoder", "autoencoder.weights={tmp}/nowhere"], "{tmp}/nowhere"),
     "no training prompts": (["data.kind=prompts"], "data.path is null"),
     "no training videos": ([DIFFUSION, "data.kind=prompts"], "data.kind=prompts has no videos"),
     "batch that does not divide": (

@@ -53,6 +53,8 @@ def describe(config: Config, config_path: str | Path) -> list[str]:
 def start(config: Config) -> str:
     """Return the key and the weights that the trained network starts from."""
     if config.objective is Objective.autoencoder:
+        if config.autoencoder.weights is not None:
+            return f"autoencoder.weights={config.autoencoder.weights}"
         return f"an encoder fitted to clips (autoencoder.preset={config.autoencoder.preset})"
     key = "generator" if config.objective in (Objective.diffusion, Objective.ode_regression) else "student"
     network: DenoiserConfig = getattr(config, key)
@@ -73,7 +75,7 @@ def needed_files(config: Config) -> list[NeededFile]:
 def _networks(config: Config) -> list[tuple[str, str | None]]:
     objective, method = config.objective, METHODS.get(config.objective)
     if objective is Objective.autoencoder:
-        return []
+        return [("autoencoder.weights", config.autoencoder.weights)]
     if objective in (Objective.diffusion, Objective.ode_regression):
         return [("generator.weights", config.generator.weights)]
     networks = [("student.weights", config.student.weights)]

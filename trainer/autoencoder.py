@@ -17,29 +17,43 @@ from trainer.objectives.codec import decoder_loss, disturb, fit_linear_code, psn
 from trainer.trainer import RunContext, Trainer
 from trainer.update import Loss, Updated
 from utils.errors import UserError
-from utils.shapes import Scene, render_clips
+from utils.shapes import Scene, World, is_shapes_prompt, render_clips
+
+
+def check_prompt(prompt: str, world: World) -> None:
+    """Raise UserError unless a prompt describes a scene of the world."""
+    Scene.from_prompt(prompt)  # names what is unknown
+    if not is_shapes_prompt(prompt, world):
+        raise UserError(f"{prompt!r} is a scene of the rich world: set data.shapes.world=rich, or use another prompt")
 
 
 class AutoencoderTrainer(Trainer):
-    """Trains the decoder. The encoder is fitted before the first step and does not change afterwards."""
+    """Trains the decoder. The encoder is fitted before the first step, or given, and does not change afterwards."""
 
     def __init__(self, config: Config, context: RunContext) -> None:
         super().__init__(config, context)
-        preset = config.autoencoder.preset
-        if preset not in TINY_VAE_PRESETS:
-            raise UserError(f"autoencoder.preset={preset!r} is not one of {', '.join(TINY_VAE_PRESETS)}")
         for prompt in self.sample_prompts:
-            Scene.from_prompt(prompt)  # an unknown prompt fails now, not after the training
+            check_prompt(prompt, config.data.shapes.world)  # now, not after the training
         torch.manual_seed(config.trainer.seed)
-        self.codec = TinyVAE(TINY_VAE_PRESETS[preset]).to(self.device)
+        self.codec = self._first_codec().to(self.device)
         self.data = training_data(
             config.data, Contents.clips, seed=self.seed("data"), video=config.video, codec=self.codec
         )
-        fitted = self.data.next(config.autoencoder.fit_clips).frames
-        fit_linear_code(fitted, self.codec.config).write_to(self.codec)
+        if config.autoencoder.weights is None:
+            fitted = self.data.next(config.autoencoder.fit_clips).frames
+            fit_linear_code(fitted, self.codec.config).write_to(self.codec)
         self.codec.encoder.requires_grad_(False)
         self.track(codec=self.codec)
         self.updater = self.optimize("codec", self.codec, config.optimizer, config.trainer.steps)
+
+    def _first_codec(self) -> TinyVAE:
+        """Return the codec to go on from, or one of the preset's sizes."""
+        config = self.config.autoencoder
+        if config.weights is not None:
+            return TinyVAE.from_pretrained(config.weights).train()
+        if config.preset not in TINY_VAE_PRESETS:
+            raise UserError(f"autoencoder.preset={config.preset!r} is not one of {', '.join(TINY_VAE_PRESETS)}")
+        return TinyVAE(TINY_VAE_PRESETS[config.preset])
 
     def updates(self) -> list[Updated]:
         return [self.update(self.updater, self.loss, self.micro_batches())]

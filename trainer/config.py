@@ -47,6 +47,9 @@ class AutoencoderConfig:
 
     preset: str = "shapes"
     """Sizes: a key of model.tiny_vae_config.TINY_VAE_PRESETS."""
+    weights: str | None = None
+    """Folder of a TinyVAE to go on from: its encoder stays as it is, so denoisers that were trained with it stay right.
+    null fits a new encoder."""
     fit_clips: int = 192
     """The number of clips to which the linear encoder is fitted."""
     crop_frames: int = 9
