@@ -13,7 +13,7 @@ import torch
 
 import inference
 from scripts.endurance.kills import launch, log_file
-from utils.video import read_video
+from utils.video.read import read_video
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

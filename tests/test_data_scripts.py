@@ -18,7 +18,7 @@ from trainer.stored_data import ODEData, StoredEmbeddings
 from utils.errors import UserError
 from utils.shapes import ShapesConfig, all_scenes, render_clips
 from utils.shards import Shards
-from utils.video import VideoWriter
+from utils.video.write import VideoWriter
 
 pytest_plugins = ["tests.shapes_parts"]
 

@@ -21,7 +21,7 @@ from tests.fake_release import LARGE, SMALL, TAEHV, FakeRelease, copy_fake_relea
 from trainer.config import Config
 from utils.config import load_config
 from utils.errors import UserError
-from utils.video import read_video
+from utils.video.read import read_video
 
 pytest_plugins = ["tests.shapes_parts"]
 

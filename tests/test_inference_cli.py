@@ -25,7 +25,7 @@ from scripts.endurance.kills import launch, log_file
 from tests.inference_parts import REPOSITORY, end, records, same, snapshot, start, videos, wait_for
 from utils.files import safe_stem
 from utils.shapes import ATTRIBUTES
-from utils.video import read_video
+from utils.video.read import read_video
 
 pytest_plugins = ["tests.shapes_parts", "tests.inference_parts"]
 

@@ -15,7 +15,7 @@ from PIL import Image
 import inference
 from scripts import repeat
 from tests.inference_parts import REPOSITORY, end, records, same, snapshot, start, videos, wait_for
-from utils.video import read_video
+from utils.video.read import read_video
 
 pytest_plugins = ["tests.shapes_parts", "tests.inference_parts"]
 

@@ -19,7 +19,7 @@ from tests.commands import REPOSITORY, Command, copy_repository, read_commands
 from tests.made_once import made_once
 from tests.serving.browser import wait_until
 from utils.side_files import read_json_lines
-from utils.video import read_video
+from utils.video.read import read_video
 
 README = REPOSITORY / "README.md"
 DOCUMENTS = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

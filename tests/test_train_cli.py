@@ -22,7 +22,7 @@ from tests.shapes_parts import SIZES
 from trainer.config import Config
 from utils.checkpoint_search import latest_checkpoint
 from utils.config import from_dict, load_config
-from utils.video import read_video
+from utils.video.read import read_video
 
 pytest_plugins = ["tests.shapes_parts"]
 

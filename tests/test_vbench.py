@@ -10,7 +10,7 @@ import torch
 
 from scripts import evaluate
 from scripts.runs.vbench import clips, cut_into_clips
-from utils.video import count_frames
+from utils.video.file import count_frames
 
 PROMPTS = ["A red circle, moving up."]
 

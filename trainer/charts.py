@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from utils.frames import evenly_spaced
+from utils.spacing import evenly_spaced
 
 CHART_POINTS = 300
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 360, 190, 46, 16, 22, 10

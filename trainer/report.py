@@ -28,10 +28,10 @@ from trainer.report_style import SCRIPT, STYLE
 from utils.cli import exit_code
 from utils.errors import UserError
 from utils.files import atomic_path, atomic_write_text
-from utils.frames import evenly_spaced
 from utils.side_files import read_limited
+from utils.spacing import evenly_spaced
 from utils.tracking import METRICS_FILE, duration, progress, read_metrics
-from utils.video import read_video
+from utils.video.read import read_video
 
 log = logging.getLogger(__name__)
 

@@ -46,7 +46,7 @@ from utils.seeds import derive_seed, random_stream
 from utils.timer import Stopwatch
 from utils.tracking import Tracker, duration, peak_memory, progress
 from utils.transfer import send
-from utils.video import VideoWriter
+from utils.video.write import VideoWriter
 
 log = logging.getLogger(__name__)
 

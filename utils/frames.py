@@ -29,8 +29,3 @@ def fit_image(image: Image.Image, height: int, width: int) -> Tensor:
     """Scale an RGB image to cover H x W and crop it around the centre: [3 H W] in [-1, 1]."""
     pixels = np.array(ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS))
     return rearrange(torch.from_numpy(pixels).float() / 127.5 - 1, "h w c -> c h w")
-
-
-def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """Return at most `wanted` indices into `count` items, from the first to the last."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(wanted, count))})

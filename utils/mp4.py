@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UserError
-from utils.video import open_video
+from utils.video.file import open_video
 
 HEADER = 8  # bytes: size and kind of a box (ISO/IEC 14496-12)
 LARGE_SIZE = 8  # bytes that follow the header if its size is 1

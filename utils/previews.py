@@ -7,27 +7,18 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio.v3 as iio
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils.files import atomic_path
-from utils.frames import enlarge, evenly_spaced, to_uint8
+from utils.frames import enlarge, to_uint8
+from utils.spacing import evenly_spaced
 
 THUMBNAIL_HEIGHT = 144
 MARGIN = 12
 GAP = 3
 FONT_SIZE = 16
 BACKGROUND, INK = "white", "#222222"
-
-
-def write_gif(path: str | Path, frames: Tensor, fps: float, *, scale: int = 1) -> None:
-    """Write a clip as a looping GIF. Delays are multiples of 10 ms, so the speed is the nearest possible one."""
-    if len(frames) == 0:
-        raise ValueError(f"no frames to write to {path}")
-    pixels = enlarge(to_uint8(frames), scale).cpu().numpy()
-    with atomic_path(path) as temporary:
-        iio.imwrite(temporary, pixels, plugin="pillow", extension=".gif", duration=round(1000 / fps), loop=0)
 
 
 def contact_sheet(

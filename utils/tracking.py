@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import NO_FOLLOW, atomic_write_bytes, atomic_write_text, is_own_file, set_aside
-from utils.frames import evenly_spaced
 from utils.side_files import read_json_lines, read_limited
-from utils.video import read_video
+from utils.spacing import evenly_spaced
+from utils.video.read import read_video
 
 try:
     import resource

@@ -15,7 +15,8 @@ from pipeline.inference.plan import SUFFIX, Job
 from pipeline.inference.recipe import TAG, Recipe, read_recipe
 from utils.files import fit_name, is_own_file, set_aside
 from utils.mp4 import is_complete
-from utils.video import partial_paths, read_video_metadata
+from utils.video.file import read_video_metadata
+from utils.video.write import partial_paths
 
 log = logging.getLogger("inference")
 

@@ -29,7 +29,8 @@ from pipeline.text_to_video import TextToVideo
 from utils.distributed import is_launched
 from utils.images import load_image
 from utils.signals import StopSignals
-from utils.video import VideoWriter, stream_video
+from utils.video.read import stream_video
+from utils.video.write import VideoWriter
 
 log = logging.getLogger("inference")
 

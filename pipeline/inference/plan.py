@@ -18,7 +18,7 @@ from utils import prompt_extend
 from utils.errors import UserError
 from utils.files import LONGEST_NAME, exact_stem
 from utils.prompts import PromptLine, one_line, pair_prompts, read_image_lines, read_prompt_lines
-from utils.video import stream_video
+from utils.video.read import stream_video
 
 SUFFIX = ".mp4"
 MOST_VIDEOS = 1_000_000

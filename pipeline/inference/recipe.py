@@ -17,7 +17,7 @@ from pipeline.loading import generator_hash, stored_prompts
 from utils.config import to_dict
 from utils.errors import UserError
 from utils.side_files import parse_json
-from utils.video import read_video_metadata
+from utils.video.file import read_video_metadata
 
 TAG = "comment"  # the mp4 tag that holds a recipe; "title" holds the prompt
 FORMAT = 1

@@ -22,7 +22,8 @@ from utils.files import atomic_write_text, is_own_file
 from utils.mp4 import is_complete
 from utils.previews import save_contact_sheet
 from utils.side_files import append_json_line, read_json_lines
-from utils.video import count_frames, sample_frames
+from utils.video.file import count_frames
+from utils.video.read import sample_frames
 
 log = logging.getLogger("inference")
 

@@ -1,12 +1,17 @@
-"""Write a clip as a GIF. ``workers.py`` runs this module as a program with the arguments CLIP.mp4 GIF FRAMES FPS."""
+"""Write a clip as a GIF. ``workers.py`` runs this module as a program with the arguments CLIP.mp4 GIF FRAMES FPS.
+
+It does not import torch: a GIF must not take longer to begin than to make.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from utils.previews import write_gif
-from utils.video import sample_frames
+import numpy as np
+
+from utils.gif import write_gif
+from utils.video.file import sample_pictures
 
 MOST_FRAMES = 160
 MOST_HEIGHT = 480  # pixels
@@ -21,7 +26,7 @@ def write_clip_gif(clip: Path, gif: Path, frames: int, fps: float) -> None:
         frames: how many frames the clip has.
         fps: frames per second of the clip.
     """
-    pictures = sample_frames(clip, min(frames, MOST_FRAMES))
+    pictures = np.stack(sample_pictures(clip, min(frames, MOST_FRAMES)))
     step = -(-pictures.shape[1] // MOST_HEIGHT)
     write_gif(gif, pictures[:, ::step, ::step], fps * len(pictures) / frames)
 

@@ -33,7 +33,7 @@ class ClipRecorder:
     """
 
     def __init__(self, gallery: Gallery, spec: StreamSpec) -> None:
-        from utils.video import VideoWriter
+        from utils.video.write import VideoWriter
 
         self._gallery, self._spec = gallery, spec
         self._name = secrets.token_hex(NAME_BYTES)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SECONDS = 20.0  # of wall-clock time
 IMAGE_MEMORY = 1.5 * 2**30  # bytes of addresses; Python and Pillow alone take 0.1 GB
 GIF_SECONDS = 120.0
-GIF_MEMORY = 8 * 2**30  # torch alone takes 4 GB of addresses
+GIF_MEMORY = 3 * 2**30
 
 
 class Busy(Exception):

@@ -19,7 +19,7 @@ from utils.prompts import one_line, read_entries
 from utils.seeds import derive_seed
 from utils.shards import ShardWriter
 from utils.tracking import progress
-from utils.video import stream_video
+from utils.video.read import stream_video
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from utils.drift import MEASURES, measure_drift, summarise_drift
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.tracking import progress
-from utils.video import VideoWriter, read_video
+from utils.video.read import read_video
+from utils.video.write import VideoWriter
 
 log = logging.getLogger("evaluate")
 

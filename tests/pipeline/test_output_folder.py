@@ -14,7 +14,7 @@ from pipeline.inference.recipe import Recipe, read_recipe
 from pipeline.inference.records import RECORDS, complete_records
 from utils.errors import UserError
 from utils.mp4 import is_complete
-from utils.video import VideoWriter
+from utils.video.write import VideoWriter
 
 RECIPE = Recipe(
     name="a cat-0",

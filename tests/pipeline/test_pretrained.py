@@ -10,7 +10,7 @@ from pipeline.config import PipelineConfig, load_pipeline_config
 from pipeline.generation import generate
 from pipeline.request import StreamRequest
 from utils.errors import UserError
-from utils.video import read_video
+from utils.video.read import read_video
 
 SHAPES = "checkpoints/shapes"
 PROMPT = "a large red circle moving up on a white background"

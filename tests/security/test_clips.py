@@ -89,7 +89,7 @@ def test_only_its_session_deletes_a_clip(serve, tmp_path):
 @pytest.mark.parametrize("when", ["first", "second", "end"])
 def test_a_clip_that_cannot_be_written_ends_alone(serve, monkeypatch, tmp_path, number, when):
     """The viewer is told once, and the live video goes on."""
-    from utils.video import VideoWriter
+    from utils.video.write import VideoWriter
 
     calls = []
     write, leave = VideoWriter.write, VideoWriter.__exit__

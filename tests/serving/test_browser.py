@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.serving.gifs import MOST_FRAMES
 from tests.serving.browser import REPOSITORY, running, wait_until
 from utils.shapes import Scene, measure, render_at
-from utils.video import read_video
+from utils.video.read import read_video
 
 RED_CIRCLE = Scene("circle", "red", "large", "up and right", "navy")
 GREEN_TRIANGLE = Scene("triangle", "green", "large", "down and left", "black")

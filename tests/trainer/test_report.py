@@ -10,7 +10,7 @@ import torch
 
 from trainer import charts, report
 from trainer.report import read_run, render, write_report
-from utils.video import VideoWriter
+from utils.video.write import VideoWriter
 
 VOID = {"meta", "br", "img", "link", "input", "line", "path"}
 

@@ -14,7 +14,7 @@ import torch
 from utils.errors import UserError
 from utils.timer import Stopwatch
 from utils.tracking import Tracker, peak_memory, progress, setup_logging
-from utils.video import VideoWriter
+from utils.video.write import VideoWriter
 
 ROOT = Path(__file__).parents[2]
 

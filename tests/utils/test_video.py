@@ -14,9 +14,14 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
-from utils.frames import evenly_spaced, to_uint8
-from utils.previews import contact_sheet, save_contact_sheet, write_gif
-from utils.video import VideoWriter, read_video, read_video_metadata, stream_video, write
+from utils.frames import enlarge, to_uint8
+from utils.gif import write_gif
+from utils.previews import contact_sheet, save_contact_sheet
+from utils.spacing import evenly_spaced
+from utils.video import write
+from utils.video.file import read_video_metadata
+from utils.video.read import read_video, stream_video
+from utils.video.write import VideoWriter
 
 X264_PARAMS = write.X264["x264-params"]
 COLOURS = torch.tensor([[220, 30, 40], [20, 200, 60], [30, 40, 230], [240, 220, 30], [30, 30, 30]])
@@ -120,7 +125,7 @@ def test_nothing_but_a_video_needs_pyav(tmp_path):
 import sys
 sys.modules["av"] = None
 import pipeline.session, trainer.trainer, trainer.report, utils.images, utils.tracking
-from utils.video import read_video
+from utils.video.read import read_video
 try:
     read_video({str(tmp_path / "a.mp4")!r})
 except Exception as error:
@@ -272,7 +277,7 @@ def test_a_failed_writer_leaves_nothing(tmp_path):
 
 def test_a_gif_keeps_frames_colours_and_speed(tmp_path):
     clip = moving_squares(6)
-    write_gif(tmp_path / "clip.gif", clip, fps=10, scale=2)
+    write_gif(tmp_path / "clip.gif", enlarge(to_uint8(clip), 2).numpy(), fps=10)
     with Image.open(tmp_path / "clip.gif") as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (96, 96), 100, 0)
         gif.seek(5)

@@ -10,15 +10,9 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.video import (
-    VideoWriter,
-    count_frames,
-    open_video,
-    read_video,
-    read_video_metadata,
-    sample_frames,
-    stream_video,
-)
+from utils.video.file import count_frames, open_video, read_video_metadata
+from utils.video.read import read_video, sample_frames, stream_video
+from utils.video.write import VideoWriter
 
 RED, GREEN, BLUE, WHITE = (220, 30, 40), (20, 200, 60), (30, 40, 230), (250, 250, 250)
 CORNERS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8)
@@ -245,6 +239,6 @@ def test_names_that_look_like_addresses_are_names(tmp_path, monkeypatch):
 
 def test_frames_that_are_too_large_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     path = encode(tmp_path / "clip.mp4", levels(2))
-    monkeypatch.setattr("utils.video.read.MAX_PIXELS", 1000)
+    monkeypatch.setattr("utils.video.file.MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="frames of 32x32 have more than 1,000 pixels"), open_video(path):
         pass

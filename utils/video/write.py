@@ -20,8 +20,8 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.files import atomic_path, fit_name
 from utils.frames import enlarge, to_uint8
+from utils.video.file import plays
 from utils.video.pyav import convert_frame, load_pyav, reason
-from utils.video.read import plays
 
 if TYPE_CHECKING:
     import av
@@ -60,7 +60,7 @@ class VideoWriter:
             path: the name of the finished file.
             fps: frames per second. 23.976, 29.97 and 59.94 become the exact rates 24000/1001 and so on.
             scale: a whole factor that enlarges each pixel to a square, for clips that are tiny to look at.
-            metadata: tags of the mp4 such as "title" and "comment"; see :func:`utils.video.read_metadata`.
+            metadata: tags of the mp4 such as "title" and "comment"; see :func:`utils.video.file.read_video_metadata`.
             keep_partial: keep the partial file after any error if it holds frames. Otherwise only a failure to write
                 keeps it.
 
