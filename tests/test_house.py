@@ -51,7 +51,7 @@ LATE_IMPORTS = {
     # Boundaries inside a running program.
     "pipeline.pretrained": "`import pipeline` takes no time",
     "pipeline.serving.loaded": "the page is shown before torch is imported",
-    "utils.video": "the same; it imports torch",
+    "utils.video.write": "the same; it imports torch",
 }
 
 
