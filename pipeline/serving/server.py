@@ -93,6 +93,7 @@ class Server:
     def load(self) -> None:
         """Load the model, unless it is loaded. An error is shown on the page and kept in `error`."""
         if self.state == "ready":
+            self.report("ready", 1.0)
             return
         try:
             self.model.load(self.report)

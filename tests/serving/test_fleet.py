@@ -115,9 +115,10 @@ def test_a_model_that_is_there_is_not_loaded_again(tmp_path):
 
     server = synthetic_server(tmp_path, Counting())
     server.load()
+    server.report("opening the page", 0.02)
     server.load()
     server.close()
-    assert len(loaded) == 1
+    assert len(loaded) == 1 and (server.stage, server.progress) == ("ready", 1.0)
 
 
 @pytest.mark.parametrize(
