@@ -20,10 +20,11 @@ from utils.files import ensure_writable_folder
 from utils.locks import folder_lock
 
 REPLICA_COOKIE = "self_forcing_replica"
+TOO_LARGE = 1009  # the WebSocket's code for it
 MOST_REPLICAS = 64  # on one machine
 GREETING = (
-    "You are on another server now, as yours has gone, and the video that it made has ended. Press Start to make one "
-    "here; earlier clips stay in the folder of the other server."
+    "The server that made your video has stopped. You are connected to another one: press Start for a new video. "
+    "Earlier clips are in the folder of the other server."
 )
 
 
@@ -59,6 +60,30 @@ class Sticky:
 
         known = scope["type"] == "lifespan" or replica_of(Headers(scope=scope).get("cookie", "")) == self._replica
         await self._app(scope, receive, send if known else send_with_cookie)
+
+
+class SmallMessages:
+    """ASGI middleware that closes a WebSocket which sends a large message. Ray's proxy itself allows 16 MB.
+
+    Args:
+        app: what is served.
+        largest: bytes of a message.
+    """
+
+    def __init__(self, app: ASGIApp, largest: int) -> None:
+        self._app, self._largest = app, largest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_small() -> Message:
+            message = await receive()
+            if message["type"] != "websocket.receive":
+                return message
+            if max(len(message.get("text") or ""), len(message.get("bytes") or b"")) <= self._largest:
+                return message
+            await send({"type": "websocket.close", "code": TOO_LARGE, "reason": "the message is too large"})
+            return {"type": "websocket.disconnect", "code": TOO_LARGE}
+
+        await self._app(scope, receive_small, send)
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from pipeline.serving.fleet import GREETING, Sticky, claimed_folder, replica_of
+from pipeline.serving.fleet import GREETING, SmallMessages, Sticky, claimed_folder, replica_of
 from pipeline.serving.guard import Access, Guard
 from pipeline.serving.limits import Limits
 from pipeline.serving.logs import configure_logging
+from pipeline.serving.run import LARGEST_MESSAGE
 from pipeline.serving.server import Server
 from pipeline.serving.site import Site
 from utils.errors import UserError
@@ -78,7 +79,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Sticky:
         """Return what Ray Serve calls with each request."""
         site = Site(self._server, started=lambda: None, failed=lambda: None, root_path=self._access.root_path)
-        app = Guard(site, self._access, Limits())
+        app = Guard(SmallMessages(site, LARGEST_MESSAGE), self._access, Limits())
         if self._args.trusted_proxy:
             app = ProxyHeadersMiddleware(app, trusted_hosts=self._args.trusted_proxy)
         return Sticky(app, self._name, self._access.root_path)

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from pipeline.serving.busy_times import BusyTimes
 from pipeline.serving.clips import Gallery
-from pipeline.serving.fleet import GREETING, REPLICA_COOKIE, Sticky, claimed_folder, replica_of
+from pipeline.serving.fleet import GREETING, REPLICA_COOKIE, SmallMessages, Sticky, claimed_folder, replica_of
 from pipeline.serving.guard import Access, Guard
 from pipeline.serving.hub import Hub
 from pipeline.serving.limits import Limits
@@ -40,6 +40,20 @@ def test_a_browser_is_told_its_replica_once():
     assert (
         "abc" in page("abc", Access(None)).get("/", headers={"cookie": f"{REPLICA_COOKIE}=gone"}).headers["set-cookie"]
     )
+
+
+def test_a_large_message_closes_the_line():
+    async def echo(scope, receive, send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message.get("text")})
+
+    with TestClient(SmallMessages(echo, 10)).websocket_connect("/") as socket:
+        socket.send_text("x" * 10)
+        assert socket.receive_text() == "x" * 10
+        socket.send_text("x" * 11)
+        assert socket.receive()["code"] == 1009
 
 
 @pytest.mark.parametrize("cookie", ["", "a=b", "\x00;;=", f"{REPLICA_COOKIE}"])
