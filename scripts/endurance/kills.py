@@ -24,7 +24,7 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_IMPORTS = (
     "train",
-    "trainer.build",
+    "trainer.run",
     "pipeline.inference.run",
     "transformers.models.umt5.modeling_umt5",
     "transformers.models.auto.tokenization_auto",
