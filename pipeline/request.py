@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from pipeline.states import SwitchStyle
+from pipeline.steps import checked_steps
 
 
 @dataclass(frozen=True)
 class PromptSwitch:
-    """A change of the prompt."""
+    """A change of the prompt, and of settings that may change with it."""
 
     prompt: str
     style: SwitchStyle = SwitchStyle.recache
@@ -25,8 +26,18 @@ class PromptSwitch:
     """Number of chunks in which ``blend`` moves to the new prompt."""
     at_frame: int = 0
     """The switch takes effect with the first chunk that begins at this pixel frame or later."""
+    seed: int | None = None
+    """Seed of the noise from this chunk on. None keeps the seed."""
+    denoising_steps: list[float] | None = None
+    """Steps of every chunk from this one on, as in RolloutConfig. None keeps the steps."""
+    strength: float | None = None
+    """As in StreamRequest. None keeps it."""
 
     def __post_init__(self) -> None:
+        if self.denoising_steps is not None:
+            checked_steps("denoising_steps", self.denoising_steps)
+        if self.strength is not None:
+            check_strength(self.strength)
         if not self.prompt.strip():
             raise ValueError("the prompt to switch to is empty")
         if self.blend_chunks < 1:
@@ -69,8 +80,7 @@ class StreamRequest:
     """Changes of the prompt that are known beforehand, in the order of their frames."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength={self.strength} must be above 0 and at most 1")
+        check_strength(self.strength)
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"num_frames={self.num_frames} must be at least 1")
         frames = [switch.at_frame for switch in self.switches]
@@ -82,3 +92,9 @@ class StreamRequest:
         key = f"{self.seed}\n{self.sample}\n{purpose}\n{self.prompt}".encode()
         digest = hashlib.sha256(key).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError for a strength outside (0, 1]."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must be above 0 and at most 1")

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,13 +109,13 @@ class StreamSession:
             self._state = SessionState.running
             self._changed.notify_all()
 
-    def switch(self, prompt: str, style: SwitchStyle = SwitchStyle.recache, *, blend_chunks: int = 4) -> None:
-        """Request another prompt from the next chunk on.
+    def switch(self, prompt: str, style: SwitchStyle = SwitchStyle.recache, **settings: Any) -> None:
+        """Request another prompt from the next chunk on. ``settings`` are further fields of a PromptSwitch.
 
         Raises:
-            ValueError: an empty prompt, or ``blend_chunks`` below 1.
+            ValueError: an empty prompt, or settings out of their range.
         """
-        switch = PromptSwitch(prompt, style, blend_chunks)
+        switch = PromptSwitch(prompt, style, **settings)
         with self._changed:
             self._prompt = prompt
             if self._stream is not None:
@@ -130,6 +131,11 @@ class StreamSession:
             alive, chunk = self._advance(wait)
             if chunk is not None or not alive:
                 return chunk
+
+    def ready(self) -> bool:
+        """Return False while :meth:`denoise` would wait for frames of the source. Only its thread may call this."""
+        stream = self._runnable(wait=False)
+        return stream is None or self._ready(stream)
 
     def decode(self, block: LatentChunk, show: Show | None = None) -> Chunk:
         """Return the frames of a chunk. Chunks must be decoded in order.

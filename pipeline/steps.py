@@ -20,6 +20,11 @@ def steps_of_chunk(steps: Steps, index: int) -> list[float]:
     return list(steps[min(index, len(steps) - 1)])
 
 
+def list_for_chunks(steps: Steps) -> list[list[float]]:
+    """Return the steps as a new list with one list for each chunk. The last list is used for all later chunks too."""
+    return [list(each) for each in _lists(steps)]
+
+
 def most_steps(steps: Steps) -> int:
     """Return the largest number of steps of a chunk."""
     return max(len(each) for each in _lists(steps))

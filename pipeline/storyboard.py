@@ -13,12 +13,14 @@ import yaml
 
 from pipeline.request import PromptSwitch
 from pipeline.states import SwitchStyle
+from pipeline.steps import even_steps
 from utils.errors import UserError
 from utils.prompts import one_line
 
 TIME = re.compile(r"(?:(\d+):)?(\d+(?:\.\d+)?)\s*s?")
+SETTINGS = {"blend_chunks": (1, 64), "seed": (0, 2**63 - 1), "steps": (1, 50)}  # with their ranges
 LONGEST = 2**20  # characters of a storyboard
-KEYS = {"at", "prompt", "style"}
+KEYS = {"at", "prompt", "style", *SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,19 @@ class TimedPrompt:
     seconds: float
     prompt: str
     style: SwitchStyle
+    settings: tuple[tuple[str, int], ...] = ()
+    """What changes with the prompt: blend_chunks, seed and steps, as far as they are given."""
 
     def __str__(self) -> str:
-        return f"{self.seconds:g}s {self.style.value} {self.prompt}"
+        settings = "".join(f"{name}={value} " for name, value in self.settings)
+        return f"{self.seconds:g}s {self.style.value} {settings}{self.prompt}"
+
+    def switch(self, at_frame: int) -> PromptSwitch:
+        """Return the switch of a stream, with effect from the pixel frame `at_frame` on."""
+        settings = dict(self.settings)
+        if "steps" in settings:
+            settings["denoising_steps"] = even_steps(settings.pop("steps"))
+        return PromptSwitch(self.prompt, self.style, at_frame=at_frame, **settings)
 
 
 def parse_switch(text: str, style: SwitchStyle) -> TimedPrompt:
@@ -49,6 +61,8 @@ def parse_switch(text: str, style: SwitchStyle) -> TimedPrompt:
 
 def read_storyboard(path: str | Path, style: SwitchStyle) -> list[TimedPrompt]:
     """Read a YAML list of ``{at: 12s, prompt: a cat, style: recache}``. An entry without a style gets ``style``.
+
+    Entries may also have blend_chunks, seed and steps, which hold from the entry's time on.
 
     Raises:
         UserError: the file cannot be read, or an entry is wrong. The error names the entry, counted from 1.
@@ -75,7 +89,15 @@ def _read_entry(entry: object, where: str, style: SwitchStyle) -> TimedPrompt:
         raise UserError(f"{where}: prompt={prompt!r} is not a prompt")
     if "style" in entry:
         style = parse_style(entry["style"], where)
-    return TimedPrompt(seconds, one_line(prompt), style)
+    settings = {name: _read_setting(entry[name], name, where) for name in SETTINGS if name in entry}
+    return TimedPrompt(seconds, one_line(prompt), style, tuple(settings.items()))
+
+
+def _read_setting(value: object, name: str, where: str) -> int:
+    low, high = SETTINGS[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{where}: {name}={value!r} must be a whole number from {low} to {high}")
+    return value
 
 
 def parse_style(name: object, where: str) -> SwitchStyle:
@@ -111,6 +133,4 @@ def check_cues(cues: Sequence[TimedPrompt], seconds: float) -> None:
 def schedule(cues: Sequence[TimedPrompt], fps: float, *, begin: int = 0) -> tuple[PromptSwitch, ...]:
     """Return the prompts as switches of a stream of ``fps`` frames a second; times count from its frame ``begin``."""
     # Rounding must not move a cue past the frame it names.
-    return tuple(
-        PromptSwitch(cue.prompt, cue.style, at_frame=begin + math.ceil(cue.seconds * fps - 1e-6)) for cue in cues
-    )
+    return tuple(cue.switch(begin + math.ceil(cue.seconds * fps - 1e-6)) for cue in cues)

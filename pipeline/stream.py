@@ -24,7 +24,7 @@ from pipeline.rollout import ChunkInput, FinishedChunk, Pass, full_timesteps, ra
 from pipeline.sampling import many_step_chunks
 from pipeline.source import SourceEncoder, SourceFrames
 from pipeline.states import SwitchStyle
-from pipeline.steps import steps_of_chunk
+from pipeline.steps import list_for_chunks, steps_of_chunk
 from pipeline.text_to_video import TextToVideo
 from utils.timer import Stopwatch
 
@@ -77,13 +77,18 @@ class Stream:
         pipeline.check_size(request.height, request.width)
         given = 0 if request.context_frames is None else pipeline.codec.num_latents(len(request.context_frames))
         self._check_length(given)
-        self.noise = initial_noise(requests, self._chunk_sizes(given), pipeline.codec, self.like)
+        self.sizes = iter(self._chunk_sizes(given))
+        self.noise = initial_noise(requests, self.sizes, pipeline.codec, self.like)
         self.next_noise: Tensor | None = None
         self.encode = partial(encode, pipeline.codec, self.like)
         self.source = None if request.source is None else SourceFrames(request.source)
         self.source_encoder = SourceEncoder(self.encode, pipeline.codec.temporal_scale)
         self.decoder = pipeline.codec.streaming_decoder()
 
+        self.strength = request.strength
+        self.steps = list_for_chunks(self.config.denoising_steps)
+        self.timesteps = list_for_chunks(self.config.timesteps(pipeline.denoiser))
+        self.generators = [each.generator("steps") for each in requests]
         self.prompt = request.prompt
         self.embeds: Tensor | None = None
         self.scheduled = deque(request.switches)
@@ -207,13 +212,13 @@ class Stream:
             yield from self._many_steps(context)
             return
         yield from rollout_passes(
-            self.config.timesteps(pipeline.denoiser),
+            self.timesteps,
             self._inputs(),
             self.embeds,
             pipeline.cache(),
             self.config,
             context_latents=context,
-            generator=[each.generator("steps") for each in self.requests],
+            generator=self.generators,
             num_frames=request.num_frames,
             images=self.config.context_images(pipeline.codec),
         )
@@ -260,9 +265,10 @@ class Stream:
     def _inputs(self) -> Iterator[ChunkInput]:
         """Yield the inputs of each chunk. They are decided when the chunk begins."""
         for chunk in itertools.count():
-            if (latents := self._upcoming()) is None:
+            if self._upcoming() is None:
                 return
-            embeds, style = self._next_prompt()
+            embeds, style = self._next_prompt(chunk)
+            latents = self._upcoming()
             self.begins = self.begins or (embeds is not None and style is SwitchStyle.cut)
             first_step = 0
             if self.source is not None:
@@ -272,7 +278,7 @@ class Stream:
                         return
                     source = self.source_encoder(frames, latents.shape[1], begins=self.begins)
                 first_step = self._first_step(chunk)
-                timestep = steps_of_chunk(self.config.timesteps(self.pipeline.denoiser), chunk)[first_step]
+                timestep = steps_of_chunk(self.timesteps, chunk)[first_step]
                 latents = add_noise(source, latents, full_timesteps(timestep, latents))
             self.next_noise = None
             yield ChunkInput(latents, first_step, embeds, style)
@@ -283,13 +289,14 @@ class Stream:
             self.next_noise = next(self.noise, None)
         return self.next_noise
 
-    def _next_prompt(self) -> tuple[Tensor | None, SwitchStyle]:
-        """Return the prompt embeddings of the next chunk if they change, else None."""
+    def _next_prompt(self, chunk: int) -> tuple[Tensor | None, SwitchStyle]:
+        """Return the prompt embeddings of the generated chunk ``chunk``, the next one, if they change, else None."""
         switch = self.asked.pop() if self.asked else None
         while self.scheduled and self.scheduled[0].at_frame <= self.frames:
             switch = self.scheduled.popleft()
         style = SwitchStyle.blend
         if switch is not None:
+            self._change_settings(switch, chunk)
             with self.timer.phase("text"):
                 target = self.pipeline.text_encoder.encode([switch.prompt]).expand_as(self.embeds)
             style, self.prompt = switch.style, switch.prompt
@@ -300,14 +307,30 @@ class Stream:
         self.embeds = self.blend.popleft()
         return self.embeds, style
 
+    def _change_settings(self, switch: PromptSwitch, chunk: int) -> None:
+        """Change the seed, the steps and the strength from the generated chunk ``chunk`` on."""
+        if switch.strength is not None:
+            self.strength = switch.strength
+        if switch.denoising_steps is not None:
+            timesteps = replace(self.config, denoising_steps=switch.denoising_steps).timesteps(self.pipeline.denoiser)
+            for steps, changed in ((self.steps, switch.denoising_steps), (self.timesteps, timesteps)):
+                steps[:] = [*(steps_of_chunk(steps, before) for before in range(chunk)), changed]
+        if switch.seed is not None:
+            self.requests = tuple(replace(each, seed=switch.seed) for each in self.requests)
+            sizes = itertools.chain([self.next_noise.shape[1]], self.sizes)
+            self.noise = initial_noise(self.requests, sizes, self.pipeline.codec, self.like)
+            self.next_noise = None
+            for generator, request in zip(self.generators, self.requests, strict=True):
+                generator.set_state(request.generator("steps").get_state())
+
     def _pixel_frames(self, latents: Tensor) -> int:
         """Return the number of pixel frames of the next chunk, whose latents are [B f C h w]."""
         return pixel_frames(self.pipeline.codec, latents, begins=self.begins)
 
     def _first_step(self, chunk: int) -> int:
         """Return the index of the first denoising step that is at most 1000 * strength; the last step if none is."""
-        steps = steps_of_chunk(self.config.denoising_steps, chunk)
-        return next((i for i, step in enumerate(steps) if step <= 1000 * self.request.strength), len(steps) - 1)
+        steps = steps_of_chunk(self.steps, chunk)
+        return next((i for i, step in enumerate(steps) if step <= 1000 * self.strength), len(steps) - 1)
 
 
 def initial_noise(

@@ -42,8 +42,8 @@ class Recipe:
     """Hash of the file that the video follows."""
     strength: float | None
     """How much it may differ from the file that it follows."""
-    switches: tuple[tuple[float, str, str], ...]
-    """Second, prompt and style of each change of the prompt."""
+    switches: tuple[tuple[Any, ...], ...]
+    """Second, style and prompt of each change of the prompt, then (name, value) of every setting that changes too."""
     weights: dict[str, str]
     """Hash of the weights of each part: generator, codec, text_encoder."""
     settings: dict[str, Any]

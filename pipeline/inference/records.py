@@ -61,7 +61,10 @@ def _record(name: str, recipe: Recipe, frames: int) -> dict[str, Any]:
         "image": recipe.image,
         "extends": recipe.extends,
         "follows": None if recipe.follows is None else {"video": recipe.follows, "strength": recipe.strength},
-        "switches": [{"at": at, "prompt": prompt, "style": style} for at, style, prompt in recipe.switches],
+        "switches": [
+            {"at": at, "prompt": prompt, "style": style} | dict(settings)
+            for at, style, prompt, *settings in recipe.switches
+        ],
         "weights": recipe.weights["generator"],
         "frames": frames,
         "seconds": None,

@@ -52,6 +52,8 @@ class Clip:
     """False if the stream was longer than the clip."""
     command: str
     """The shell command that makes it again."""
+    begin: float = 0.0
+    """Seconds of the stream before the clip."""
     made: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
@@ -68,6 +70,13 @@ class Cue:
     """Seconds from the beginning of the video."""
     prompt: str
     style: str
+    settings: dict[str, int | float] = field(default_factory=dict)
+    """Seed, steps and chunks of a blend that change with it."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The cue as an entry of a storyboard."""
+        return {"at": self.at, "prompt": self.prompt, "style": self.style, **self.settings}
 
 
 class Gallery:

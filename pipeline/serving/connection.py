@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from starlette.websockets import WebSocketState
 
-from pipeline.serving import messages
+from pipeline.serving import live, messages
 from pipeline.serving.frames import HEADER
+from pipeline.serving.live_source import LiveSource
 from pipeline.serving.outbox import Outbox
 from pipeline.serving.server import Server
-from pipeline.serving.spec import PromptChange
+from pipeline.serving.spec import SETTINGS, PromptChange, StreamSpec
 from pipeline.serving.viewer import Viewer
 from pipeline.serving.visitors import BrowserSession
 from utils.errors import UserError
@@ -39,6 +41,7 @@ class Connection:
         self._server, self._socket, self._visitor = server, socket, visitor
         self._outbox = Outbox(asyncio.get_running_loop())
         self._viewer: Viewer | None = None
+        self._feed: live.Feed | None = None
         self._session: BrowserSession
 
     async def run(self) -> None:
@@ -61,6 +64,7 @@ class Connection:
             viewer, self._viewer = self._viewer, None
             if viewer is not None:
                 viewer.stop()
+            await self._close_feed()
 
     async def _greet(self) -> BrowserSession:
         text = await asyncio.wait_for(self._socket.receive_text(), HELLO_SECONDS)
@@ -94,14 +98,35 @@ class Connection:
         mistakes = 0
         while self._socket.application_state is WebSocketState.CONNECTED:  # sending may have found out that it is gone
             try:
-                message = messages.CLIENT_MESSAGE.validate_json(await self._socket.receive_text())
-                await asyncio.sleep(self._server.messages.spend(self._visitor))
-                await self._obey(message)
-            except (ValidationError, UserError, KeyError) as error:  # KeyError: a binary message
+                await self._take(await self._socket.receive())
+            except (ValidationError, UserError) as error:
                 mistakes += 1
                 self._outbox.put({"type": "error", "message": _in_words(error)})
             if mistakes == MOST_MISTAKES:
                 await self._socket.close(1008, "too many wrong messages")
+
+    async def _take(self, event: dict[str, Any]) -> None:
+        """Take one message, after a wait if the visitor sends many."""
+        if event["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(event["code"])
+        await asyncio.sleep(self._server.messages.spend(self._visitor))
+        if event.get("bytes") is not None:
+            await self._take_frame(event["bytes"])
+            return
+        text = event["text"]
+        if len(text) > messages.LONGEST_TEXT:
+            raise UserError(f"a text message has {len(text):,} characters; at most {messages.LONGEST_TEXT:,} are taken")
+        await asyncio.sleep(self._server.text_bytes.spend(self._visitor, len(text)))
+        await self._obey(messages.CLIENT_MESSAGE.validate_json(text))
+
+    async def _take_frame(self, data: bytes) -> None:
+        """Pass a frame of the source on, if it belongs to the stream that runs."""
+        if len(data) < live.HEADER.size:
+            raise UserError("a binary message is not a frame of a source; see docs/api.md")
+        kind, stream = live.HEADER.unpack_from(data)
+        if self._feed is not None and self._viewer is not None and stream == self._viewer.number:
+            await self._feed.take(kind, data[live.HEADER.size :])
+            self._viewer.look_again()
 
     async def _obey(self, message: messages.ClientMessage) -> None:
         viewer = self._viewer
@@ -113,7 +138,15 @@ class Connection:
             if message.stream == viewer.number:
                 viewer.frames_shown(message.frames, message.late)
         elif isinstance(message, messages.SwitchPrompt):
-            viewer.change_prompt(PromptChange(message.prompt, message.style, message.id))
+            viewer.change_prompt(prompt_change(message))
+        elif isinstance(message, messages.ChangeRate):
+            viewer.change_rate(message.fps)
+        elif isinstance(message, messages.RecordPart):
+            viewer.record(message.on)
+        elif isinstance(message, messages.SourceEnded):
+            if self._feed is not None:
+                self._feed.source.end()
+                viewer.look_again()
         else:
             {"pause": viewer.pause, "resume": viewer.resume, "stop": viewer.stop}[message.type]()
 
@@ -124,12 +157,31 @@ class Connection:
         image = self._session.image if message.image else None
         if message.image and image is None:
             raise UserError("image=true, but no image was uploaded; upload one first")
+        if message.source and image is not None:
+            raise UserError("image=true and source=true: a video follows a source or starts from an image; choose one")
         spec = server.model.spec(message, image)
         await server.take_start(self._visitor)
         if self._viewer is not None:
             self._viewer.stop()
+        await self._close_feed()
         await server.prepare(spec, self._visitor)
+        if message.source:
+            spec = self._open_feed(spec)
         self._viewer = server.hub.submit(spec, self._outbox.put, self._visitor, self._session.id)
+
+    def _open_feed(self, spec: StreamSpec) -> StreamSpec:
+        """Return the request with a source whose frames this client sends."""
+        if not self._server.sources.enter(self._visitor):
+            raise UserError("too many cameras, screens and videos are followed at the moment; try again later")
+        source = LiveSource(spec.height, spec.width)
+        self._feed = live.Feed(source, spec.fps)
+        return replace(spec, source=source)
+
+    async def _close_feed(self) -> None:
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            self._server.sources.leave(self._visitor)
+            await feed.close()
 
     async def _send(self) -> None:
         while True:
@@ -184,4 +236,11 @@ class Connection:
 def _in_words(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return messages.explain(error)
-    return str(error) if isinstance(error, UserError) else "a message must be text, not binary"
+    return str(error)
+
+
+def prompt_change(message: messages.SwitchPrompt) -> PromptChange:
+    """Return the change that a message asks for. Without a prompt the scene is kept."""
+    style = message.style if message.prompt is not None else "keep"
+    settings = {name: getattr(message, name) for name in SETTINGS}
+    return PromptChange(message.prompt, style, message.id, **settings)

@@ -18,7 +18,7 @@ CLOSING_SECONDS = 5.0  # after this time, a closing connection whose client take
 REFUSED_SECONDS = 1.0  # the same for a refused connection
 MOST_REFUSED = 64  # connections that get a refusal at the same time; more are cut off without an answer
 LARGEST_REQUEST = 64 * 2**20  # bytes; larger than any route accepts, so that the route can send its own error
-WEBSOCKET_BURST = 128 * 1024  # bytes
+WEBSOCKET_BURST = 2 * 2**20  # bytes
 BUSY = b"too many connections: try again later\n"
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 5\r\n" + (
     b"content-type: text/plain\r\ncontent-length: %d\r\n\r\n%s" % (len(BUSY), BUSY)

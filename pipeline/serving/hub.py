@@ -25,6 +25,7 @@ from pipeline.serving.seats import FairTurns, Seats
 from pipeline.serving.spec import PromptChange, StreamSpec
 from pipeline.serving.viewer import Session, Viewer
 from pipeline.states import SessionState, Stopped, SwitchStyle
+from pipeline.steps import even_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,8 @@ class FinishedBlock:
     viewer: Viewer
     session: Session | None = None
     block: Any = None
+    record: bool = True
+    """Whether it belongs to a clip."""
     change: PromptChange | None = None
     """The change of the prompt that takes effect with this chunk."""
     wanted: float = 0.0
@@ -272,7 +275,8 @@ class Hub:
         sessions = [viewer.session for viewer in turn]
         together = self._denoise_batch if len(turn) > 1 else lambda one: [one[0].denoise(wait=False)]
         for (viewer, wanted), session, block in zip(turn.items(), sessions, together(sessions), strict=True):
-            self._hand_on(FinishedBlock(viewer, session, block, viewer.change_shown_by(block), wanted, started))
+            change = viewer.change_shown_by(block)
+            self._hand_on(FinishedBlock(viewer, session, block, viewer.recording, change, wanted, started))
 
     def _hand_on(self, job: FinishedBlock) -> None:
         """Send a block to the decoder. If there is no block, end the stream if its session has ended."""
@@ -288,7 +292,10 @@ class Hub:
             viewer.open(self._open_session)
         change = viewer.take_change()
         if change is not None:
-            viewer.session.switch(change.prompt, SwitchStyle[change.style])
+            settings = change.settings
+            if "steps" in settings:
+                settings["denoising_steps"] = even_steps(settings.pop("steps"))
+            viewer.session.switch(change.prompt, SwitchStyle[change.style], **settings)
 
     def _end(self, viewer: Viewer) -> None:
         """Free the seat and the session at once. Chunks that are still being decoded and the clip follow."""
@@ -323,8 +330,9 @@ class Hub:
         viewer, first = job.viewer, job.viewer.pace.produced
         shown, packing = first, 0.0
         if job.change is not None:
-            change = {"prompt": job.change.prompt, "style": job.change.style, "id": job.change.id}
-            viewer.deliver({"type": "switched", "stream": viewer.number, "first_frame": first} | change)
+            told = {"stream": viewer.number, "first_frame": first, **job.change.settings}
+            told |= {"prompt": job.change.prompt, "style": job.change.style, "id": job.change.id}
+            viewer.deliver({"type": "switched", **told})
 
         def show(frames: Tensor) -> None:
             nonlocal shown, packing
@@ -365,7 +373,7 @@ class Hub:
         """Add a chunk to its clip; without one, end the stream and finish its clip."""
         viewer = job.viewer
         if chunk is not None:
-            self._recorders.write(viewer, chunk.frames, job.block, job.change)
+            self._recorders.write(viewer, chunk.frames, job.block, job.change, record=job.record)
             return
         viewer.deliver({"type": "ended", "stream": viewer.number, "frames": viewer.pace.produced})
         self._recorders.finish(viewer)

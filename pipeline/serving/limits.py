@@ -54,8 +54,14 @@ class Limits:
     """A request that would have to wait longer than this is refused."""
     messages: float = 200.0
     """WebSocket messages of one visitor per second on average."""
-    message_bytes: float = 64 * 1024
-    """Bytes of WebSocket messages of one address per second on average."""
+    message_bytes: float = 2**20
+    """Bytes of WebSocket messages of one address per second on average, frames of a live source included."""
+    text_bytes: float = 64 * 1024
+    """Bytes of text messages of one visitor per second on average."""
+    sources: int = 8
+    """Streams that follow a live source at the same time; more are refused."""
+    sources_each: int = 2
+    """The same for one visitor."""
     starts: float = 2.0
     """Streams that one visitor may start per second on average."""
     starts_at_once: int = 60

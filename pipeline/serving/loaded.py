@@ -120,6 +120,8 @@ class LoadedModel:
             num_frames=spec.num_frames,
             denoising_steps=None if spec.steps is None else even_steps(spec.steps),
             context_frames=image,
+            source=spec.source,
+            strength=spec.strength,
         )
         return StreamSession(self._pipeline(spec), request)
 

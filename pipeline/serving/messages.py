@@ -13,8 +13,11 @@ MOST_SEED = 2**53 - 1  # the largest integer that JavaScript can store exactly
 MOST_FPS = 60
 MOST_FRAMES = 100_000  # latent frames of a stream with an end
 SHOWN = 40  # characters of a wrong value that an error message shows
-KINDS = ("hello", "start", "switch", "pause", "resume", "stop", "shown")
+KINDS = ("hello", "start", "switch", "rate", "record", "pause", "resume", "stop", "shown", "source_ended")
 FULL_PRECISION = "full"  # the model's own precision
+DEFAULT_STRENGTH = 0.6  # of inference.py too
+MOST_BLEND_CHUNKS = 16
+LONGEST_TEXT = 32 * 1024  # bytes of a text message
 DEFAULT_STYLE = "recache"  # the default of inference.py too
 
 
@@ -59,15 +62,42 @@ class Start(_Message):
     precision: Annotated[str, StringConstraints(max_length=40)] = FULL_PRECISION
     compile: bool = False
     image: bool = False
+    source: bool = False
+    strength: Annotated[float, Field(gt=0, le=1)] = DEFAULT_STRENGTH
+    record: bool = True
 
 
 class SwitchPrompt(_Message):
     """Change the prompt of the running stream at its next chunk."""
 
     type: Literal["switch"]
-    prompt: Prompt
+    prompt: Prompt | None = None
     style: Literal["cut", "keep", "recache", "blend"] = DEFAULT_STYLE
     id: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
+    blend_chunks: Annotated[int, Field(ge=1, le=MOST_BLEND_CHUNKS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = None
+    steps: Annotated[int, Field(ge=1, le=50)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class ChangeRate(_Message):
+    """Show the running stream at another rate."""
+
+    type: Literal["rate"]
+    fps: Annotated[int, Field(ge=1, le=MOST_FPS)]
+
+
+class RecordPart(_Message):
+    """Begin or end a clip of the running stream at its next chunk."""
+
+    type: Literal["record"]
+    on: bool
+
+
+class SourceEnded(_Message):
+    """No more frames of the source follow. The running stream ends with it."""
+
+    type: Literal["source_ended"]
 
 
 class Pause(_Message):
@@ -97,7 +127,7 @@ class Shown(_Message):
     late: Annotated[int, Field(ge=0)] = 0
 
 
-ClientMessage = Hello | Start | SwitchPrompt | Pause | Resume | Stop | Shown
+ClientMessage = Hello | Start | SwitchPrompt | ChangeRate | RecordPart | Pause | Resume | Stop | Shown | SourceEnded
 CLIENT_MESSAGE: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
 
 

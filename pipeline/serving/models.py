@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.serving.clips import Cue
-from pipeline.serving.messages import DEFAULT_STYLE, FULL_PRECISION, LONGEST_PROMPT, MOST_FPS, MOST_SEED, Start
+from pipeline.serving.live import MOST_FRAME_BYTES
+from pipeline.serving.messages import (
+    DEFAULT_STYLE,
+    FULL_PRECISION,
+    LONGEST_PROMPT,
+    MOST_BLEND_CHUNKS,
+    MOST_FPS,
+    MOST_SEED,
+    Start,
+)
 from pipeline.serving.spec import ModelSource, StreamSpec
 from pipeline.steps import even_steps, most_steps
 from utils.errors import UserError
@@ -64,6 +73,8 @@ class Models:
             "longest_prompt": LONGEST_PROMPT,
             "most_fps": MOST_FPS,
             "most_seed": MOST_SEED,
+            "most_blend_chunks": MOST_BLEND_CHUNKS,
+            "source_bytes": MOST_FRAME_BYTES,
         }
 
     def spec(self, message: Start, image: bytes | None) -> StreamSpec:
@@ -97,6 +108,8 @@ class Models:
             precision=message.precision,
             compiled=message.compile,
             image=image,
+            strength=message.strength,
+            record=message.record,
         )
 
     def is_prepared(self, spec: StreamSpec) -> bool:
@@ -148,7 +161,7 @@ class Models:
 def switch_arguments(cues: Sequence[Cue], storyboard: Path) -> list[str]:
     """The inference.py arguments of the same switches: one each if all have one style, else a storyboard."""
     styles = {cue.style for cue in cues}
-    if len(styles) > 1:
+    if len(styles) > 1 or any(cue.settings for cue in cues):
         return [f"--storyboard={storyboard}"]
     switches = [f"--switch={cue.at:.3f}s: {cue.prompt}" for cue in cues]
     return [*switches, *(f"--switch_style={style}" for style in styles - {DEFAULT_STYLE})]

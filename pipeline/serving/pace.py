@@ -111,6 +111,10 @@ class Pace:
             return math.inf
         return self.shown_at + wait
 
+    def change_rate(self, fps: float, now: float) -> None:
+        """Play at another rate from now on."""
+        self.fps, self.shown_at = fps, now
+
     def resumed(self, now: float) -> None:
         """Record that the viewer continues after a pause."""
         self.shown_at = now

@@ -8,6 +8,7 @@ import logging
 import math
 import secrets
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -25,14 +26,39 @@ log = logging.getLogger(__name__)
 LONGEST_STEM = 60  # bytes of a clip's file name that come from its first prompt
 
 
+@dataclass
+class Track:
+    """The part of a stream that was made so far."""
+
+    frames: int = 0
+    """Pixel frames."""
+    latents: int = 0
+    """Latent frames."""
+    cues: list[Cue] = field(default_factory=list)
+    """The changes of the prompt."""
+
+    def note(self, change: PromptChange, fps: float) -> None:
+        """Add a change of the prompt that takes effect with the next frame. Settings of a source are left out."""
+        at = math.floor(1000 * self.frames / fps) / 1000  # rounded down, so that it is not after the frame
+        settings = {name: value for name, value in change.settings.items() if name != "strength"}
+        self.cues.append(Cue(at, change.prompt, change.style, settings))
+
+    def copy(self) -> Track:
+        """Return an independent copy."""
+        return replace(self, cues=list(self.cues))
+
+
 class ClipRecorder:
     """Writes the chunks of one stream to its mp4. Only one thread may use it.
+
+    Args:
+        begun: the part of the stream before the clip.
 
     Raises:
         OSError: the file cannot be written. Call :meth:`give_up` then.
     """
 
-    def __init__(self, gallery: Gallery, spec: StreamSpec) -> None:
+    def __init__(self, gallery: Gallery, spec: StreamSpec, begun: Track) -> None:
         from utils.video.write import VideoWriter
 
         self._gallery, self._spec = gallery, spec
@@ -40,8 +66,8 @@ class ClipRecorder:
         self._path = gallery.folder / f"{safe_stem(spec.prompt, LONGEST_STEM)}-{self._name}.mp4"
         self._files = ExitStack()
         self._writer = self._files.enter_context(VideoWriter(self._path, spec.fps, scale=spec.scale, keep_partial=True))
-        self._frames = self._latents = 0
-        self._cues: list[Cue] = []
+        self._begin, self._earlier = begun.frames, len(begun.cues)
+        self._track = begun.copy()
         self._whole = True
 
     def write(self, frames: Tensor, end_frame: int, change: PromptChange | None) -> None:
@@ -52,39 +78,44 @@ class ClipRecorder:
             end_frame: the index of the latent frame after the chunk.
             change: the change of the prompt that takes effect with this chunk.
         """
-        fps = self._spec.fps
-        if self._frames >= self._gallery.longest * fps:
+        track, fps = self._track, self._spec.fps
+        if track.frames - self._begin >= self._gallery.longest * fps:
             self._whole = False
         if not self._whole:
             return
         if change is not None:
-            at = math.floor(1000 * self._frames / fps) / 1000  # rounded down, so that it is not after the frame
-            self._cues.append(Cue(at, change.prompt, change.style))
+            track.note(change, fps)
         self._writer.write(frames)
-        self._frames += len(frames)
-        self._latents = end_frame
+        track.frames += len(frames)
+        track.latents = end_frame
 
     def finish(self, *, visitor: str, session_id: str) -> Clip:
         """Close the file, add the clip to the gallery and return it."""
         self._files.close()
         self._save_side_files()
-        spec = self._spec
+        spec, track = self._spec, self._track
+        prompts = [spec.prompt, *(cue.prompt for cue in track.cues)]
+        seen = prompts[self._earlier :]
         clip = Clip(
             name=self._name,
             session_id=session_id,
             visitor=visitor,
             path=self._path,
-            prompts=[spec.prompt, *(cue.prompt for cue in self._cues)],
-            frames=self._frames,
+            prompts=[prompt for prompt, before in zip(seen, [None, *seen], strict=False) if prompt != before],
+            frames=track.frames - self._begin,
             fps=spec.fps,
             height=spec.height,
             width=spec.width,
             seed=spec.seed,
             whole=self._whole,
-            command=self._gallery.command_line(spec, self._cues, self._latents, self._path),
+            begin=round(self._begin / spec.fps, 3),
+            command="" if spec.source is not None else self._command(),
         )
         self._gallery.add(clip)
         return clip
+
+    def _command(self) -> str:
+        return self._gallery.command_line(self._spec, self._track.cues, self._track.latents, self._path)
 
     def give_up(self, error: Exception) -> None:
         """Close the files after an error. The writer keeps the frames that it can save."""
@@ -92,8 +123,8 @@ class ClipRecorder:
 
     def _save_side_files(self) -> None:
         """Write the storyboard, the first frame and the list for ``inference.py --i2v`` beside the clip."""
-        if self._cues:
-            board = [vars(cue) for cue in self._cues]
+        if self._track.cues:
+            board = [cue.entry for cue in self._track.cues]
             atomic_write_text(self._path.with_suffix(".yaml"), yaml.safe_dump(board, allow_unicode=True))
         if self._spec.image is not None:
             picture = self._path.with_suffix(".png")
@@ -107,21 +138,39 @@ class Recorders:
 
     def __init__(self, gallery: Gallery) -> None:
         self._gallery = gallery
+        self._tracks: dict[Viewer, Track] = {}
         self._open: dict[Viewer, ClipRecorder | None] = {}  # None: writing it has failed
 
-    def write(self, viewer: Viewer, frames: Tensor, block: Any, change: PromptChange | None) -> None:
-        """Add a chunk to the viewer's clip."""
+    def write(self, viewer: Viewer, frames: Tensor, block: Any, change: PromptChange | None, *, record: bool) -> None:
+        """Add a chunk to the viewer's clip. The clip begins with a chunk to record and ends before one that is not."""
+        track = self._tracks.setdefault(viewer, Track())
+        end = block.start_frame + block.latents.shape[1]
+        if record:
+            self._add(viewer, track, frames, end, change)
+        else:
+            self._end_clip(viewer)
+        if change is not None:
+            track.note(change, viewer.spec.fps)
+        track.frames += len(frames)
+        track.latents = end
+
+    def finish(self, viewer: Viewer) -> None:
+        """The stream is over: finish the viewer's clip, if it has one."""
+        self._end_clip(viewer)
+        self._tracks.pop(viewer, None)
+
+    def _add(self, viewer: Viewer, track: Track, frames: Tensor, end_frame: int, change: PromptChange | None) -> None:
         try:
             if viewer not in self._open:
                 self._open[viewer] = None
-                self._open[viewer] = ClipRecorder(self._gallery, viewer.spec)
+                self._open[viewer] = ClipRecorder(self._gallery, viewer.spec, track)
             recorder = self._open[viewer]
             if recorder is not None:
-                recorder.write(frames, block.start_frame + block.latents.shape[1], change)
+                recorder.write(frames, end_frame, change)
         except Exception as error:
             self._give_up(viewer, error)
 
-    def finish(self, viewer: Viewer) -> None:
+    def _end_clip(self, viewer: Viewer) -> None:
         """Finish the viewer's clip, if it has one, and tell the viewer."""
         try:
             recorder = self._open.get(viewer)

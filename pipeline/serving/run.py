@@ -35,7 +35,7 @@ from utils.signals import Stopper
 log = logging.getLogger("demo")
 KEYS = {"checkpoint_path": "generator.weights"}
 """Options that set a key of the configuration: option -> key."""
-LARGEST_MESSAGE = 32 * 1024  # bytes of a WebSocket message from a client
+LARGEST_MESSAGE = 128 * 1024  # bytes of a WebSocket message from a client
 PING_SECONDS = 20  # between pings of a WebSocket, and until one without an answer is closed
 BACKLOG = 64  # connections that are accepted in one go, so that a flood cannot use up the files of the process
 ROOT_PATH = re.compile(r"(/[\w.~-]+)*")

@@ -73,6 +73,8 @@ class Server:
         self.error: UserError | None = None
         self.sessions = Sessions(limits)
         self.messages = Rate(limits.messages, 4 * limits.messages)
+        self.text_bytes = Rate(limits.text_bytes, 2 * limits.text_bytes)
+        self.sources = Count(limits.sources_each, limits.sources)
         self.uploads = Count(limits.uploads_each, limits.uploads)
         self.decoder, self.gifs = ImageDecoder(limits), GifMaker(gallery, limits)
         self.memory = Remembered(memory_use, MEMORY_SECONDS)

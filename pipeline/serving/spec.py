@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.serving.live_source import LiveSource
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,47 @@ class StreamSpec:
     """Whole factor by which the frames of the clip's file are enlarged."""
     image: bytes | None = field(default=None, repr=False)
     """The first frame as a PNG."""
+    source: LiveSource | None = field(default=None, repr=False)
+    """The frames that the video follows."""
+    strength: float = 0.6
+    """How much the video may change its source, in (0, 1]."""
+    record: bool = True
+    """Whether a clip begins with the stream."""
 
     @property
     def kind(self) -> tuple:
-        """Streams of the same kind can be made as one batch."""
-        return self.height, self.width, self.steps, self.decoder, self.precision, self.compiled
+        """Streams of the same kind can be made as one batch. One with a source is alone."""
+        return id(self.source), self.height, self.width, self.steps, self.decoder, self.precision, self.compiled
 
 
 @dataclass(frozen=True)
 class PromptChange:
-    """A new prompt for a running stream."""
+    """A new prompt or new settings for a running stream. None keeps a value."""
 
-    prompt: str
+    prompt: str | None
     style: str
     """Name of a ``pipeline.states.SwitchStyle``."""
     id: int = 0
     """The client's number for it, which the answer repeats."""
+    blend_chunks: int | None = None
+    """Chunks in which a blend moves to the new prompt."""
+    seed: int | None = None
+    steps: int | None = None
+    strength: float | None = None
+
+    def after(self, earlier: PromptChange | None, prompt: str) -> PromptChange:
+        """Return this change together with one that did not take effect yet; `prompt` is the prompt until now."""
+        if earlier is None:
+            return replace(self, prompt=self.prompt or prompt)
+        kept = {name: getattr(earlier, name) for name in SETTINGS if getattr(self, name) is None}
+        if self.prompt is None:
+            kept |= {"prompt": earlier.prompt, "style": earlier.style}
+        return replace(self, **kept)
+
+    @property
+    def settings(self) -> dict[str, int | float]:
+        """The settings that change."""
+        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
+
+
+SETTINGS = ("blend_chunks", "seed", "steps", "strength")

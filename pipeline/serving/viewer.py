@@ -26,7 +26,8 @@ class Session(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def stop(self) -> None: ...
-    def switch(self, prompt: str, style: SwitchStyle) -> None: ...
+    def switch(self, prompt: str, style: SwitchStyle, **settings: Any) -> None: ...
+    def ready(self) -> bool: ...
     def denoise(self, wait: bool = True) -> Any: ...
     def decode(self, block: Any, show: Callable[[Tensor], None]) -> Chunk: ...
 
@@ -62,6 +63,8 @@ class Viewer:
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._paused = self._stopped = False
+        self._prompt = spec.prompt
+        self._recording = spec.record
         self._asked: PromptChange | None = None  # not passed to the session yet
         self._asked_at = 0.0
         self._taken: PromptChange | None = None  # passed to the session, and no chunk shows it yet
@@ -87,8 +90,23 @@ class Viewer:
     def change_prompt(self, change: PromptChange) -> None:
         """Change the prompt, with a chunk made at once. If several changes come before it, the last one counts."""
         with self._lock:
-            self._asked, self._asked_at = change, time.monotonic()
+            self._asked, self._asked_at = change.after(self._asked, self._prompt), time.monotonic()
+            self._prompt = self._asked.prompt
         self._changed()
+
+    def change_rate(self, fps: int) -> None:
+        """Play at another rate from now on."""
+        with self._lock:
+            self.pace.change_rate(fps, time.monotonic())
+        self._changed()
+
+    def look_again(self) -> None:
+        """A frame of the source is there, or the source has ended."""
+        self._changed()
+
+    def record(self, on: bool) -> None:
+        """Begin or end a clip with the next chunk."""
+        self._recording = on
 
     def frame_sent(self) -> None:
         """Record that one more frame was written to the socket."""
@@ -114,6 +132,11 @@ class Viewer:
     def stopped(self) -> bool:
         """Whether :meth:`stop` was called or the stream has ended."""
         return self._stopped
+
+    @property
+    def recording(self) -> bool:
+        """Whether the next chunk belongs to a clip."""
+        return self._recording
 
     @property
     def paused(self) -> bool:
@@ -167,11 +190,15 @@ class Viewer:
         with self._lock:
             if self._stopped:
                 return 0.0
-            if self._paused:
+            if self._paused or not self._has_source():
                 return float("inf")
             wanted = self.pace.wanted_at()
             hurried = self._asked is not None and self.pace.produced and self.pace.may_hurry()
             return min(wanted, self._asked_at) if hurried else wanted
+
+    def _has_source(self) -> bool:
+        """Return whether the frames of the source are there that the next chunk needs."""
+        return self.spec.source is None or self._session is None or self._session.ready()
 
     def turn_begins(self, due: float, now: float) -> float:
         """Return since when the chunk of a turn that begins `now` was wanted. `due` is the result of :meth:`due`."""

@@ -96,14 +96,7 @@ async def run_child(
     The process is ended after `seconds` of wall-clock or CPU time. It cannot use more than `memory` bytes of address
     space.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", LIMITED, str(int(memory)), str(int(seconds)), module, *arguments),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )
+    process = await limited_child(module, *arguments, seconds=seconds, memory=memory, stderr=asyncio.subprocess.PIPE)
     try:
         out, err = await asyncio.wait_for(process.communicate(data), seconds)
     except (TimeoutError, asyncio.TimeoutError):
@@ -114,6 +107,27 @@ async def run_child(
                 process.kill()
             await process.wait()
     return process.returncode, out, err
+
+
+async def limited_child(
+    module: str,
+    *arguments: str,
+    seconds: float,
+    memory: float = IMAGE_MEMORY,
+    stderr: int = asyncio.subprocess.DEVNULL,
+) -> asyncio.subprocess.Process:
+    """Start a module of this project in its own process, with pipes to its input and from its output.
+
+    The process cannot use more than `seconds` of CPU time and `memory` bytes of address space.
+    """
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", LIMITED, str(int(memory)), str(int(seconds)), module, *arguments),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
 
 
 # The program of the child process. It sets its own limits, then runs the module.

@@ -73,7 +73,8 @@ class Client:
 
     def frame(self) -> tuple:
         """The next frame's header; says that it was shown."""
-        header = HEADER.unpack_from(self._next(lambda message: isinstance(message, bytes)))
+        self.last = self._next(lambda message: isinstance(message, bytes))
+        header = HEADER.unpack_from(self.last)
         self.send("shown", stream=header[1], frames=header[2] + 1)
         return header
 

@@ -19,6 +19,7 @@ import torch
 from pipeline.serving.clips import Gallery
 from pipeline.serving.hub import Hub
 from pipeline.serving.limits import Limits
+from pipeline.serving.live import MOST_FRAME_BYTES
 from pipeline.serving.messages import Start
 from pipeline.serving.server import Server
 from pipeline.serving.spec import StreamSpec
@@ -26,6 +27,7 @@ from pipeline.session import Chunk
 from pipeline.states import SessionState, Stopped
 
 CHUNK_FRAMES = 12
+END = object()
 BITS = 16  # of the frame number, drawn in the top left corner
 BLOCK = 8  # side in pixels of a bit
 
@@ -38,6 +40,9 @@ class SyntheticSession:
         self.prompt = spec.prompt
         self.paused, self.stopped, self.finished = threading.Event(), threading.Event(), False
         self.denoised = 0
+        self.settings: dict[str, Any] = {}
+        self.followed: list[torch.Tensor] = []  # frames of the source [H W 3]
+        self.source_over = False
         generator = torch.Generator().manual_seed(spec.seed)
         texture = torch.rand(spec.height // 16, spec.width // 16, 3, generator=generator)
         self.picture = (texture.repeat_interleave(16, 0).repeat_interleave(16, 1) * 255).to(torch.uint8)
@@ -59,8 +64,18 @@ class SyntheticSession:
     def stop(self) -> None:
         self.stopped.set()
 
-    def switch(self, prompt: str, style: Any) -> None:
+    def switch(self, prompt: str, style: Any, **settings: Any) -> None:
         self.prompt = prompt
+        self.settings |= settings
+
+    def ready(self) -> bool:
+        """Whether a chunk of the source is there; it takes what has come."""
+        if self.spec.source is None or self.stopped.is_set():
+            return True
+        while (frame := next(self.spec.source, END)) is not None and frame is not END:
+            self.followed.append(((frame[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8))
+        self.source_over = frame is END
+        return self.source_over or len(self.followed) >= CHUNK_FRAMES
 
     def denoise(self, wait: bool = True) -> Any:
         if self.paused.is_set() or self.stopped.wait(self.seconds) or self.paused.is_set():
@@ -69,14 +84,25 @@ class SyntheticSession:
         if self.spec.num_frames is not None and start >= self.spec.num_frames:
             self.finished = True
             return None
+        frames = None
+        if self.spec.source is not None:
+            frames, self.followed = self.followed[:CHUNK_FRAMES], self.followed[CHUNK_FRAMES:]
+            if not frames:
+                self.finished = self.source_over
+                return None
+            frames = torch.stack(frames + frames[-1:] * (CHUNK_FRAMES - len(frames)))
         self.denoised += 1
-        return SimpleNamespace(index=start // 3, start_frame=start, latents=torch.zeros(1, 3), prompt=self.prompt)
+        return SimpleNamespace(
+            frames=frames, index=start // 3, start_frame=start, latents=torch.zeros(1, 3), prompt=self.prompt
+        )
 
     def decode(self, block: Any, show: Callable[[torch.Tensor], None]) -> Chunk:
         if self.stopped.is_set():
             raise Stopped("stopped")
         first = block.start_frame * CHUNK_FRAMES // 3
-        frames = torch.stack([numbered(self.picture, first + i) for i in range(CHUNK_FRAMES)])
+        frames = block.frames
+        if frames is None:
+            frames = torch.stack([numbered(self.picture, first + i) for i in range(CHUNK_FRAMES)])
         parts = frames.split([1, 4, CHUNK_FRAMES - 5]) if block.index == 0 else [frames]
         for part in parts:
             show(part)
@@ -122,11 +148,14 @@ class SyntheticModel:
             "longest_prompt": 2000,
             "most_fps": 60,
             "most_seed": 2**53 - 1,
+            "most_blend_chunks": 16,
+            "source_bytes": MOST_FRAME_BYTES,
         }
 
     def spec(self, message: Start, image: bytes | None) -> StreamSpec:
         fps = message.fps or self.fps
-        return StreamSpec(message.prompt, self.height, self.width, fps, message.seed, message.num_frames, image=image)
+        shape = self.height, self.width, fps
+        return StreamSpec(message.prompt, *shape, message.seed, message.num_frames, image=image, record=message.record)
 
     def is_prepared(self, spec: StreamSpec) -> bool:
         return True

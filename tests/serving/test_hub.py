@@ -167,6 +167,38 @@ def test_a_switch_does_not_wait_until_the_frames_in_hand_are_watched(open_hub):
     ]
 
 
+def test_only_a_part_is_recorded(open_hub):
+    """Each part is a clip of its own, with the time at which it begins and the prompt it shows first."""
+    viewer = Client(open_hub(), StreamSpec("numbers", 48, 48, fps=24, record=False))
+    viewer.wait(lambda: len(viewer.of("chunk")) >= 2)
+    viewer.stream.change_prompt(PromptChange("letters", "keep", seed=3))
+    viewer.wait(lambda: viewer.of("chunk")[-1]["prompt"] == "letters")
+    viewer.stream.record(True)
+    begun = len(viewer.of("chunk"))
+    viewer.wait(lambda: len(viewer.of("chunk")) >= begun + 3)
+    viewer.stream.record(False)
+    part = viewer.wait_for("clip")["clip"]
+    assert part["prompts"] == ["letters"] and part["begin"] >= CHUNK_FRAMES / 24
+    assert 0 < part["frames"] < len(viewer.frames)
+    viewer.stream.stop()
+    viewer.wait_for("ended")
+    assert viewer.of("switched")[0]["seed"] == 3
+    assert len(viewer.of("clip")) == 1
+
+
+def test_changes_before_a_chunk_are_joined():
+    """A later prompt does not lose an earlier seed, and settings alone keep the prompt."""
+    first = PromptChange(None, "keep", seed=3).after(None, "numbers")
+    both = PromptChange("letters", "cut", steps=2).after(first, "numbers")
+    assert (first.prompt, both.prompt, both.style, both.settings) == (
+        "numbers",
+        "letters",
+        "cut",
+        {"seed": 3, "steps": 2},
+    )
+    assert PromptChange(None, "keep", seed=4).after(both, "letters") == PromptChange("letters", "cut", seed=4, steps=2)
+
+
 def test_stop_does_not_wait_for_the_chunk(open_hub):
     """A session in the middle of a chunk of a minute is left within a moment, and its seat is free."""
     hub = open_hub(max_viewers=1, open_session=lambda spec: SyntheticSession(spec, 60 if spec.seed else 0))

@@ -114,7 +114,7 @@ def test_storyboards_are_those_that_inference_reads(tmp_path):
 
     cues = [Cue(1.75, "a dog: big", "cut"), Cue(13, "'a' cow", "keep")]
     path = tmp_path / "board.yaml"
-    path.write_text(yaml.safe_dump([vars(cue) for cue in cues]))
+    path.write_text(yaml.safe_dump([cue.entry for cue in cues]))
     read = read_storyboard(path, SwitchStyle.recache)
     assert [(cue.seconds, cue.prompt, cue.style.value) for cue in read] == [(c.at, c.prompt, c.style) for c in cues]
 

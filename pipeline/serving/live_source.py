@@ -1,0 +1,51 @@
+"""Frames of a live source, on their way from the connection of a client to the thread that makes its stream."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_WAITING = 12  # frames; of more, the oldest are dropped, so that the stream follows what is seen now
+
+
+class LiveSource:
+    """Frames on their way from a client to its stream. One thread pushes them, another one iterates.
+
+    Iterating gives a frame [1 3 H W] in [-1, 1], or None if no frame waits.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        self._lock = threading.Lock()
+        self._frames: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._ended = False
+
+    def push(self, pixels: bytes) -> None:
+        """Add a frame: RGB, row by row."""
+        with self._lock:
+            if not self._ended:
+                self._frames.append(pixels)
+
+    def end(self) -> None:
+        """No more frames follow."""
+        with self._lock:
+            self._ended = True
+
+    def __iter__(self) -> LiveSource:
+        return self
+
+    def __next__(self) -> Tensor | None:
+        import torch
+
+        with self._lock:
+            if not self._frames:
+                if self._ended:
+                    raise StopIteration
+                return None
+            pixels = self._frames.popleft()
+        frame = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, self.height, self.width, 3)
+        return frame.permute(0, 3, 1, 2).float() / 127.5 - 1
