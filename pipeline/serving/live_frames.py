@@ -11,13 +11,13 @@ import io
 import struct
 import sys
 
+from PIL import Image
+
 LENGTH = struct.Struct("<I")
 
 
 def frame_pixels(data: bytes, size: tuple[int, int]) -> bytes:
     """Return the RGB pixels of a JPEG of the given width and height, row by row; nothing for anything else."""
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return image.convert("RGB").tobytes() if image.size == size else b""  # the size is checked before decoding

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MOST_WAITING = 12  # frames; of more, the oldest are dropped, so that the stream follows what is seen now
 
@@ -15,7 +11,7 @@ MOST_WAITING = 12  # frames; of more, the oldest are dropped, so that the stream
 class LiveSource:
     """Frames on their way from a client to its stream. One thread pushes them, another one iterates.
 
-    Iterating gives a frame [1 3 H W] in [-1, 1], or None if no frame waits.
+    Iterating gives a frame, RGB row by row, or None if no frame waits.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -38,14 +34,10 @@ class LiveSource:
     def __iter__(self) -> LiveSource:
         return self
 
-    def __next__(self) -> Tensor | None:
-        import torch
-
+    def __next__(self) -> bytes | None:
         with self._lock:
             if not self._frames:
                 if self._ended:
                     raise StopIteration
                 return None
-            pixels = self._frames.popleft()
-        frame = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, self.height, self.width, 3)
-        return frame.permute(0, 3, 1, 2).float() / 127.5 - 1
+            return self._frames.popleft()

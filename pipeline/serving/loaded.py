@@ -9,10 +9,11 @@ import importlib.util
 import io
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
@@ -22,6 +23,7 @@ from pipeline.download import download_weights
 from pipeline.loading import load_codec, load_denoiser
 from pipeline.optimize import FP8_CAPABILITY, CompileMode, Quantization, optimize
 from pipeline.request import StreamRequest
+from pipeline.serving.live_source import LiveSource
 from pipeline.serving.messages import FULL_PRECISION
 from pipeline.serving.spec import ModelSource, StreamSpec
 from pipeline.session import StreamSession, denoise_together
@@ -120,7 +122,7 @@ class LoadedModel:
             num_frames=spec.num_frames,
             denoising_steps=None if spec.steps is None else even_steps(spec.steps),
             context_frames=image,
-            source=spec.source,
+            source=None if spec.source is None else source_frames(spec.source),
             strength=spec.strength,
         )
         return StreamSession(self._pipeline(spec), request)
@@ -169,3 +171,13 @@ def offered_precisions(device: torch.device) -> list[str]:
         return [FULL_PRECISION]
     fp8 = ["fp8"] if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY else []
     return [FULL_PRECISION, "int8", *fp8]
+
+
+def source_frames(source: LiveSource) -> Iterator[Tensor | None]:
+    """Yield the frames of a live source [1 3 H W] in [-1, 1], and None while none waits."""
+    for pixels in source:
+        if pixels is None:
+            yield None
+            continue
+        frame = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, source.height, source.width, 3)
+        yield frame.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -73,7 +73,8 @@ class SyntheticSession:
         if self.spec.source is None or self.stopped.is_set():
             return True
         while (frame := next(self.spec.source, END)) is not None and frame is not END:
-            self.followed.append(((frame[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8))
+            pixels = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+            self.followed.append(pixels.view(self.spec.height, self.spec.width, 3))
         self.source_over = frame is END
         return self.source_over or len(self.followed) >= CHUNK_FRAMES
 

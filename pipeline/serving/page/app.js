@@ -1,11 +1,18 @@
 // The page: controls, figures and gallery around the player. It uses only the API of docs/api.md.
+import { copyText } from "./clipboard.js";
 import { Connection } from "./connection.js";
+import { Fields, oneLine } from "./fields.js";
+import { listenForDrops } from "./drops.js";
+import { drawFigures, makingSeconds } from "./figures.js";
 import { Gallery } from "./gallery.js";
+import { History } from "./history.js";
 import { Player } from "./player.js";
+import { openSource } from "./source_panel.js";
 import { matchTheme, toggleTheme } from "./theme.js";
+import { Timeline } from "./timeline.js";
+import { drawState } from "./view.js";
 
 const CRISP_PIXELS = 256; // frames up to this width are drawn with sharp pixels
-const LENGTHS = [1, 2, 4, 8]; // multiples of the model's own length
 const CAPTION_MS = 3000;
 const HURRY_MS = 400; // after which a new prompt should be seen
 const NARROW = "(max-width: 860px)"; // as in style.css
@@ -27,6 +34,7 @@ class Page {
     this.chunks = [];
     this.asked = null; // the latest requested prompt, its time and the last chunk before it; null once it is visible
     this.switches = 0;
+    this.total = null; // frames of the video once all are made
     this.answered = null; // the latest prompt that became visible, with its first chunk
     this.player = new Player(this.get("canvas"), {
       onFrame: (frame) => this.onFrame(frame),
@@ -41,13 +49,21 @@ class Page {
       onAgain: (clip) => this.useAgain(clip),
       onDelete: (name) => this.connection.deleteClip(name).catch((error) => this.say(error.message)),
     });
+    this.fields = new Fields(this.root, (name) => this.changed(name));
+    this.history = new History(this.get("history-open"), this.get("history"), (prompt) => this.takePrompt(prompt));
+    this.timeline = new Timeline(this.get("timeline"), this.get("timeline-row"), (...row) => this.switchTo(...row));
+    this.source = openSource(this);
     this.listen();
     this.get("settings").open = !matchMedia(NARROW).matches;
-    setInterval(() => this.drawFigures(), 500);
+    setInterval(() => drawFigures(this), 500);
   }
 
   get(id) {
     return this.root.querySelector(`#${id}`);
+  }
+
+  get steering() {
+    return ["running", "paused"].includes(this.state) && this.total === null; // not while the last frames are shown
   }
 
   get active() {
@@ -68,7 +84,9 @@ class Page {
     this.get("prompt").value = sessionStorage.getItem(PROMPT_KEY) ?? "";
     on("pause", "click", () => this.togglePause());
     on("stop", "click", () => this.stop());
-    on("dice", "click", () => { this.get("seed").value = Math.floor(Math.random() * 1e6); });
+    on("dice", "click", () => { this.get("seed").value = Math.floor(Math.random() * 1e6); this.changed("seed"); });
+    on("record", "click", () => this.toggleRecord());
+    on("link", "click", () => this.copyLink());
     on("theme", "click", toggleTheme);
     on("image", "click", () => this.get("file").click());
     on("file", "change", () => this.takeImage(this.get("file").files[0]));
@@ -79,23 +97,7 @@ class Page {
       if (event.key === "f" && !typing && !event.ctrlKey && !event.metaKey) this.toggleFullscreen();
       if (event.key === " " && !typing && this.active) { event.preventDefault(); this.togglePause(); }
     });
-    this.listenForDrops();
-  }
-
-  listenForDrops() {
-    const hasFile = (event) => event.dataTransfer?.types.includes("Files");
-    const show = (visible) => {
-      this.get("drop").hidden = !visible;
-      this.get("drop-text").textContent = `Drop an image here. The ${this.active ? "next " : ""}video will start from it.`;
-    };
-    this.root.addEventListener("dragover", (event) => { if (hasFile(event)) { event.preventDefault(); show(true); } });
-    this.root.addEventListener("dragleave", (event) => { if (!this.root.contains(event.relatedTarget)) show(false); });
-    this.root.addEventListener("drop", (event) => {
-      if (!hasFile(event)) return;
-      event.preventDefault();
-      show(false);
-      this.takeImage(event.dataTransfer.files[0]);
-    });
+    listenForDrops(this);
   }
 
   submit() {
@@ -105,47 +107,75 @@ class Page {
     if (prompt.length > longest) return this.say(`The prompt has ${prompt.length} characters. At most ${longest} are allowed: make it shorter.`);
     if (this.state === "loading") { this.eager = true; this.draw(); return; }
     this.say("");
-    if (["running", "paused"].includes(this.state)) this.switchTo(prompt);
-    else if (!this.active) this.begin(prompt);
+    if (this.steering) this.switchTo(prompt);
+    else this.begin(prompt);
   }
 
   begin(prompt) {
-    const [height, width] = this.get("size").value.split("x").map(Number);
-    const length = this.get("length").value;
+    const source = this.source.armed, image = Boolean(this.image) && !source;
     this.request = {
-      type: "start", prompt, height, width,
-      seed: Number(this.get("seed").value),
-      fps: Number(this.get("fps").value),
-      steps: Number(this.get("steps").value),
-      num_frames: length ? Number(length) + (this.image ? 1 : 0) : null,
-      decoder: this.get("decoder").value,
-      precision: this.get("precision").value,
-      compile: this.get("compile").checked,
-      image: Boolean(this.image),
+      type: "start", prompt, image, source,
+      ...this.fields.request(image ? 1 : 0),
+      strength: this.fields.number("strength"),
+      record: this.get("record-all").checked,
     };
     this.asked = { at: performance.now(), prompt, first: 0 };
-    this.stream = null;
+    this.stream = this.total = null;
     this.player.reset(0, this.request.fps);
+    this.remember(prompt);
+    this.timeline.begin(prompt);
     this.setState("starting");
     this.connection.send(this.request);
   }
 
-  switchTo(prompt) {
+  switchTo(prompt, style = this.get("style").value, settings = {}) {
     const last = this.chunks.at(-1);
-    const style = this.get("style").value;
     this.asked = { at: performance.now(), prompt, after: last?.chunk, first: null, id: ++this.switches };
-    this.connection.send({ type: "switch", prompt, style, id: this.switches });
+    if (style === "blend") settings = { blend_chunks: this.fields.number("blend"), ...settings };
+    this.connection.send({ type: "switch", prompt, style, id: this.switches, ...settings });
     if (last && style !== "cut") this.player.hurry(this.asked.at + Math.max(HURRY_MS, 1500 * makingSeconds(last) + 100));
+    this.remember(prompt);
     if (this.state === "paused") this.togglePause();
+  }
+
+  remember(prompt) {
+    this.history.add(oneLine(prompt));
+  }
+
+  // A setting was changed. Some take effect while the video runs.
+  changed(name) {
+    if (!this.steering) return;
+    const value = this.fields.number(name);
+    if (["seed", "steps", "strength"].includes(name)) this.connection.send({ type: "switch", [name]: value });
+    if (name !== "fps") return;
+    this.connection.send({ type: "rate", fps: value });
+    this.player.changeRate(value);
+    this.source.rate(value);
+  }
+
+  toggleRecord() {
+    this.recording = !this.recording;
+    this.connection.send({ type: "record", on: this.recording });
+    this.draw();
+  }
+
+  async copyLink() {
+    const text = this.get("link-text");
+    text.textContent = this.fields.link(oneLine(this.get("prompt").value));
+    text.hidden = await copyText(text.textContent, text);
+    this.get("link").textContent = text.hidden ? "Copied" : "Copy it below";
+    setTimeout(() => { this.get("link").textContent = "Copy a link to these settings"; }, 1500);
   }
 
   togglePause() {
     if (this.state === "running") {
       this.player.pause();
+      this.source.pause(true);
       this.connection.send({ type: "pause" });
       this.setState("paused");
     } else if (this.state === "paused") {
       this.player.resume();
+      this.source.pause(false);
       this.connection.send({ type: "resume" });
       this.setState("running");
     }
@@ -154,6 +184,7 @@ class Page {
   stop() {
     if (!this.active) return;
     this.connection.send({ type: "stop" });
+    this.source.end(false);
     this.player.pause();
     this.setState("ready");
   }
@@ -216,7 +247,9 @@ class Page {
     this.total = null;
     this.get("caption").textContent = "";
     this.player.reset(stream, this.request.fps);
+    this.recording = this.request.record;
     this.setState("running");
+    if (this.request.source) this.source.begin({ stream, ...this.request, mostBytes: this.options.source_bytes });
   }
 
   on_chunk(chunk) {
@@ -224,14 +257,19 @@ class Page {
     if (this.chunks.length > 64) this.chunks.shift();
   }
 
-  on_switched({ stream, first_frame, style, id }) {
+  on_switched({ stream, first_frame, prompt, style, id, blend_chunks, seed, steps }) {
     if (stream !== this.stream) return;
+    this.timeline.note(first_frame / this.request.fps, prompt, style, { blend_chunks, seed, steps });
     if (this.asked?.id === id) this.asked.first = first_frame;
     this.player.turn(first_frame, { drop: style === "cut" });
   }
 
   on_ended({ stream, frames }) {
-    if (stream === this.stream) this.total = frames;
+    if (stream === this.stream) {
+      this.total = frames;
+      this.source.end(false);
+      this.draw();
+    }
     this.finishIfShown();
   }
 
@@ -255,6 +293,8 @@ class Page {
   onLost() {
     if (this.state === "lost") return;
     this.player.pause();
+    this.source.end(false);
+    this.asked = null;
     this.setState("lost");
   }
 
@@ -272,7 +312,8 @@ class Page {
       this.draw();
     }
     if (chunk) this.caption(chunk.prompt);
-    const all = this.request.num_frames && this.pixelFrames(this.request.num_frames);
+    this.timeline.advance(frame.index / this.request.fps);
+    const all = this.request.num_frames && this.fields.pixelFrames(this.request.num_frames);
     this.get("progress").style.width = all ? `${(100 * (frame.index + 1)) / all}%` : "0";
     this.finishIfShown();
   }
@@ -281,11 +322,15 @@ class Page {
     if (this.total !== null && this.player.shown >= this.total && this.active) this.setState("ready");
   }
 
-  useAgain(clip) {
-    this.get("prompt").value = clip.prompts[0];
-    this.get("seed").value = clip.seed;
+  takePrompt(prompt) {
+    this.get("prompt").value = prompt;
     this.get("prompt").focus();
     this.draw();
+  }
+
+  useAgain(clip) {
+    this.get("seed").value = clip.seed;
+    this.takePrompt(clip.prompts[0]);
   }
 
   // What is seen.
@@ -299,29 +344,21 @@ class Page {
   offer(options) {
     this.options = options;
     const focus = this.get("prompt").value === "" || document.activeElement === document.body;
-    const fill = (id, entries) => this.get(id).replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
+    this.fields.offer(options);
+    this.timeline.offer(Object.keys(options.styles));
     this.get("model").textContent = options.model;
-    fill("size", options.sizes.map(([height, width]) => [`${height}x${width}`, `${width} × ${height}`]));
-    fill("decoder", options.decoders.map((name) => [name, name]));
-    fill("precision", options.precisions.map((name) => [name, name]));
-    fill("style", Object.keys(options.styles).map((name) => [name, name]));
     this.get("styles").replaceChildren(...Object.entries(options.styles).flatMap(([name, text]) => {
       const [term, meaning] = [document.createElement("dt"), document.createElement("dd")];
       term.textContent = name;
       meaning.textContent = text;
       return [term, meaning];
     }));
-    this.get("decoder-field").hidden = options.decoders.length < 2;
-    this.get("precision-field").hidden = options.precisions.length < 2;
-    this.get("compile-field").hidden = !options.compile;
-    this.get("size").disabled = options.sizes.length < 2;
-    Object.assign(this.get("fps"), { value: options.fps, max: options.most_fps });
-    Object.assign(this.get("steps"), { value: options.steps, max: options.most_steps });
-    Object.assign(this.get("seed"), { max: options.most_seed });
-    const lengths = LENGTHS.map((times) => times * options.num_frames);
-    const seconds = (frames) => `${(this.pixelFrames(frames) / options.fps).toFixed(1)} s`;
-    fill("length", [["", "endless"], ...lengths.map((frames) => [frames, seconds(frames)])]);
     this.get("examples").replaceChildren(...options.examples.map((text) => this.example(text)));
+    if (location.hash.includes("=")) {
+      const prompt = this.fields.takeLink(location.hash);
+      if (prompt) this.get("prompt").value = prompt;
+      history.replaceState(null, "", location.pathname + location.search);
+    }
     if (!this.get("prompt").value) this.get("prompt").value = options.examples[0];
     if (focus && matchMedia("(pointer: fine)").matches) this.get("prompt").focus({ preventScroll: true });
   }
@@ -333,38 +370,8 @@ class Page {
     return button;
   }
 
-  pixelFrames(latents) {
-    return 1 + (latents - 1) * this.options.temporal_scale;
-  }
-
   draw() {
-    const { model } = this.status ?? { model: { stage: "Connecting", progress: 0 } };
-    const texts = {
-      loading: ["Loading", this.eager ? `${model.stage}. Your video starts after that …` : `${model.stage} …`],
-      ready: ["Ready", "Write what the video should show, then press Enter"],
-      waiting: [`Waiting, place ${this.place}`, `All seats are taken. You are number ${this.place} in line.`],
-      starting: ["Starting", "Starting …"],
-      running: ["Live", "Starting …"],
-      paused: ["Paused", "Paused"],
-      failed: ["Failed", model.stage],
-      lost: ["Not connected", "The server does not answer. Trying again …"],
-    };
-    const [status, cover] = texts[this.state];
-    this.get("status").textContent = status;
-    this.get("cover-text").textContent = cover;
-    this.get("cover").hidden = this.player?.shown > 0 && !["waiting", "failed", "loading", "lost"].includes(this.state);
-    this.get("load-bar").parentElement.hidden = this.state !== "loading";
-    this.get("load-bar").style.width = `${100 * model.progress}%`;
-    this.get("pause").disabled = !["running", "paused"].includes(this.state);
-    this.get("pause").title = this.state === "paused" ? "Resume (space)" : "Pause (space)";
-    this.get("pause").ariaLabel = this.state === "paused" ? "Resume" : "Pause";
-    this.get("stop").disabled = !this.active;
-    this.get("start").textContent = ["running", "paused"].includes(this.state) ? "Switch" : "Start";
-    const busy = ["failed", "lost", "starting", "waiting"].includes(this.state) || (this.state === "loading" && this.eager);
-    this.get("start").disabled = busy || !this.get("prompt").value.trim();
-    const steering = ["running", "paused"].includes(this.state);
-    this.get("style-field").hidden = this.get("style-text").hidden = !steering;
-    this.get("style-text").textContent = `Switch: ${this.options?.styles[this.get("style").value] ?? ""}`;
+    drawState(this);
   }
 
   toggleFullscreen() {
@@ -386,24 +393,4 @@ class Page {
     this.get("notice").textContent = text;
     this.get("notice").hidden = !text;
   }
-
-  drawFigures() {
-    if (!this.status) return;
-    const { memory, viewers, waiting } = this.status;
-    const last = this.chunks.at(-1);
-    const spent = last && makingSeconds(last);
-    const write = (id, text) => { this.get(id).textContent = text; };
-    write("generated", spent ? `${(last.frames / spent).toFixed(1)} fps` : "–");
-    write("shown", this.state === "running" && this.player.shownFps ? `${this.player.shownFps.toFixed(1)} fps` : "–");
-    write("response", this.response ? `${(this.response / 1000).toFixed(2)} s` : "–");
-    write("ahead", this.active ? `${this.player.waiting} frames` : "–");
-    write("viewers", waiting ? `${viewers} + ${waiting} waiting` : viewers);
-    write("memory-label", memory.vram === null ? "RAM" : "VRAM");
-    write("memory", memory.vram === null ? `${memory.ram.toFixed(1)} GB` : `${memory.vram.toFixed(1)} of ${memory.vram_total.toFixed(0)} GB`);
-  }
-}
-
-// Seconds that the model needed for a chunk.
-function makingSeconds({ timings }) {
-  return (timings.denoise ?? 0) + (timings.context ?? 0) + (timings.decode ?? 0);
 }

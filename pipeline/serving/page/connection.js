@@ -36,6 +36,11 @@ export class Connection {
     if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
   }
 
+  // Sends a frame of a source, unless much still waits to be sent.
+  sendFrame(data, mostWaiting) {
+    if (this.socket.readyState === WebSocket.OPEN && this.socket.bufferedAmount < mostWaiting) this.socket.send(data);
+  }
+
   async putImage(file) {
     const answer = await fetch(new URL(`sessions/${this.session}/image`, API), { method: "PUT", body: file });
     if (!answer.ok) throw new Error(await reason(answer));

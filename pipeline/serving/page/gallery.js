@@ -42,6 +42,7 @@ export class Gallery {
     find(".mp4").href = url("mp4");
     find(".gif").href = url("gif");
     find("code").textContent = clip.command;
+    find(".copy").hidden = find("details").hidden = !clip.command; // a live source cannot be made again
     card.dataset.name = clip.name;
     find(".again").addEventListener("click", () => this.onAgain(clip));
     find(".delete").addEventListener("click", () => this.onDelete(clip.name));
@@ -56,8 +57,9 @@ export class Gallery {
   }
 }
 
-function facts({ frames, fps, width, height, whole }) {
-  return `${(frames / fps).toFixed(1)} s · ${width} × ${height}${whole ? "" : " · only the beginning"}`;
+function facts({ frames, fps, width, height, whole, begin }) {
+  const part = begin ? ` · from second ${begin.toFixed(1)}` : "";
+  return `${(frames / fps).toFixed(1)} s · ${width} × ${height}${part}${whole ? "" : " · only the beginning"}`;
 }
 
 // Play a clip while the mouse is over it.

@@ -69,6 +69,15 @@ export class Player {
     this.hurried = { until, first: null };
   }
 
+  // Shows the frames from now on at another rate.
+  changeRate(fps) {
+    if (this.origin !== null) {
+      const now = performance.now();
+      this.origin = now - ((now - this.origin) * this.fps) / fps;
+    }
+    this.fps = fps;
+  }
+
   // The new prompt begins with the frame `first`. After a cut nobody waits for the frames before it.
   turn(first, { drop }) {
     if (drop) this.jump = first;
