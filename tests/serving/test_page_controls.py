@@ -8,7 +8,7 @@ from pipeline.storyboard import check_cues, read_storyboard
 from tests.serving.browser import running
 from tests.serving.test_browser import GREEN_TRIANGLE, RED_CIRCLE, download, wait_for_frame, watch, write
 from utils.shapes import render_at
-from utils.video import VideoWriter
+from utils.video.write import VideoWriter
 
 FPS = 12
 
