@@ -8,7 +8,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What a clone does not hold.
+# Files that a clone does not have.
 MADE_HERE = (
     ".git",
     "videos",
@@ -41,7 +41,7 @@ class Command:
 
 
 def read_commands(document: Path) -> list[Command]:
-    """Every command of the bash blocks, in order; lines that end in a backslash are joined, `a && b` is two."""
+    """Return every command of the bash blocks in order. Continued lines are joined, and `a && b` is two commands."""
     name = document.relative_to(REPOSITORY).as_posix()
     commands = []
     for block in BLOCK.findall(document.read_text("utf-8")):
@@ -53,7 +53,7 @@ def read_commands(document: Path) -> list[Command]:
 
 
 def copy_repository(folder: Path) -> None:
-    """Write what a clone holds into an existing folder."""
+    """Write the files of a clone into an existing folder."""
 
     def left_out(path: str, names: list[str]) -> set[str]:
         ignored = shutil.ignore_patterns(*MADE_HERE)(path, names)

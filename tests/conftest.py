@@ -1,6 +1,6 @@
-"""One thread a process, an empty home folder; without a CUDA device, tests marked `gpu` are skipped.
+"""Settings of all tests: one thread for each process, and an empty home folder.
 
-Triton kernels are then interpreted.
+Without a CUDA device, tests marked `gpu` are skipped, and Triton kernels run in Triton's interpreter.
 """
 
 import atexit
@@ -12,10 +12,10 @@ import site
 import tempfile
 from collections.abc import Iterator
 
-# Tests start processes and threads side by side; tiny models on several OpenMP threads each would mostly wait.
+# Tests run beside each other. With several OpenMP threads each, tiny models would mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What the user's own runs keep in their home, such as prompt embeddings, must decide no test. Workers share one home.
+# Files in the user's home, such as prompt embeddings, must not influence a test. All workers share one empty home.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["PYTHONUSERBASE"] = site.getuserbase()  # packages installed with `pip install --user` stay importable
     os.environ["HOME"] = tempfile.mkdtemp(prefix="self-forcing-home-")
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def restore_logging() -> Iterator[None]:
-    """Take back what an entry point's set-up of logging does to pytest's: also one that a shared fixture has called."""
+    """Undo an entry point's changes to logging after each test, also those of a shared fixture."""
     _forget_logging()
     yield
     _forget_logging()

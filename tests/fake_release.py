@@ -1,6 +1,6 @@
-"""A whole fake release: every file in the real format, layout and key names, with random weights of tiny sizes.
+"""A complete fake release: every file has the real format, layout and key names, with tiny random weights.
 
-The map from diffusers' names to those of Wan2.1_VAE.pth is proven by diffusers' own converter, which must undo it.
+A test proves the map from diffusers' names to those of Wan2.1_VAE.pth: diffusers' own converter must undo it.
 """
 
 import io
@@ -23,7 +23,7 @@ from tests.made_once import made_once
 
 State = dict[str, Tensor]
 
-# Widths are multiples of 128: where no config.json says otherwise, heads are taken to be 128 wide.
+# Widths are multiples of 128, because heads are assumed to be 128 wide if there is no config.json.
 SMALL = WanConfig(dim=128, ffn_dim=192, num_heads=1, num_layers=2, text_dim=32, freq_dim=64)
 LARGE = WanConfig(dim=256, ffn_dim=320, num_heads=2, num_layers=3, text_dim=32, freq_dim=64)
 TAEHV = TinyVAEConfig(encoder_widths=(8, 8, 8, 8), decoder_widths=(16, 12, 8, 8))
@@ -40,7 +40,7 @@ SENTENCES = [
 
 @dataclass(frozen=True)
 class FakeRelease:
-    """Where the files are, named as in the official README."""
+    """The paths of the files, named as in the official README."""
 
     root: Path
 
@@ -58,7 +58,7 @@ class FakeRelease:
 
 
 def copy_fake_release(factory: pytest.TempPathFactory, root: Path) -> FakeRelease:
-    """Write a release of one's own into ``root``, with its diffusers form; all tests of a run copy the same files."""
+    """Write a release and its diffusers form into `root`. All tests of a run copy the same files."""
 
     def write(folder: Path) -> None:
         release = write_fake_release(folder)
@@ -69,7 +69,7 @@ def copy_fake_release(factory: pytest.TempPathFactory, root: Path) -> FakeReleas
 
 
 def write_fake_release(root: Path) -> FakeRelease:
-    """Write every file a user has after the README's download commands."""
+    """Write every file that a user has after the download commands of the README."""
     from safetensors.torch import save_file
 
     release = FakeRelease(root)
@@ -91,7 +91,7 @@ def write_fake_release(root: Path) -> FakeRelease:
 
 
 def write_diffusers_release(folder: Path) -> None:
-    """A diffusers pipeline: transformer, vae, text_encoder and tokenizer."""
+    """Write a diffusers pipeline: transformer, vae, text_encoder and tokenizer."""
     from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -104,7 +104,7 @@ def write_diffusers_release(folder: Path) -> None:
 
 
 def wan_config_json(config: WanConfig) -> dict:
-    """config.json as Wan-AI publishes it."""
+    """Return config.json as Wan-AI publishes it."""
     names = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len")
     return {
         "_class_name": "WanModel",
@@ -115,7 +115,7 @@ def wan_config_json(config: WanConfig) -> dict:
 
 
 def transformer_state(config: WanConfig, seed: int) -> State:
-    """Random weights whose output depends on every input (a fresh head is zero)."""
+    """Return random weights whose output depends on every input. (The head of a new model is zero.)"""
     generator = torch.Generator().manual_seed(seed)
     state = WanTransformer(config).state_dict()
     for name, tensor in state.items():
@@ -127,19 +127,19 @@ def transformer_state(config: WanConfig, seed: int) -> State:
 
 
 def training_checkpoint(config: WanConfig) -> dict[str, State]:
-    """A self-forcing checkpoint: the average lies near the generator and far from the critic."""
+    """Return a Self Forcing checkpoint. The average is close to the generator and far from the critic."""
     generator, critic = transformer_state(config, 3), transformer_state(config, 4)
     ema = {name: tensor + 0.01 * critic[name] for name, tensor in generator.items()}
     return {"generator": prefixed(generator), "critic": prefixed(critic), "generator_ema": prefixed(ema)}
 
 
 def prefixed(state: State, prefix: str = "model.") -> State:
-    """As the official wrapper class saves it."""
+    """Return the state with the prefix that the official wrapper class adds."""
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def write_shards(folder: Path, state: State, count: int) -> None:
-    """diffusion_pytorch_model-0000i-of-0000n.safetensors with their index, as for the 14B model."""
+    """Write diffusion_pytorch_model-0000i-of-0000n.safetensors and their index, as for the 14B model."""
     from safetensors.torch import save_file
 
     names = list(state)
@@ -155,13 +155,13 @@ def write_shards(folder: Path, state: State, count: int) -> None:
 
 
 def write_text_encoder(folder: Path) -> None:
-    """models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl."""
+    """Write models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl."""
     vocab_size = write_tokenizer(folder / "google" / "umt5-xxl")
     torch.save(t5_state(vocab_size), folder / "models_t5_umt5-xxl-enc-bf16.pth")
 
 
 def t5_state(vocab_size: int) -> State:
-    """A bfloat16 UMT5 encoder under Wan's names."""
+    """Return a bfloat16 UMT5 encoder under Wan's names."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.random.fork_rng(devices=[]):
@@ -173,7 +173,7 @@ def t5_state(vocab_size: int) -> State:
 
 
 def write_tokenizer(folder: Path) -> int:
-    """spiece.model, tokenizer.json and their configurations, trained on the spot; returns the number of tokens."""
+    """Train and write spiece.model, tokenizer.json and their configurations. Return the number of tokens."""
     import sentencepiece
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -210,7 +210,7 @@ def write_tokenizer(folder: Path) -> int:
 
 
 def vae_state() -> State:
-    """Wan2.1_VAE.pth at a small width."""
+    """Return the content of Wan2.1_VAE.pth at a small width."""
     from diffusers import AutoencoderKLWan
 
     with torch.random.fork_rng(devices=[]):
@@ -220,7 +220,7 @@ def vae_state() -> State:
 
 
 def original_vae_name(name: str) -> str:
-    """A parameter's name in Wan2.1_VAE.pth, from its name in diffusers."""
+    """Return a parameter's name in Wan2.1_VAE.pth from its name in diffusers."""
     parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
     name = re.sub(r"(?<=\.)(norm1|conv1|norm2|conv2)(?=\.)", lambda part: parts[part[0]], name)
     name = name.replace("conv_shortcut", "shortcut").replace("conv_in.", "conv1.")
@@ -233,7 +233,7 @@ def original_vae_name(name: str) -> str:
 
 
 def taehv_state() -> State:
-    """taew2_1.pth at small widths."""
+    """Return the content of taew2_1.pth at small widths."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(8)
         return dict(TinyVAE(TAEHV).state_dict())

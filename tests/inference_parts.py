@@ -1,4 +1,4 @@
-"""Fixtures that run inference.py on the tiny release, and what its tests look at."""
+"""Fixtures that run inference.py on the tiny release, and helpers to check its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def make(release, tmp_path):
-    """Runs inference.py into a folder of tmp_path and returns the folder."""
+    """Give a function that runs inference.py into a folder of tmp_path and returns the folder."""
 
     def make(*arguments, folder: str = "videos") -> Path:
         path = tmp_path / folder
@@ -33,7 +33,7 @@ def make(release, tmp_path):
 
 @pytest.fixture
 def refuse(release, tmp_path, capsys, monkeypatch):
-    """Runs inference.py on a mistake and returns the one line it says; no part is loaded after the generator."""
+    """Give a function that runs inference.py with a mistake and returns its one line. It must load no generator."""
 
     def loaded(*args, **kwargs):
         raise AssertionError("a mistake must be found before the codec and the text encoder load")
@@ -54,7 +54,7 @@ def refuse(release, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """No weights may be read."""
+    """Fail if weights are read."""
 
     def loaded(*args, **kwargs):
         raise AssertionError("weights were read")
@@ -71,7 +71,7 @@ def videos(folder: Path) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of every video."""
+    """Return the content and the time of every video."""
     return {name: ((folder / name).read_bytes(), (folder / name).stat().st_mtime_ns) for name in videos(folder)}
 
 
@@ -80,14 +80,14 @@ def same(first: Path, second: Path) -> bool:
 
 
 def start(release, folder: Path, *arguments: str, **options) -> BaseProcess:
-    """Run inference.py in a process of its own, which logs to log_file(folder)."""
+    """Run inference.py in a new process, which logs to log_file(folder)."""
     command = ["--config_path", release.config_path, "--output_folder", str(folder), *arguments]
     (process,) = launch(command, program="inference", **options)
     return process
 
 
 def end(process: BaseProcess, folder: Path, seconds: float = 60) -> tuple[int, str]:
-    """Wait for the end of a process of :func:`start`; its exit code and what it logged."""
+    """Wait for the end of a process of :func:`start`. Return its exit code and its log."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -97,7 +97,7 @@ def end(process: BaseProcess, folder: Path, seconds: float = 60) -> tuple[int, s
 
 
 def wait_for(process: BaseProcess, folder: Path, condition: Callable[[], bool]) -> None:
-    """Wait until a process of :func:`start` has come so far; it must live until then."""
+    """Wait until a condition holds. The process of :func:`start` must run until then."""
     while not condition():
         assert process.is_alive(), log_file(folder).read_text()
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Folders that are expensive to make: the first test that asks makes one, all processes of the run read it."""
+"""Folders that are expensive to make. The first test that needs one makes it, and all processes of the run read it."""
 
 import shutil
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from filelock import FileLock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder NAME that ``make`` has filled, once for all xdist workers of this run; tests only read it.
+    """Return a folder that `make` has filled once for all xdist workers of this run. Tests may only read it.
 
-    Another worker that asks meanwhile waits. A folder whose making failed is made again.
+    If another worker needs the folder at the same time, it waits. If `make` fails, the folder is made again.
     """
     base = factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base

@@ -1,4 +1,4 @@
-"""Help for tests of the core: tiny denoisers, and the recordings of the official code that PARITY_DATA names."""
+"""Helpers for tests of the core: tiny denoisers, and the recordings of the official code in the folder PARITY_DATA."""
 
 import importlib.util
 import os
@@ -24,10 +24,10 @@ TINY = WanConfig(
 
 
 class OfficialDenoiser(Denoiser):
-    """A denoiser with two habits of the official code that numerics.md departs from.
+    """A denoiser with two properties of the official code that this project does not have on purpose.
 
-    Flow becomes x0 by the nearest of 1000 tabled noise levels (shifted by ``table_shift``), and the context pass,
-    whose latents carry the last tabled level, tells the network timestep 0.
+    It converts flow to x0 with the nearest of 1000 noise levels in a table (shifted by `table_shift`). In a context
+    pass, the latents have the last noise level of the table, but the network gets timestep 0.
     """
 
     table_shift = 5.0
@@ -42,13 +42,13 @@ class OfficialDenoiser(Denoiser):
 
 
 class OfficialScore(OfficialDenoiser):
-    """Official score models convert with the table of shift 8, whatever the shift of the noise."""
+    """A score model of the official code. It always converts with the table of shift 8."""
 
     table_shift = 8.0
 
 
 def last_level(schedule: FlowMatching) -> float:
-    """The lowest timestep of the official table, which it uses in place of 0."""
+    """Return the lowest timestep of the official table. The official code uses it instead of 0."""
     return schedule.grid(1000)[-1].item()
 
 
@@ -61,12 +61,12 @@ def _loader():
 
 
 def load_case(name: str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and meta of a recorded case."""
+    """Return the tensors and the metadata of a recorded case."""
     return _loader()(name)
 
 
 def recorded_denoiser(weights: str = "generator", *, shift: float = 5.0, kind: type[Denoiser] = Denoiser) -> Denoiser:
-    """A denoiser with the recorded weights "generator", "real" or "fake"."""
+    """Return a denoiser with the recorded weights "generator", "real" or "fake"."""
     transformer = WanTransformer(RECORDED)
     state, _ = load_case(f"weights_{weights}")
     transformer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
@@ -74,7 +74,7 @@ def recorded_denoiser(weights: str = "generator", *, shift: float = 5.0, kind: t
 
 
 def tiny_denoiser(config: WanConfig = TINY, *, seed: int = 0) -> Denoiser:
-    """A denoiser of random weights, none of them zero, so that every parameter matters."""
+    """Return a denoiser with random weights. None is zero, so every parameter matters."""
     transformer = WanTransformer(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -87,18 +87,18 @@ def tiny_denoiser(config: WanConfig = TINY, *, seed: int = 0) -> Denoiser:
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
+    """Return standard normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected magnitude."""
+    """Return the largest difference divided by the largest expected magnitude."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Gradients of the parameters that have one, taken off them."""
+    """Return the gradients of the parameters that have one, and remove them from the parameters."""
     taken = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
     return taken

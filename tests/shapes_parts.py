@@ -1,6 +1,6 @@
-"""A complete tiny release in the real formats, made once a run: weights, configuration, prompts.
+"""A complete tiny release in the real formats: weights, configuration, prompts. It is made once for a test run.
 
-A test module asks for it with ``pytest_plugins = ["tests.shapes_parts"]`` and the fixture ``release``.
+A test module uses it with ``pytest_plugins = ["tests.shapes_parts"]`` and the fixture ``release``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Release:
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """The release; tests read it and write elsewhere."""
+    """Give the release. Tests may only read it."""
     return Release(made_once(tmp_path_factory, "release", write_release))
 
 
@@ -88,7 +88,7 @@ def write_release(folder: Path) -> None:
 
 
 def tiny_transformer(seed: int) -> WanTransformer:
-    """Random weights whose output depends on every input: a fresh head is zero."""
+    """Return a transformer whose output depends on every input. (The head of a new model is zero.)"""
     generator = torch.Generator().manual_seed(seed)
     model = WanTransformer(SIZES)
     model.reset_parameters(generator)
@@ -99,7 +99,7 @@ def tiny_transformer(seed: int) -> WanTransformer:
 
 
 def tiny_codec() -> TinyVAE:
-    """The Shapes codec as its training starts: a linear code that already shows what is in a clip."""
+    """Return the Shapes codec before its training: a linear code, whose frames already show the content of a clip."""
     codec = TinyVAE(TINY_VAE_PRESETS["shapes"])
     scenes = training_scenes()[::30]
     clips = render_clips(scenes, 5, torch.Generator().manual_seed(0))

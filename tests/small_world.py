@@ -1,6 +1,6 @@
-"""A Shapes world of 16x16 pixels with models that train in seconds: where every objective must show that it teaches.
+"""A Shapes world of 16x16 pixels with models that train in seconds. Every objective must improve a student in it.
 
-A test module asks for it with ``pytest_plugins = ["tests.small_world"]`` and the fixture ``world``.
+A test module uses it with ``pytest_plugins = ["tests.small_world"]`` and the fixture ``world``.
 """
 
 from __future__ import annotations
@@ -59,27 +59,27 @@ OVERRIDES = (
 
 @dataclass(frozen=True)
 class World:
-    """A folder with codec, text_encoder, embeddings, teacher, and student: the teacher's weights with noise on them."""
+    """A folder with codec, text_encoder, embeddings, teacher and student (the teacher with noise added)."""
 
     folder: Path
 
     def overrides(self, *more: str) -> list[str]:
-        """For a configuration of configs/shapes."""
+        """Return the overrides for a configuration of configs/shapes."""
         return [text.format(folder=self.folder) for text in (*OVERRIDES, *more)]
 
     def config(self, *more: str) -> Config:
-        """The configuration that generates."""
+        """Return the configuration that generates videos."""
         return load_config(Config, SHAPES_CONFIGS / "base.yaml", self.overrides(*more))
 
     def train(self, name: str, logdir: Path, *more: str) -> Path:
-        """Run train.py on configs/shapes/NAME.yaml; returns the generator's folder."""
+        """Run train.py on configs/shapes/NAME.yaml. Return the folder of the generator."""
         arguments = ["--config_path", str(SHAPES_CONFIGS / f"{name}.yaml"), "--logdir", str(logdir)]
         assert train.main([*arguments, "--no_save", "--no_visualize", *self.overrides(*more)]) == 0
         return logdir / "model" / "generator"
 
     @torch.no_grad()
     def colour_error(self, generator: str | Path, *, bidirectional: bool = False) -> float:
-        """Mean squared distance of the mean colours of generated clips from those their prompts ask for."""
+        """Return the mean squared error of the mean colours of generated clips, compared with those of the prompts."""
         config = self.config(f"generator.weights={generator}")
         denoiser, codec = load_denoiser(config.generator), load_codec(config.codec)
         text = StoredEmbeddings(self.folder / "embeddings")
@@ -97,13 +97,13 @@ class World:
 
 
 def mean_colour(frames: Tensor) -> Tensor:
-    """[B F 3 H W] -> [B 3]."""
+    """Return the mean colour [B 3] of frames [B F 3 H W]."""
     return frames.mean(dim=(1, 3, 4))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The world, its teacher trained on it; tests read it and write elsewhere."""
+    """Give the world with a trained teacher. Tests may only read it."""
     return World(made_once(tmp_path_factory, "world", write_world))
 
 
@@ -116,7 +116,7 @@ def write_world(folder: Path) -> None:
     (folder / "samples.txt").write_text(f"{MEASURED[0].prompt}\n")
     flags = ["--config_path", str(SHAPES_CONFIGS / "base.yaml")]
     assert cache_embeddings.main([*flags, *world.overrides("data.embeddings={folder}/embeddings")]) == 0
-    shutil.rmtree(folder / "text_encoder")  # trainings find every embedding in the cache, and nothing else
+    shutil.rmtree(folder / "text_encoder")  # so trainings must find every embedding in the cache
     fresh = WanTransformer(SIZES)
     fresh.reset_parameters(torch.Generator().manual_seed(0))
     save_folder(folder / "fresh", fresh, asdict(SIZES))
@@ -126,7 +126,7 @@ def write_world(folder: Path) -> None:
 
 
 def disturbed(state: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """A state dict with noise on its matrices, of ``share`` of their own deviation."""
+    """Return a state dict with noise added to its matrices: `share` of their own standard deviation."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: value + share * value.std() * torch.randn(value.shape, generator=generator) if value.ndim > 1 else value

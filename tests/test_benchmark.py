@@ -12,7 +12,7 @@ pytest_plugins = ["tests.shapes_parts"]
 
 @pytest.fixture
 def bench(release, tmp_path, monkeypatch, capsys):
-    """Runs benchmark.py on the tiny release; returns its results and what it printed."""
+    """Give a function that runs benchmark.py on the tiny release and returns its results and its output."""
     monkeypatch.setattr(floors, "FLOOR_SIZES", floors.FLOOR_SIZES | {"dim": 24, "ffn_dim": 32, "num_layers": 1})
     monkeypatch.setattr(floors, "FLOOR_LATENT", (4, 4))
 

@@ -1,4 +1,4 @@
-"""Every YAML in configs/ loads, says what it is, and agrees with itself and its relatives."""
+"""Every YAML file in configs/ loads, says what it is, and is consistent with itself and with related files."""
 
 import functools
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_schedules_and_sizes_agree(wan):
 
 
 def test_published_steps(wan):
-    """Self Forcing's four steps, warped by the schedule of the network that takes them."""
+    """The four steps of Self Forcing are warped by the schedule of the network that uses them."""
     if wan.objective is Objective.causvid:
         assert not wan.rollout.warp_denoising_step
         return
@@ -97,7 +97,7 @@ def test_published_steps(wan):
 
 
 def test_ode_pairs_lie_on_the_steps_the_student_learns():
-    """The teacher's grid and the student's warped steps are of one shift."""
+    """The teacher's grid and the student's warped steps have the same shift."""
     config = configuration("ode_init")
     warped = config.rollout.timesteps(_Schedule(config.generator.shift))
     grid = FlowMatching(config.real_score.shift).grid(48)
@@ -105,7 +105,7 @@ def test_ode_pairs_lie_on_the_steps_the_student_learns():
 
 
 class _Schedule:
-    """What `RolloutConfig.timesteps` needs of a denoiser."""
+    """The part of a denoiser that `RolloutConfig.timesteps` uses."""
 
     def __init__(self, shift: float):
         self.schedule = FlowMatching(shift)

@@ -1,4 +1,4 @@
-"""The cost formulas against torch's FLOP counter over the project's own rollout, losses and backward."""
+"""The cost formulas agree with torch's FLOP counter over the project's own rollout, losses and backward pass."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def denoiser(config: WanConfig) -> Denoiser:
 
 
 def counted(call) -> float:
-    """FLOPs of a call; torch counts attention as matrix products, not the CPU's fused kernel."""
+    """Return the FLOPs of a call. Attention runs as matrix products, because torch does not count fused kernels."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return float(counter.get_total_flops())

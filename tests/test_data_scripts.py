@@ -1,4 +1,4 @@
-"""The scripts that prepare training data: what they store is what a training would have computed."""
+"""The scripts that prepare training data store the same values that a training would compute."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_encoded_videos_are_the_latents_of_their_first_frames(release, tmp_path,
     assert encode_videos.main(flags) == 0
     out, err = capsys.readouterr()
     assert "2 videos encoded, 2 skipped, 0 were there already" in out
-    assert "short.mp4: has 5 frames at 12 fps; 21 are needed" in err and "cannot read a video from" in err
+    assert "short.mp4: has 5 frames at 12 fps, but 21 are needed" in err and "cannot read a video from" in err
 
     reading = release.config("data.kind=videos", f"data.path={folder}")
     codec = load_codec(config.codec)
@@ -74,7 +74,7 @@ def test_encoded_videos_are_the_latents_of_their_first_frames(release, tmp_path,
 
 
 def test_a_clip_keeps_its_speed_at_another_frame_rate(tmp_path, release):
-    """Frame k of the clip is the one shown at k / fps: of brightness k, whatever rate the file has."""
+    """Frame k of the clip is the frame shown at k / fps seconds. It has brightness k at any frame rate."""
     levels = torch.linspace(-1, 1, 24)
     save_video(tmp_path / "ramp.mp4", levels[:, None, None, None].expand(24, 3, 64, 96), fps=24)
     for fps, picked in ((24, slice(0, 6)), (12, slice(0, 12, 2)), (48, [0, 0, 1, 1, 2, 2])):
@@ -82,7 +82,7 @@ def test_a_clip_keeps_its_speed_at_another_frame_rate(tmp_path, release):
         frames = read_clip(tmp_path / "ramp.mp4", 6, video)
         assert frames.shape == (6, 3, 48, 48)
         assert torch.allclose(frames.mean(dim=(1, 2, 3)), levels[picked], atol=0.04)
-    with pytest.raises(UserError, match="has 12 frames at 12 fps; 13 are needed"):
+    with pytest.raises(UserError, match="has 12 frames at 12 fps, but 13 are needed"):
         read_clip(tmp_path / "ramp.mp4", 13, release.config().video)
 
 

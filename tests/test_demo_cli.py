@@ -1,4 +1,4 @@
-"""demo.py from the command line: what it refuses, and in how many words."""
+"""demo.py refuses mistakes on the command line with one line."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ pytest_plugins = ["tests.shapes_parts"]
 
 @pytest.fixture
 def refuse(capsys, monkeypatch, tmp_path):
-    """Runs demo.py on a mistake and returns the one line it says; nothing is served."""
+    """Give a function that runs demo.py with a mistake and returns its one line. It must not serve anything."""
 
     def serve(*_) -> None:
         raise AssertionError("a mistake must be found before anything is served")
@@ -69,7 +69,7 @@ def test_numbers_out_of_range_are_refused(refuse, arguments):
 
 
 def test_a_model_that_does_not_load_ends_the_program_with_its_reason(tmp_path, monkeypatch, capsys):
-    """The page is up by then; the program still ends, with one line on what is missing."""
+    """The page is already served then. The program still ends, with one line that names the missing file."""
 
     class Missing(SyntheticModel):
         def load(self, report) -> None:

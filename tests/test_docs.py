@@ -2,12 +2,12 @@
 
 | command | how |
 |---|---|
-| inference.py | makes its videos, of a few small frames: see `few_frames` |
+| inference.py | makes its videos, with a few small frames: see `few_frames` |
 | train.py, also under torchrun | resolves its configuration (--dry-run); tests/test_train_cli.py trains |
-| demo.py | reads its arguments and its configuration; it would not end. tests/serving/ runs it |
-| scripts/*.py, python -m trainer.report | read their arguments; they take minutes. Each has a test of its own |
-| pip, hf, curl, apt, git clone | there is no network: names are compared with those the code knows |
-| docker, sbatch, ssh, nginx and the like | not on this machine: the files they name must be there |
+| demo.py | reads its arguments and its configuration, because it would not end. tests/serving/ runs it |
+| scripts/*.py, python -m trainer.report | read their arguments, because they take minutes. Each has its own test |
+| pip, hf, curl, apt, git clone | there is no network: their names are compared with those in the code |
+| docker, sbatch, ssh, nginx and the like | they are not installed: the files that they name must exist |
 """
 
 import importlib
@@ -26,15 +26,15 @@ pytest_plugins = ["tests.shapes_parts"]
 
 PAGES = [REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = [command for page in PAGES for command in read_commands(page)]
-# Programs that are not on this machine, or that would go beyond it; what they are told must be there.
+# Programs that are not installed, or that would use the network. The files that they name must exist.
 ELSEWHERE = {"sbatch", "srun", "ssh", "scp", "docker", "nginx", "caddy", "systemctl", "brew", "apt", "apt-get", "sudo"}
 CHECKS = {"pytest", "ruff", "bash"}
-# What the program names when a file is missing.
+# Commands that the program names when a file is missing.
 KNOWN_PLACES = "\n".join((REPOSITORY / file).read_text() for file in ("model/weights/published.py", "utils/prompts.py"))
 
 
 def few_frames(words: list[str]) -> list[str]:
-    """The arguments of an inference.py command, for videos of at most two chunks; Wan's of a few pixels."""
+    """Return the arguments of an inference.py command for videos of at most two chunks, with few pixels for Wan."""
     short = [str(min(int(word), 6)) if before == "--num_output_frames" else word
              for before, word in zip(["", *words], words, strict=False)]  # fmt: skip
     config = short[short.index("--config_path") + 1] if "--config_path" in short else "configs/shapes/base.yaml"
@@ -45,7 +45,7 @@ def few_frames(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def copy(tmp_path_factory) -> Path:
-    """What a reader has: a clone and the downloads of the README; only the first two prompts of each file."""
+    """Give a clone with the downloads of the README, as a reader has it. Prompt files have only two prompts."""
 
     def write(folder: Path) -> None:
         copy_repository(folder)
@@ -59,7 +59,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 def without_launcher(words: list[str]) -> list[str]:
-    """`torchrun OPTIONS train.py …` is `python train.py …` on one process; settings before a command are left out."""
+    """Replace `torchrun OPTIONS train.py …` by `python train.py …`, and remove variables set before a command."""
     words = [
         word
         for index, word in enumerate(words)
@@ -109,7 +109,7 @@ def test_a_command_of_a_page_does_what_it_says(command: Command, copy, monkeypat
 
 
 def check_packages(names: list[str]) -> None:
-    """A requirements file must be there, an extra must be setup.py's, a package must be named in one of these files."""
+    """Check that a requirements file exists, that setup.py has an extra, and that one of them names a package."""
     known = "".join(
         (REPOSITORY / file).read_text() for file in ("setup.py", "requirements.txt", "requirements-dev.txt")
     )

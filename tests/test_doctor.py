@@ -1,4 +1,4 @@
-"""doctor.py says what a machine is, tries every path on it, and fails with the line that went wrong."""
+"""doctor.py describes a machine, tests every code path on it, and ends with the line of a failed check."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ sys.path.insert(0, ".")
 
 @pytest.fixture
 def without_compiler(monkeypatch):
-    """Compiling on a CPU takes most of a minute; tests/pipeline/test_optimize.py compiles the same blocks."""
+    """Skip compilation, which takes most of a minute. tests/pipeline/test_optimize.py compiles the same blocks."""
     monkeypatch.setattr(selftest, "compiler", lambda device: None)
 
 
@@ -37,8 +37,7 @@ def test_a_healthy_machine_passes_and_everything_is_in_the_file(without_compiler
     printed = capsys.readouterr().out
     assert report["machine"]["torch"] == torch.__version__ and report["packages"]["einops"] != "-"
     assert (
-        report["attention kernels"]["auto"].startswith("takes sdpa")
-        and report["attention kernels"]["sdpa"] == "can run"
+        report["attention kernels"]["auto"].startswith("uses sdpa") and report["attention kernels"]["sdpa"] == "can run"
     )
     assert "GB" in report["memory"]["configs/self_forcing_dmd.yaml"]
     states = {check["name"]: check["state"] for check in report["checks"]}
@@ -150,7 +149,7 @@ def test_the_table_of_speed_uses_the_names_of_benchmark_py(monkeypatch):
     ids=["doctor", "floor", "inference", "videos"],
 )
 def test_packages_that_are_not_needed_are_not_imported(program):
-    """Without av, gradio, diffusers and others that only some of the paths use."""
+    """doctor.py works without av, gradio, diffusers and others that only some code paths use."""
     source = ENTRY.format(blocked=BLOCKED, program=program)
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

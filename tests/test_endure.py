@@ -1,4 +1,4 @@
-"""scripts/endure.py: its parts exist, its table says what was measured, and a broken limit is its exit code."""
+"""scripts/endure.py: its parts exist, its table shows the figures, and its exit code shows an exceeded limit."""
 
 import importlib
 import sys

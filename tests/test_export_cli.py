@@ -1,4 +1,4 @@
-"""scripts/export.py from the command line: every pair of formats, whole pipelines, and how it refuses."""
+"""scripts/export.py from the command line: every pair of formats, whole pipelines, and refusals."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def release(tmp_path_factory) -> FakeRelease:
 
 @pytest.fixture(scope="module")
 def exported(release, tmp_path_factory) -> dict[str, Path]:
-    """The averaged weights of self_forcing_dmd.pt in every format."""
+    """Give the averaged weights of self_forcing_dmd.pt in every format."""
     folder = tmp_path_factory.mktemp("exported")
     paths = {name: folder / f"{name}{kind.suffix}" for name, kind in FORMATS.items()}
     for name, path in paths.items():
@@ -156,7 +156,7 @@ def test_several_loras_are_merged_with_their_scales(release, tmp_path):
 
 
 def refusals(release, folder):
-    """(arguments, what the line must say)."""
+    """Return (arguments, text that the error must contain) for each mistake."""
     small, official = str(release.small), str(release.checkpoints / "self_forcing_dmd.pt")
     (folder / "full").mkdir()
     (folder / "full" / "notes.txt").touch()

@@ -1,4 +1,4 @@
-"""The official commands on a whole fake release: inference reads every file by its published name and makes videos."""
+"""The official commands work on a complete fake release: inference reads every published file and makes videos."""
 
 import json
 import os
@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 COMMAND = """\
 python inference.py --config_path configs/self_forcing_dmd.yaml --output_folder videos/self_forcing_dmd \
   --checkpoint_path checkpoints/self_forcing_dmd.pt --data_path prompts/example_extended.txt --use_ema"""
-# Appended to the users' commands: the published 81 frames of 480x832 take minutes on a CPU even with tiny weights.
+# Added to each command, because the published 81 frames of 480x832 take minutes on a CPU even with tiny weights.
 TINY = ["video.height=32", "video.width=48", "video.num_frames=6"]
 TAEHV_CODEC = ["codec.kind=tiny", "codec.weights=checkpoints/taew2_1.pth"]
 DIFFUSERS = [
@@ -42,7 +42,7 @@ PROMPTS = ["A stylish woman walks down a street in Tokyo.", "An octopus rests on
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> FakeRelease:
-    """What a user has: this repository's code, configurations and prompts, and the downloaded files; fewer prompts."""
+    """Give the files of a user: code, configurations and prompts of this repository, and the downloads; few prompts."""
     release = copy_fake_release(tmp_path_factory, tmp_path_factory.mktemp("fake"))
     for name in ("inference.py", "configs"):
         (release.root / name).symlink_to(REPOSITORY / name)
@@ -56,14 +56,14 @@ def release(tmp_path_factory) -> FakeRelease:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A home folder of its own, for the cache of prompt embeddings."""
+    """Set a new home folder, for the cache of prompt embeddings."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
 
 @pytest.fixture
 def make(release, tmp_path, monkeypatch, home, restore_logging):
-    """Runs inference.py in the release folder, with a few prompts and frames; returns the videos and the records."""
+    """Give a function that runs inference.py in the release folder with few prompts and frames."""
     monkeypatch.chdir(release.root)
 
     def make(*arguments: str, config: str = "self_forcing_dmd") -> tuple[list[Path], list[dict]]:
@@ -76,7 +76,7 @@ def make(release, tmp_path, monkeypatch, home, restore_logging):
 
 
 def test_the_users_own_command_makes_videos(release, home):
-    """Word for word in a shell, in the release folder; only the size is appended."""
+    """The command runs in a shell in the release folder exactly as published. Only the size is added."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(home)}
     command = f"{COMMAND} {' '.join(TINY)}"
     done = subprocess.run(
@@ -152,12 +152,12 @@ def test_a_second_run_needs_no_text_encoder_and_makes_the_same_videos(make, rele
 
 @pytest.fixture(scope="module")
 def resident(release, tmp_path_factory) -> torch.Tensor:
-    """The clip that every profile must make."""
+    """Give the clip that every memory profile must make."""
     return make_clip(release, tmp_path_factory.mktemp("resident"), PROFILES[0])
 
 
 def make_clip(release: FakeRelease, folder: Path, profile: Profile) -> torch.Tensor:
-    """A clip large enough to be cut into tiles, with every weight converted from the dtype it is stored in."""
+    """Make a clip that is large enough for tiles. Every weight is converted from its stored dtype."""
     config = load_config(Config, REPOSITORY / "configs" / "self_forcing_dmd.yaml")
     config.generator.weights = str(release.checkpoints / "self_forcing_dmd.pt")
     config.codec.weights = str(release.small / "Wan2.1_VAE.pth")
@@ -169,7 +169,7 @@ def make_clip(release: FakeRelease, folder: Path, profile: Profile) -> torch.Ten
 
 @pytest.mark.parametrize("profile", PROFILES[1:], ids=str)
 def test_every_profile_makes_the_same_clip(release, resident, tmp_path, profile):
-    """To the last bit, but for seams between tiles."""
+    """All profiles are equal to the last bit, except at the seams between tiles."""
     difference = (make_clip(release, tmp_path, profile) - resident).abs()
     if profile.tile_codec:
         assert difference.max() > 0 and difference.mean() < 0.02

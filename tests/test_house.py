@@ -1,6 +1,6 @@
-"""The house rules: names, imports and sizes that keep the code readable. They are read from the syntax trees.
+"""Rules for names, imports and sizes that keep the code readable. The syntax trees of all files are checked.
 
-Tests are left out: only the code that a user installs is judged.
+Test files are not checked, only the code that a user installs.
 """
 
 import ast
@@ -20,7 +20,7 @@ PACKAGES = ("utils", "model", "pipeline", "trainer")  # a package imports only i
 LONGEST_FUNCTION = 40
 LONGEST_FILE = 400
 
-# What breaks a rule today. An entry leaves when its code is mended; none may be added.
+# Code that breaks a rule today. Remove an entry when its code is corrected. Do not add any.
 SHARED_NAMES: set[str] = set()
 CIRCLES: set[frozenset[str]] = set()
 LONG_FUNCTIONS = {
@@ -29,7 +29,7 @@ LONG_FUNCTIONS = {
 LONG_FILES: set[str] = set()
 RIDDLES: set[str] = set()
 
-# What a function may import. Everything else is imported at the top of its module.
+# Modules that a function may import. Everything else is imported at the top of its module.
 LATE_IMPORTS = {
     # Optional packages, and required ones that take long to import: each has one place.
     "accelerate": "only if weights stay in RAM",
@@ -57,7 +57,7 @@ LATE_IMPORTS = {
 
 @cache
 def sources() -> dict[str, ast.Module]:
-    """Path in the repository -> syntax tree of every Python file outside the tests."""
+    """Return path -> syntax tree of every Python file outside the tests."""
     folders = [REPOSITORY / name for name in (*PACKAGES, "scripts")]
     files = [*REPOSITORY.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))]
     return {file.relative_to(REPOSITORY).as_posix(): ast.parse(file.read_text("utf-8")) for file in sorted(files)}
@@ -69,7 +69,7 @@ def module_name(path: str) -> str:
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """Module -> the project's modules it imports anywhere: in functions and under TYPE_CHECKING too."""
+    """Return module -> the project's modules that it imports, also in functions and under TYPE_CHECKING."""
     modules = {module_name(path) for path in sources()}
     found = {}
     for path, tree in sources().items():
@@ -85,7 +85,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """`path:name` and the node of every function, methods and inner functions included."""
+    """Yield `path:name` and the node of every function, method and inner function."""
     for path, tree in sources().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -93,7 +93,7 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
 
 
 def check(found: set, known: set, rule: str) -> None:
-    """Fail on what breaks a rule and is not on its list."""
+    """Fail if code breaks a rule and is not on the list of known cases."""
     assert not found - known, f"{rule}: {sorted(map(str, found - known))}"
 
 
@@ -133,7 +133,7 @@ def test_no_imports_form_a_circle():
 
 
 def late_imports() -> dict[str, list[tuple[str, str, str]]]:
-    """File -> (function, module, name) of every import in a function. The function is the outermost one."""
+    """Return file -> (outermost function, module, name) of every import in a function."""
     found = defaultdict(list)
     for path, tree in sources().items():
         outermost = [
@@ -149,12 +149,12 @@ def late_imports() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def is_program(path: str) -> bool:
-    """Whether a file is called by its path from the command line."""
+    """Return whether a file is a program that is started by its path."""
     return "/" not in path or path.rpartition("/")[0] == "scripts"
 
 
 def test_a_program_has_one_lazy_boundary():
-    """It reads its arguments, so that --help takes no time. Then it imports one module, which does the work."""
+    """A program first reads its arguments, so that --help is fast. Then it imports one module, which does the work."""
     programs = {path: found for path, found in late_imports().items() if is_program(path)}
     assert not {path for path, found in programs.items() if len({module for _, module, _ in found}) > 1}
 
@@ -235,7 +235,7 @@ def test_no_docstring_begins_with_of():
 
 
 def test_packages_print_nothing_and_take_no_defaults_from_a_configuration():
-    """Programs print: the functions `main`, and `exit_code`, which shows a mistake in one line."""
+    """Only programs print: their function `main`, and `exit_code`, which prints a mistake in one line."""
     slips = [
         f"{name}:{node.lineno} {ast.unparse(node)[:60]}"
         for name, function in functions()

@@ -1,4 +1,4 @@
-"""inference.py from the command line: what it writes, what it leaves alone, and how it refuses."""
+"""inference.py from the command line: the files that it writes and keeps, and the mistakes that it refuses."""
 
 import json
 import os
@@ -221,7 +221,7 @@ def test_a_signal_leaves_what_was_made_playable(release, tmp_path, number):
 
 
 def write_mistakes(folder: Path) -> None:
-    """Files that are wrong in one way each."""
+    """Write files that are each wrong in one way."""
     (folder / "empty.txt").write_text("\n  \n")
     (folder / "one.txt").write_text("only one line\n")
     (folder / "a_file").write_text("in the way")
@@ -445,7 +445,7 @@ def test_a_real_process_exits_with_2(tmp_path):
 
 @pytest.fixture
 def make_in_two(release, tmp_path):
-    """Runs inference.py in two processes into a folder, as torchrun does."""
+    """Give a function that runs inference.py in two processes into a folder, as torchrun does."""
 
     def make_in_two(name: str, *arguments: str) -> Path:
         folder = tmp_path / name
@@ -470,7 +470,7 @@ def test_two_processes_share_the_prompts_and_make_the_same_videos(make, make_in_
 
 
 def test_two_processes_make_one_video_together(make, make_in_two, release):
-    """Ulysses: each computes part of every frame's tokens; what is written is what one process writes."""
+    """Each process computes a part of the tokens of every frame (Ulysses). The files equal those of one process."""
     frames = ("--num_output_frames", "3", "--prompt", release.prompts[0])
     alone = make(*frames, folder="alone")
     together = make_in_two("together", *frames, "optimize.sequence_parallel=true")
@@ -480,7 +480,7 @@ def test_two_processes_make_one_video_together(make, make_in_two, release):
 
 
 def processes_of(job: int) -> dict[int, int]:
-    """Rank -> process id of the children of torchrun."""
+    """Return rank -> process id of the children of torchrun."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -492,7 +492,7 @@ def processes_of(job: int) -> dict[int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks through Linux's /proc")
 def test_a_killed_rank_ends_the_job_with_a_message_and_the_finished_videos_stay(make, release, tmp_path):
-    """A real SIGKILL under torchrun, in the middle of a video. The next run makes what is missing."""
+    """A process under torchrun gets a real SIGKILL in the middle of a video. The next run makes the missing videos."""
     folder, prompts = tmp_path / "videos", ("a cat", "a dog", "a cow", "a pig")
     arguments = [*(word for prompt in prompts for word in ("--prompt", prompt)), "--num_output_frames", "60"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "inference.py"]

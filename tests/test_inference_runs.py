@@ -1,4 +1,4 @@
-"""Several runs of inference.py into one folder: stopped, repeated, side by side, with other settings or a bad past."""
+"""Several runs of inference.py into one folder: stopped, repeated, at the same time, or with damaged files."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def test_other_settings_make_another_video_and_keep_the_first(make, release, arg
 
 
 def change_codec(folder: Path) -> None:
-    """A second codec that decodes other colours."""
+    """Replace the codec by one that decodes other colours."""
     from model.tiny_vae import TinyVAE
 
     codec = TinyVAE.from_pretrained(folder / "codec")
@@ -284,7 +284,7 @@ def test_the_records_of_a_listing_that_was_lost_come_back(make):
 
 
 def test_a_file_depends_on_prompt_seed_and_settings_alone(release, capsys):
-    """Three runs beside a busy loop here; `python scripts/repeat.py --runs 100 --busy 2` makes more."""
+    """This test makes three runs beside a busy loop. `python scripts/repeat.py --runs 100 --busy 2` makes more."""
     options = ["--config_path", release.config_path, "--prompt", "a cat", *SHORT]
     assert repeat.main(["--runs", "3", "--busy", "1", *options]) == 0
     assert "run 3 of 3: 1 different files" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every objective of configs/shapes teaches: after 30 steps a bad student's videos are nearer to what is asked for."""
+"""Every objective of configs/shapes works: 30 steps bring the videos of a bad student nearer to their prompts."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def pairs(world: World, tmp_path_factory) -> dict[str, Path]:
-    """Trajectories of the teacher, of whole clips and after clean context."""
+    """Give trajectories of the teacher: of whole clips, and of chunks after clean context."""
     folders = {"pairs": tmp_path_factory.mktemp("pairs"), "causal_pairs": tmp_path_factory.mktemp("causal_pairs")}
     for (_, folder), flags in zip(folders.items(), ([], ["--causal"]), strict=True):
         flags += ["--config_path", str(SHAPES_CONFIGS / "base.yaml"), "--count", "96", "--batch", "96"]

@@ -1,16 +1,17 @@
 """The core reproduces recordings of the official Self-Forcing code to 1e-4 relative.
 
-Deliberate departures (numerics.md), and how a test bridges each:
+Deliberate differences, and how the tests handle each of them:
 
-1. sigma = t / 1000 exactly. The official code looks levels up in a 1000-entry table, and converts the output of the
-   score models with the table of shift 8. :class:`OfficialDenoiser` and :class:`OfficialScore` do that here; levels
-   that lie on the table need no bridge.
-2. No context pass after the last chunk. Its random draw is left over, and the cached keys of the last chunk are not
-   compared.
-3. K/V of earlier chunks are detached. Gradients are compared with the detached variant where one is recorded;
-   elsewhere only those that the leak cannot reach: the head, and in the last block what follows its keys and values.
-4. Context noise 0 means clean. Training in the official code commits the context at the last tabled level, told to the
-   network as timestep 0; the tests ask for that level.
+1. sigma = t / 1000 exactly. The official code looks levels up in a table of 1000 entries, and it converts the output of
+   the score models with the table of shift 8. Here :class:`OfficialDenoiser` and :class:`OfficialScore` do the same.
+   Levels that are in the table need no special treatment.
+2. There is no context pass after the last chunk. So one random draw is not used, and the cached keys of the last chunk
+   are not compared.
+3. Keys and values of earlier chunks are detached. Gradients are compared with a recording of the detached variant if
+   there is one. Otherwise only gradients are compared that the leak cannot reach: those of the head, and in the last
+   block those of the layers after its keys and values.
+4. Context noise 0 means clean. The official training commits the context at the last level of its table, and the
+   network gets timestep 0. The tests ask for that level.
 """
 
 import pytest
@@ -46,7 +47,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE)
 
 
 def assert_same_gradients(module: Denoiser, case: dict, norms: dict, keep=lambda name: True, *, full: int) -> None:
-    """Norms of every kept parameter, and the ``full`` gradients that are recorded whole."""
+    """Compare the norms of the gradients of all kept parameters, and the `full` gradients that are recorded whole."""
     taken = gradients(module.transformer)
     names = {name.removeprefix("model."): norm for name, norm in norms.items() if keep(name.removeprefix("model."))}
     assert names and names.keys() <= taken.keys()
@@ -59,14 +60,14 @@ def assert_same_gradients(module: Denoiser, case: dict, norms: dict, keep=lambda
 
 
 def beyond_the_leak(name: str) -> bool:
-    """Whether no gradient through the keys and values of earlier chunks reaches this parameter."""
+    """Return whether no gradient through keys and values of earlier chunks reaches this parameter."""
     own = ("self_attn.q", "self_attn.norm_q", "self_attn.o", "norm3", "cross_attn.q", "cross_attn.norm_q", "ffn")
     return name.startswith(("head.", *(f"blocks.2.{part}" for part in (*own, "cross_attn.o"))))
 
 
 @pytest.fixture
 def inject(monkeypatch):
-    """Feed recorded draws to the rollout, in order; returns those that were not used."""
+    """Give a function that feeds recorded draws to the rollout in order. It returns the unused ones."""
 
     def feed(case: dict, names: slice = slice(None)) -> list[Tensor]:
         left = [case[key] for key in sorted(case) if "randn_like" in key][names]
@@ -175,7 +176,7 @@ def test_07_unipc_causal_sampling_with_guidance():
 
 
 def official_rollout(generator: Denoiser, noise: Tensor, embeds: Tensor, exit_step: int) -> Tensor:
-    """A training rollout that commits its context as the official code does (departure 4)."""
+    """Make a training rollout that commits its context as the official code does (difference 4)."""
     config = RolloutConfig(context_noise=last_level(generator.schedule))
     blocks = rollout(
         generator,
@@ -209,7 +210,7 @@ def test_08_self_forcing_rollout_and_its_gradients(checkpointing, inject):
 
 @pytest.fixture
 def scored(inject):
-    """Of a case: the generator, its video, both score models, and the arguments every loss shares."""
+    """Give a function that returns the generator of a case, its video, both score models, and the loss arguments."""
 
     def prepare(name: str):
         case, meta = load_case(name)

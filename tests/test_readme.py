@@ -1,6 +1,6 @@
-"""README.md cannot lie: its commands run one after the other, from a fresh copy, and each must make what it says.
+"""README.md is correct: its commands run one after the other in a fresh copy, and each makes the promised files.
 
-A command is made shorter only as SHORTER says. UNRUN says why a command is not run; it is checked in another way.
+SHORTER lists how commands are shortened. UNRUN says why a command is not run. Such a command is checked in another way.
 """
 
 import os
@@ -27,7 +27,7 @@ MOST_LINES = 200
 COMMANDS = read_commands(README)
 FIRST = "a large red circle moving up and right on a navy background-0.mp4"
 
-# Sizes of a README command that are made smaller here, and why.
+# Sizes in commands of the README that the tests reduce, with the reason.
 SHORTER = [
     (r"--num_output_frames (\d+)", "--num_output_frames 12", "45 frames show as well as more that a length is obeyed"),
     (r"--switch '4s:", "--switch '1s:", "within the shorter length"),
@@ -37,16 +37,16 @@ SHORTER = [
 
 @dataclass(frozen=True)
 class Run:
-    """What must be there after a command."""
+    """The expected result of a command."""
 
     files: tuple[str, ...] = ()
-    """Each matches at least one file that was not there before."""
+    """Patterns. Each one must match at least one new file."""
     says: str = ""
     frames: dict[str, int] = field(default_factory=dict)
     """Video -> its number of frames."""
 
 
-# Beginning of a command -> what it leaves.
+# Beginning of a command -> its expected result.
 RUNS = {
     "python inference.py": Run(
         ("videos/shapes/*.mp4", "videos/shapes/contact_sheet.png", "videos/shapes/config.yaml"),
@@ -62,7 +62,7 @@ RUNS = {
     ),
     "python -m trainer.report": Run(("logs/try/report.html",)),
 }
-# Beginning of a command -> why it is not run, after the checks of test_what_is_not_run_is_right_all_the_same.
+# Beginning of a command -> why it is not run. test_what_is_not_run_is_right_all_the_same checks it instead.
 UNRUN = {
     "pip install": "the tests run in the environment that it makes",
     "pytest": "these are the tests",
@@ -75,7 +75,7 @@ UNRUN = {
 
 
 def rule(command: Command, rules: dict) -> str | None:
-    """The longest beginning in ``rules`` that the command has."""
+    """Return the longest key of `rules` that the command begins with, or None."""
     return max((begin for begin in rules if f"{command.text} ".startswith(f"{begin} ")), key=len, default=None)
 
 
@@ -93,7 +93,7 @@ def shorter(text: str) -> str:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """As a reader has it: `python` is the one of these tests; HOME is empty."""
+    """Return the environment of a reader: `python` is that of these tests, and HOME is empty."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return clean | {"PATH": path, "HOME": str(home)}
@@ -101,7 +101,7 @@ def environment(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def after(tmp_path_factory) -> Callable[[int], tuple[Path, str, set[str]]]:
-    """Runs the README's commands up to one; gives the copy, what the last printed, and the files that it added."""
+    """Give a function that runs the first commands, and returns the copy, the last output and the new files."""
 
     def after(number: int) -> tuple[Path, str, set[str]]:
         if number < 0:
@@ -143,7 +143,7 @@ def test_every_command_is_run_or_has_its_reason():
 
 
 def test_no_command_is_answered_with_videos_of_another(after):
-    """All videos of the README are there in the end, each with its line in videos.jsonl."""
+    """In the end all videos of the README exist, each with its line in videos.jsonl."""
     copy, *_ = after(len(STEPS) - 1)
     for folder in (copy / "videos").iterdir():
         records = read_json_lines(folder / "videos.jsonl", dict, repair=False)
@@ -151,7 +151,7 @@ def test_no_command_is_answered_with_videos_of_another(after):
 
 
 def matching_download(words: list[str]) -> str:
-    """The command by which the program answers when what this command downloads is missing."""
+    """Return the command that the program names when the files of this download command are missing."""
     path = words[3] if words[3] != "--local-dir" else words[-1]
     return str(not_found(path)).partition("download it: ")[2]
 

@@ -1,4 +1,4 @@
-"""The scripts: evaluate.py measures and saves a table, make_ode_pairs.py keeps the states a student learns from."""
+"""evaluate.py measures and saves a table; make_ode_pairs.py stores the states from which a student learns."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ STEPS = [1000.0, 750.0, 500.0, 250.0]
 
 @pytest.fixture
 def measure(release, tmp_path):
-    """Runs evaluate.py on a part of the release and returns its folder."""
+    """Give a function that runs evaluate.py on a part of the release and returns the output folder."""
 
     def measure(part: str, *arguments: str, folder: str = "table") -> Path:
         flags = ["--config_path", release.config_path, "--output_folder", str(tmp_path / folder)]

@@ -1,4 +1,4 @@
-"""docs/objectives.md says where every value of configs/*.yaml comes from, and every key of the schema has a text."""
+"""docs/objectives.md names the source of every value in configs/*.yaml, and every key of the schema has a text."""
 
 import ast
 import inspect
@@ -25,14 +25,14 @@ SOURCE = re.compile(
 
 
 def shown(value: object) -> str:
-    """A value as the page writes it."""
+    """Return a value as the page writes it."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     text = text.removesuffix("\n...\n").strip()
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def own_values(text: str) -> dict[str, str]:
-    """Dotted key -> value of what a YAML file sets itself."""
+    """Return dotted key -> value for the keys that a YAML file itself sets."""
 
     def flat(values: dict, prefix: str):
         for key, value in values.items():
@@ -42,7 +42,7 @@ def own_values(text: str) -> dict[str, str]:
 
 
 def table(name: str) -> dict[str, tuple[str, str]]:
-    """Dotted key -> value and source, from the table of a configuration."""
+    """Return dotted key -> value and source from the table of a configuration."""
     section = PAGE.partition(f"### `configs/{name}.yaml`\n")[2].partition("\n### ")[0]
     return {
         key: (value, source)
@@ -76,7 +76,7 @@ def test_the_page_lists_every_method_and_every_configuration_of_the_shapes_world
 
 
 def schemas(schema: type, prefix: str = "") -> dict[str, type]:
-    """Dotted section -> dataclass, of a schema and everything inside it."""
+    """Return dotted section -> dataclass for a schema and all its sections."""
     found = {prefix: schema}
     for field in fields(schema):
         hint = get_type_hints(schema)[field.name]
@@ -88,7 +88,7 @@ def schemas(schema: type, prefix: str = "") -> dict[str, type]:
 
 @pytest.mark.parametrize(("prefix", "schema"), schemas(Config).items(), ids=lambda value: str(value))
 def test_every_key_has_a_text(prefix, schema):
-    """A string after each field, or for a section the docstring of its dataclass."""
+    """Each field has a docstring. For a section, the docstring of its dataclass counts."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(schema))).body[0].body
     pairs = zip(body, [*body[1:], None], strict=True)
     for node, following in pairs:

@@ -1,4 +1,4 @@
-"""train.py from the command line: every objective trains, samples, saves and leaves a model that inference.py loads."""
+"""train.py from the command line: every objective trains, samples, saves and writes a model that inference.py loads."""
 
 import math
 import os
@@ -52,7 +52,7 @@ LOADED = {"generator": "generator.weights", "codec": "codec.weights", "text_enco
 
 @pytest.fixture(scope="session")
 def run_folder(release, tmp_path_factory) -> Callable[[str], Path]:
-    """Gives the folder of a run of RUNS, after two trainings from the same start into `first` and `second`."""
+    """Give a function that returns the folder of a run of RUNS with two equal trainings, `first` and `second`."""
 
     def make_pairs(_: Path) -> None:
         assert make_ode_pairs.main(["--config_path", release.config_path, "--count", "4", "--solver_steps", "4"]) == 0
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(release, tmp_path, cap
 
 
 def test_a_disk_that_is_full_ends_no_training(release, tmp_path):
-    """In a process of its own, in which no file may grow beyond 20 kB while the second checkpoint is written."""
+    """A new process trains. No file may grow beyond 20 kB while it writes the second checkpoint."""
     script = (
         "import resource, sys\n"
         "sys.path.insert(0, sys.argv.pop(1))\n"

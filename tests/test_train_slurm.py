@@ -1,4 +1,4 @@
-"""scripts/train.slurm, with stand-ins for Slurm's commands: every task learns its place, unfinished jobs requeue."""
+"""scripts/train.slurm with fake Slurm commands: every task gets its rank, and unfinished jobs are queued again."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""--vbench makes five videos a prompt in VBench's names, measures drift, cuts clips, and hands over to VBench."""
+"""--vbench makes five videos for each prompt with VBench's names, measures drift, cuts clips, and calls VBench."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Shows a thread that hangs: each thread says when it begins and ends a piece of work."""
+"""Find a thread that hangs: each thread marks when it begins and ends a piece of work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class BusyTimes:
-    """Remembers since when each thread has been at its present piece of work. Threads may share it."""
+    """Remembers when each thread began its present piece of work. Several threads may use one object."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

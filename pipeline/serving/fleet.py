@@ -1,7 +1,7 @@
-"""The part of a fleet that each replica has: the cookie that brings a browser back to it, and its folder for clips.
+"""The parts of a fleet in each replica: the cookie that brings a browser back to it, and its folder for clips.
 
-A fleet is several servers behind one address (scripts/serve_fleet.py). A session, its images and its clips live in the
-replica that made them.
+A fleet is a group of servers behind one address (scripts/serve_fleet.py). Only the replica that made a session has its
+image and its clips.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def replica_of(cookie: str) -> str | None:
 
 
 class Sticky:
-    """ASGI middleware whose answers ask the browser to come back to this replica.
+    """ASGI middleware that sets a cookie, so that the browser comes back to this replica.
 
     Args:
-        app: what is served.
+        app: the application.
         replica: the name of this replica.
         root_path: the path below which a proxy shows the site, such as "/wan".
     """
@@ -88,12 +88,12 @@ class SmallMessages:
 
 @contextmanager
 def claimed_folder(parent: Path) -> Iterator[Path]:
-    """Hold a folder of this machine's that no other replica uses: ``parent/HOST-0`` or the next free one.
+    """Lock a folder that no other replica of this machine uses: ``parent/HOST-0`` or the next free one.
 
-    A replica that takes the place of another gets its folder, so folders do not pile up.
+    A replica that replaces another one gets its folder, so the number of folders does not grow.
 
     Raises:
-        UserError: the folder cannot be written, or all are in use.
+        UserError: the folder cannot be written, or all folders are in use.
     """
     with ExitStack() as stack:
         for number in range(MOST_REPLICAS):

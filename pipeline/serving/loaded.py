@@ -1,6 +1,6 @@
-"""The loaded model of the demo: its parts, another precision of its denoiser, and the sessions made with them.
+"""The loaded model of the demo: its parts, one more precision of its denoiser, and the sessions that use them.
 
-``models.py`` imports this module on the loading thread, because torch takes seconds and the page is shown before.
+``models.py`` imports this module on the loading thread. Importing torch takes seconds, and the page is there before.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ class LoadedModel:
     """The parts of a model. All streams share them."""
 
     def __init__(self, source: ModelSource, report: Callable[[str, float], None]) -> None:
-        """Load and warm up. `report` gets what is being done and the share that is done.
+        """Load and warm up the model. `report` gets the stage as text and the finished share in [0, 1].
 
         Raises:
-            UserError: something is missing or damaged.
+            UserError: a file is missing or damaged.
         """
         report("reading the configuration", 0.4)
         config = load_pipeline_config(source.config_path, source.overrides)
         if source.download:
             download_weights(config)
-        # Visitors type freely: what they type should not fill the disk.
+        # The prompts of visitors are not stored, because they could fill the disk.
         self.config = config = replace(config, text_encoder=replace(config.text_encoder, cache=None))
         self.examples = read_prompts(config.inference.data_path)[:MOST_EXAMPLES]
         self.device = resolve_device(config.device)
         self._dtype = resolve_dtype(config.dtype, self.device)
         self._average = config.generator.average(source.use_ema)
         self._lock = threading.Lock()
-        self._special: tuple[str, bool, Denoiser] | None = None  # the last precision asked for beside the model's own
+        self._special: tuple[str, bool, Denoiser] | None = None  # the latest precision besides the model's own
         share_cores(self.device)  # between denoising and decoding
         parts = {"device": self.device, "dtype": self._dtype, "use_ema": self._average}
         chosen = memory.plan(config, interactive=True, **parts)
@@ -85,7 +85,7 @@ class LoadedModel:
 
     @property
     def precisions(self) -> list[str]:
-        """The precisions on offer."""
+        """The precisions that the model offers."""
         return offered_precisions(self.device)
 
     @property
@@ -99,7 +99,7 @@ class LoadedModel:
         return StreamSpec(self.examples[0], video.height, video.width, video.fps, decoder=decoder, scale=video.scale)
 
     def is_prepared(self, spec: StreamSpec) -> bool:
-        """Whether the denoiser that a stream needs is in memory."""
+        """Return whether the denoiser that a stream needs is in memory."""
         wanted, special = (spec.precision, spec.compiled), self._special
         return wanted == (FULL_PRECISION, False) or (special is not None and special[:2] == wanted)
 
@@ -112,7 +112,7 @@ class LoadedModel:
         self._warm_up(replace(spec, image=None))
 
     def open(self, spec: StreamSpec) -> StreamSession:
-        """Begin a stream."""
+        """Open the session of a stream."""
         image = None if spec.image is None else load_image(io.BytesIO(spec.image), spec.height, spec.width)[None]
         request = StreamRequest(
             prompt=spec.prompt,
@@ -155,18 +155,18 @@ class LoadedModel:
         if special is not None and special[:2] == (spec.precision, spec.compiled):
             denoiser = special[2]
         elif (spec.precision, spec.compiled) != (FULL_PRECISION, False):
-            raise UserError("another precision was asked for meanwhile: start again")
+            raise UserError("another visitor has changed the precision in the meantime; start again")
         return replace(base, denoiser=denoiser, codec=self._codecs[spec.decoder])
 
     def _warm_up(self, spec: StreamSpec) -> None:
-        """Make one chunk, so that no viewer waits for what happens once."""
+        """Make one chunk, so that no viewer waits for work that happens only once."""
         session = self.open(spec)
         session.decode(session.denoise())
         session.stop()
 
 
 def offered_precisions(device: torch.device) -> list[str]:
-    """The model's own, and those that make a difference on a device and that torchao is there for."""
+    """Return the model's own precision, and on CUDA with torchao the 8-bit ones that the device supports."""
     if device.type != "cuda" or importlib.util.find_spec("torchao") is None:
         return [FULL_PRECISION]
     fp8 = ["fp8"] if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY else []

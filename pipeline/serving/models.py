@@ -1,4 +1,4 @@
-"""The model of a configuration as the server wants it: its choices, sessions and commands. It imports no torch."""
+"""The model as the server uses it: its choices, its sessions, and the commands of clips. It does not import torch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from pipeline.stream import LatentChunk
 
 MOST_STEPS = 8
-SMALLEST_HALF = 240  # side in pixels below which half a size is not offered
-STYLES = {  # of a prompt switch, with what each does
-    "recache": "keeps the scene, read anew with the new prompt",
-    "blend": "passes to the new prompt over a few chunks",
-    "keep": "keeps the scene as it was seen",
-    "cut": "starts a new scene",
+SMALLEST_HALF = 240  # pixels; half a size is offered only if its shorter side has at least this many
+STYLES = {  # style of a prompt switch -> its text on the page
+    "recache": "keeps the scene and reads it again with the new prompt",
+    "blend": "keeps the scene and changes to the new prompt over a few chunks",
+    "keep": "keeps the scene unchanged; only new chunks follow the new prompt",
+    "cut": "forgets the scene and starts a new one",
 }
 
 
@@ -45,14 +45,14 @@ class Models:
         self._loaded: LoadedModel
 
     def load(self, report: Callable[[str, float], None]) -> None:
-        """Import, load and warm up. Raises UserError for what is missing or damaged."""
+        """Import, load and warm up the model. Raises UserError if a file is missing or damaged."""
         report("importing torch", 0.1)
         from pipeline.serving.loaded import LoadedModel
 
         self._loaded = LoadedModel(self._source, report)
 
     def options(self) -> dict[str, Any]:
-        """See docs/api.md."""
+        """Return the choices of a stream, as docs/api.md lists them."""
         config = self._loaded.config
         steps = most_steps(config.rollout.denoising_steps)
         loaded = self._loaded
@@ -68,7 +68,7 @@ class Models:
             "temporal_scale": loaded.base.codec.temporal_scale,
             "decoders": loaded.decoders,
             "precisions": loaded.precisions,
-            "compile": loaded.device.type == "cuda",  # where it pays
+            "compile": loaded.device.type == "cuda",  # on a CPU it gains nothing
             "styles": STYLES,
             "longest_prompt": LONGEST_PROMPT,
             "most_fps": MOST_FPS,
@@ -78,7 +78,7 @@ class Models:
         }
 
     def spec(self, message: Start, image: bytes | None) -> StreamSpec:
-        """A checked request. Raises UserError for what is not on offer."""
+        """Return the checked request. Raises UserError for a choice that the model does not offer."""
         loaded, config = self._loaded, self._loaded.config
         size = (message.height or config.video.height, message.width or config.video.width)
         check_offered("height, width", size, self._sizes())
@@ -113,23 +113,23 @@ class Models:
         )
 
     def is_prepared(self, spec: StreamSpec) -> bool:
-        """Whether the denoiser that a stream needs is in memory."""
+        """Return whether the denoiser that a stream needs is in memory."""
         return self._loaded.is_prepared(spec)
 
     def prepare(self, spec: StreamSpec) -> None:
-        """Load what a stream needs and is not there yet; streams that run go on meanwhile, with what they have."""
+        """Load the denoiser that a stream needs, if it is not there yet. Running streams keep theirs and go on."""
         self._loaded.prepare(spec)
 
     def open(self, spec: StreamSpec) -> StreamSession:
-        """Begin a stream."""
+        """Open the session of a stream."""
         return self._loaded.open(spec)
 
     def denoise_batch(self, sessions: list[StreamSession]) -> list[LatentChunk | None]:
-        """The next chunks of several sessions, made as a batch."""
+        """Make the next chunks of several sessions as one batch."""
         return self._loaded.denoise_batch(sessions)
 
     def command(self, spec: StreamSpec, cues: Sequence[Cue], latents: int, clip: Path) -> list[str]:
-        """Arguments of the command that makes the first latent frames of a stream again; see ``clips.Gallery``."""
+        """Return the arguments of the command that makes a clip again; see ``clips.Gallery``."""
         video = self._loaded.config.video
         source = f"--prompt={spec.prompt}" if spec.image is None else f"--data_path={clip.with_suffix('.jsonl')}"
         command = ["python", "inference.py", *self._source.arguments, source]
@@ -148,7 +148,7 @@ class Models:
         return [*command, *(["optimize.compile=default"] if spec.compiled else [])]
 
     def _sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths on offer: the model's own, turned, square, and half as large where that is not tiny."""
+        """Return the offered sizes: the model's own, portrait, square, and the halves of these if they are not tiny."""
         rows, columns = self._loaded.token_size
         height, width = self._loaded.config.video.height, self._loaded.config.video.width
         side = round((height * width) ** 0.5)
@@ -159,7 +159,7 @@ class Models:
 
 
 def switch_arguments(cues: Sequence[Cue], storyboard: Path) -> list[str]:
-    """The inference.py arguments of the same switches: one each if all have one style, else a storyboard."""
+    """Return the arguments of inference.py for the same switches. If their styles differ, a storyboard is needed."""
     styles = {cue.style for cue in cues}
     if len(styles) > 1 or any(cue.settings for cue in cues):
         return [f"--storyboard={storyboard}"]
@@ -168,6 +168,6 @@ def switch_arguments(cues: Sequence[Cue], storyboard: Path) -> list[str]:
 
 
 def check_offered(name: str, value: Any, offered: Sequence[Any]) -> None:
-    """Raise UserError for a value that is not on offer."""
+    """Raise UserError if a value is not among the offered ones."""
     if value not in offered:
-        raise UserError(f"{name}={value} is not on offer; choose from {', '.join(map(str, offered))}")
+        raise UserError(f"{name}={value} is not possible; choose from {', '.join(map(str, offered))}")

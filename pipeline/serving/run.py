@@ -1,4 +1,4 @@
-"""A run of demo.py once its arguments are read: who may come in, the page, the model behind it, and the end."""
+"""Run demo.py after its arguments are read: check access, serve the page, load the model, and end on a signal."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ log = logging.getLogger("demo")
 KEYS = {"checkpoint_path": "generator.weights"}
 """Options that set a key of the configuration: option -> key."""
 LARGEST_MESSAGE = 128 * 1024  # bytes of a WebSocket message from a client
-PING_SECONDS = 20  # between pings of a WebSocket, and until one without an answer is closed
-BACKLOG = 64  # connections that are accepted in one go, so that a flood cannot use up the files of the process
+PING_SECONDS = 20  # between two pings of a WebSocket, and the time that an answer may take
+BACKLOG = 64  # connections that are accepted at a time, so that a flood cannot use up the files of the process
 ROOT_PATH = re.compile(r"(/[\w.~-]+)*")
 
 
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace, stop: Stopper) -> None:
     """Serve until a signal asks for the end.
 
     Raises:
-        UserError: the arguments do not fit together, the port is taken, the folder is in use, or no model loads.
+        UserError: the arguments contradict each other, the port or the folder is in use, or the model cannot be loaded.
     """
     access = check(args)
     listener = listen(args.host, args.port)
@@ -56,13 +56,13 @@ def main(args: argparse.Namespace, stop: Stopper) -> None:
 
 
 def check(args: argparse.Namespace) -> Access:
-    """Refuse mistakes before anything starts; returns who may come in."""
+    """Check the arguments before anything starts. Return who may use the server. Raises UserError."""
     open_to_others = args.host not in LOOPBACK or args.share
     if open_to_others and not args.auth and not args.insecure:
         asked = "--share" if args.share else f"--host {args.host}"
-        raise UserError(f"{asked} lets others in: add --auth user:password, or --insecure to let anyone in")
+        raise UserError(f"{asked} lets others use the demo: add --auth user:password, or --insecure to allow anyone")
     if not all(all(account.partition(":")) for account in args.auth or []):
-        raise UserError("--auth is not of the form user:password")
+        raise UserError("--auth must be of the form user:password")
     merged_overrides(args, KEYS)
     if args.max_viewers < 1:
         raise UserError(f"--max-viewers {args.max_viewers} must be at least 1")
@@ -86,7 +86,7 @@ def check(args: argparse.Namespace) -> Access:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket: a port that is taken is found out before anything loads."""
+    """Return a bound socket, before anything loads. Raises UserError if the port is in use."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
@@ -95,10 +95,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(args: argparse.Namespace, access: Access, listener: socket.socket, stop: Stopper) -> None:
-    """Serve until a signal asks for the end. Raises UserError if the model does not load."""
+    """Serve until a signal asks for the end. Raises UserError if the model cannot be loaded."""
 
     def end() -> None:
-        runner.should_exit = True  # uvicorn's own way to be asked
+        runner.should_exit = True  # asks uvicorn to end
 
     address = listener.getsockname()[:2]
     server = build_server(args)
@@ -120,10 +120,10 @@ def serve(args: argparse.Namespace, access: Access, listener: socket.socket, sto
 
 
 def make_runner(app: ASGIApp, door: Door, proxies: list[str]) -> uvicorn.Server:
-    """What serves an application, with bounded messages and connections, and finds out about clients that vanished."""
+    """Return the server of an application. It limits messages and connections, and notices clients that vanished."""
 
     class Runner(uvicorn.Server):
-        def capture_signals(self):  # the caller does
+        def capture_signals(self):  # the caller handles signals
             return nullcontext()
 
     return Runner(
@@ -140,13 +140,13 @@ def make_runner(app: ASGIApp, door: Door, proxies: list[str]) -> uvicorn.Server:
             ws_max_size=LARGEST_MESSAGE,
             ws_ping_interval=PING_SECONDS,
             ws_ping_timeout=PING_SECONDS,
-            ws_per_message_deflate=False,  # frames are compressed already, and a stranger's zip may be a bomb
+            ws_per_message_deflate=False,  # frames are compressed already, and compressed messages may be bombs
         )
     )
 
 
 def build_server(args: argparse.Namespace, *, greeting: str = "") -> Server:
-    """The model (not loaded yet), the hub and the gallery. ``greeting`` is for clients of another server."""
+    """Return the server with its model (not loaded yet), hub and gallery. `greeting`: a notice for each new client."""
     source = ModelSource(
         args.config_path, args.checkpoint_path, tuple(args.overrides), args.use_ema, args.download, args.tiny_decoder
     )
@@ -157,7 +157,7 @@ def build_server(args: argparse.Namespace, *, greeting: str = "") -> Server:
 
 
 def announce(args: argparse.Namespace, address: tuple[str, int]) -> None:
-    """Say where the page is, open it where there is a desktop, and share it if asked to."""
+    """Log the address of the page, open it if there is a desktop, and share it if that was asked for."""
     host, port = address
     shown = f"[{host}]" if ":" in host else host
     log.info("open http://%s:%d", shown, port)
@@ -170,5 +170,5 @@ def announce(args: argparse.Namespace, address: tuple[str, int]) -> None:
 
 
 def has_desktop() -> bool:
-    """Whether a browser window can open here."""
+    """Return whether a browser window can open here."""
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

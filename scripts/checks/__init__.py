@@ -1,1 +1,1 @@
-"""What doctor.py finds out about a machine, and what it tries there."""
+"""The facts that doctor.py collects about a machine, and the checks that it runs there."""

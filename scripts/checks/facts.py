@@ -1,4 +1,4 @@
-"""Facts about this machine: hardware, versions, packages, kernels, and the memory that videos take."""
+"""Facts about this machine: hardware, versions, packages, kernels, and the memory that videos need."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def hardware(device: torch.device) -> dict[str, str]:
-    """Name -> value: system, processor, memory, graphics card, driver and versions."""
+    """Return name -> value: system, processor, memory, graphics card, driver and versions."""
     facts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": cpu_name(),
@@ -45,14 +45,14 @@ def hardware(device: torch.device) -> dict[str, str]:
 
 
 def compiler(device: torch.device) -> str | None:
-    """What torch.compile needs to make code for this device; None if it is missing."""
+    """Return the compiler that torch.compile uses for this device; None if it is missing."""
     if device.type == "cuda":
         return f"triton {installed('triton')}" if installed("triton") else None
     return shutil.which("g++") or shutil.which("clang++")
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package."""
+    """Return the version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -60,12 +60,12 @@ def installed(package: str) -> str | None:
 
 
 def packages() -> dict[str, str]:
-    """Optional and required package -> version."""
+    """Return package -> version, for required and optional packages."""
     return {name: installed(name) or "-" for name in PACKAGES}
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Attention kernel -> whether it can run here, and which one ``auto`` takes."""
+    """Return attention kernel -> whether it can run here, and "auto" -> the kernel that it uses."""
     lines = {}
     chosen = resolve_backend(AttentionBackend.auto, device, dtype)
     for backend in AttentionBackend:
@@ -74,13 +74,13 @@ def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         lacking = missing(backend, device, dtype)
         lines[backend.value] = "can run" if lacking is None else f"needs {lacking}"
     text = "" if chosen.for_text() is chosen else f", and {chosen.for_text().value} for prompts"
-    return {"auto": f"takes {chosen.value}{text}: the fastest that can run with {dtype}", **lines}
+    return {"auto": f"uses {chosen.value}{text}: the fastest that can run with {dtype}", **lines}
 
 
 def memory_profile(config: PipelineConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The memory profile that videos of a configuration get here, or why they do not fit.
+    """Return the memory profile for videos of a configuration on this machine, or why they do not fit.
 
-    Without weights on disk, sizes are those of the preset, and prompts are taken to be embedded already.
+    If the weights are not on disk, the sizes of the preset are used, and the prompts count as already embedded.
     """
     try:
         return memory.plan(config, device=device, dtype=dtype).line
@@ -95,7 +95,7 @@ def memory_profile(config: PipelineConfig, device: torch.device, dtype: torch.dt
 
 
 def preset_sizes(config: PipelineConfig, device: torch.device, dtype: torch.dtype) -> memory.Sizes:
-    """Sizes of full-size parts of which no file is there."""
+    """Return the sizes of full-size parts whose files are missing."""
     sizes = PRESETS[config.generator.preset]
     with torch.device("meta"):
         transformer = WanTransformer(sizes).to(dtype)

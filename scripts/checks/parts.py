@@ -1,4 +1,4 @@
-"""Tiny parts of a pipeline with random weights, the same on every device.
+"""Tiny parts of a pipeline with random weights, which are the same on every device.
 
 Shapes: B batch, F latent frames, C channels, H W latent size, L text tokens, E text channels.
 """
@@ -33,7 +33,7 @@ FRAMES = 9
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers [shape] on the CPU."""
+    """Return standard normal numbers [shape] on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -41,25 +41,25 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def _denoiser() -> Denoiser:
     transformer = WanTransformer(SIZES)
     transformer.reset_parameters(torch.Generator().manual_seed(0))
-    with torch.no_grad():  # a head that starts at zero would hide everything before it
+    with torch.no_grad():  # a head of zeros would hide all differences before it
         transformer.head.head.weight.copy_(0.05 * random(*transformer.head.head.weight.shape, seed=1))
     return Denoiser(transformer, FlowMatching(5.0))
 
 
 def tiny_denoiser(device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """A denoiser to train, with the same weights each time."""
+    """Return a denoiser to train. Its weights are the same each time."""
     return copy.deepcopy(_denoiser()).to(device, dtype)
 
 
 def prepared_denoiser(device: torch.device, dtype: torch.dtype, **options) -> Denoiser:
-    """A denoiser for inference; options are those of :class:`OptimizeConfig`."""
+    """Return a denoiser for inference. The options are those of :class:`OptimizeConfig`."""
     denoiser = tiny_denoiser(device, dtype).eval()
     optimize(denoiser.transformer, OptimizeConfig(**options))
     return denoiser
 
 
 def tiny_codec(kind: str, device: torch.device, dtype: torch.dtype) -> VideoCodec:
-    """A Wan VAE ("wan") or a TinyVAE ("tiny") of few channels."""
+    """Return a Wan VAE ("wan") or a TinyVAE ("tiny") with few channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         if kind == "wan":
@@ -70,26 +70,26 @@ def tiny_codec(kind: str, device: torch.device, dtype: torch.dtype) -> VideoCode
 
 
 class FixedPrompts:
-    """Stands in for a text encoder: the embeddings of a prompt follow from its length."""
+    """Replaces a text encoder. The embeddings of a prompt depend only on its length."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """Embeddings [B L E] of B prompts."""
+        """Return the embeddings [B L E] of B prompts."""
         embeds = [random(SIZES.text_len, SIZES.text_dim, seed=len(prompt)) for prompt in prompts]
         return torch.stack(embeds).to(self.like)
 
 
 def tiny_pipeline(denoiser: Denoiser, kind: str) -> TextToVideo:
-    """A pipeline of tiny parts around a denoiser."""
+    """Return a pipeline of tiny parts with the given denoiser."""
     like = denoiser.transformer.patch_embedding.weight
     return TextToVideo(denoiser, FixedPrompts(like), tiny_codec(kind, like.device, like.dtype), RULES)
 
 
 @torch.no_grad()
 def rolled_out(denoiser: Denoiser, frames: int = FRAMES, **changes) -> Tensor:
-    """Latents [1 F C H W] of a clip, float32 on the CPU; ``changes`` are of :class:`RolloutConfig`."""
+    """Return the latents [1 F C H W] of a clip, float32 on the CPU. `changes` are keys of :class:`RolloutConfig`."""
     like = denoiser.transformer.patch_embedding.weight
     noise = random(1, frames, SIZES.in_dim, *LATENT, seed=3).to(like)
     embeds, cache = FixedPrompts(like).encode(["a prompt"]), KVCache(SIZES.num_layers)
@@ -100,10 +100,10 @@ def rolled_out(denoiser: Denoiser, frames: int = FRAMES, **changes) -> Tensor:
 
 @lru_cache(maxsize=4)
 def reference(frames: int = FRAMES) -> Tensor:
-    """The clip that the CPU makes in float32, without any option."""
+    """Return the clip that the CPU makes in float32 without any option."""
     return rolled_out(prepared_denoiser(torch.device("cpu"), torch.float32, fuse_qkv=False), frames)
 
 
 def difference(mine: Tensor, other: Tensor) -> float:
-    """Relative difference of two tensors, ``|mine - other| / |other|``."""
+    """Return the relative difference of two tensors, ``|mine - other| / |other|``."""
     return ((mine.double() - other.double()).norm() / other.double().norm()).item()

@@ -1,7 +1,7 @@
-"""Small tests of every path that a device may take: each compares with the CPU in float32, within a stated bound.
+"""Small checks of every code path on a device. Each compares with the CPU in float32, within a stated bound.
 
-A check is a function that returns what it saw in words. It raises CheckFailed or any other error if something is
-wrong, and Skipped if the device or a package lacks what it needs.
+A check is a function that returns its result in words. It raises CheckFailed or another error if the result is wrong,
+and Skipped if the device or a package cannot run it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LEVELS = {torch.float32: 0.5, torch.bfloat16: 6.0}
 """Largest mean difference of pixels, in levels of 255."""
 KERNEL_BOUND, EIGHT_BIT_BOUND = 0.02, 0.1
 GRAPHS = 6
-"""The most graphs that a rollout needs: first, growing and full window, each denoised and committed."""
+"""The most graphs that a rollout needs: for a first chunk, a growing and a full window, to denoise and to commit."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,7 +59,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """Something to try."""
+    """A check and its name."""
 
     name: str
     run: Callable[[], str]
@@ -67,7 +67,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check."""
+    """The result of a check."""
 
     name: str
     state: str
@@ -79,12 +79,12 @@ class Outcome:
         return f"{self.state:8}{self.name:44}{self.seconds:6.1f} s  {self.detail}"
 
     def as_dict(self) -> dict[str, str | float]:
-        """For JSON."""
+        """Return the outcome for JSON."""
         return asdict(self)
 
 
 def perform(check: Check) -> Outcome:
-    """Run a check; whatever it raises is part of the outcome."""
+    """Run a check. An error becomes part of the outcome."""
     begin = time.perf_counter()
     try:
         state, detail = "ok", check.run()
@@ -97,7 +97,7 @@ def perform(check: Check) -> Outcome:
 
 
 def all_checks(device: torch.device) -> Iterator[Check]:
-    """Every check for a device, in the order in which they build on each other."""
+    """Yield every check for a device. A check comes after the checks whose parts it uses."""
     kernels = [backend for backend in AttentionBackend if backend is not AttentionBackend.auto]
     for backend in kernels:
         yield Check(f"attention kernel {backend.value}", partial(check_kernel, device, backend))
@@ -118,14 +118,14 @@ def all_checks(device: torch.device) -> Iterator[Check]:
 
 
 def within(value: float, bound: float, what: str = "relative difference") -> str:
-    """Say how large a difference is; raise CheckFailed if it is above its bound."""
+    """Return a text about a difference. Raises CheckFailed if it is above its bound."""
     if not value <= bound:
         raise CheckFailed(f"{what} {value:.2g} is above {bound:g}")
     return f"{what} {value:.2g} (at most {bound:g})"
 
 
 def check_kernel(device: torch.device, backend: AttentionBackend) -> str:
-    """A kernel against the products and the softmax written out."""
+    """Compare an attention kernel with plain matrix products and a softmax."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lacking = missing(backend, device, dtype)
     if lacking is not None:
@@ -138,7 +138,7 @@ def check_kernel(device: torch.device, backend: AttentionBackend) -> str:
 
 
 def check_triton(device: torch.device) -> str:
-    """Norms of the denoiser and of the Wan VAE by the opt-in Triton kernels, against the plain ones on the CPU."""
+    """Compare the optional Triton kernels for norms of the denoiser and the Wan VAE with the plain ones on the CPU."""
     norm, conv = LayerNorm(1536, 1e-6, elementwise_affine=False), CausalConv(96, 96)
     x, signals, frames = random(1, 3, 40, 1536), random(1, 3, 2, 1536, seed=1), random(2, 6, 8, 96, seed=2)
     shift, scale = signals[:, :, :, None].unbind(2)
@@ -157,7 +157,7 @@ def check_triton(device: torch.device) -> str:
 
 
 def check_mask(device: torch.device) -> str:
-    """Block-causal attention, on CUDA by flex_attention, against the CPU."""
+    """Compare block-causal attention (on CUDA with flex_attention) with the CPU."""
     mask = block_causal_mask(6, 3, window=4, sink=1)
     q, k, v = (random(1, 6 * 24, 2, 64, seed=seed) for seed in range(3))
     expected = attention(q, k, v, mask=mask)
@@ -166,7 +166,7 @@ def check_mask(device: torch.device) -> str:
 
 
 def check_threads(device: torch.device) -> str:
-    """The denoiser's kernel in one thread and the attention of the Wan VAE (one head of 384) in another."""
+    """Run the denoiser's kernel in one thread and the attention of the Wan VAE (one head of 384) in another."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     backend = resolve_backend(AttentionBackend.auto, device, dtype)
     q = random(1, 256, 2, 128).to(device, dtype)
@@ -192,12 +192,12 @@ def check_threads(device: torch.device) -> str:
 
 
 def check_rollout(device: torch.device, dtype: torch.dtype) -> str:
-    """A clip over a rolling window."""
+    """Compare a clip with a rolling window with that of the CPU."""
     return within(difference(rolled_out(prepared_denoiser(device, dtype)), reference()), BOUNDS[dtype])
 
 
 def check_compiled(device: torch.device, dtype: torch.dtype) -> str:
-    """The same clip by compiled blocks: few graphs, and none for the next clip."""
+    """Compare the clip of compiled blocks with that of the CPU. They need few graphs, and none for the next clip."""
     require_compiler(device)
     denoiser = prepared_denoiser(device, dtype, compile=CompileMode.default)
     counters.clear()
@@ -211,25 +211,25 @@ def check_compiled(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check_session(device: torch.device, kind: str, dtype: torch.dtype) -> str:
-    """Pixels of a stream, decoded on another thread."""
+    """Compare the pixels of a stream, which another thread decodes, with those of the CPU."""
     frames = streamed(device, kind, dtype)
     expected = streamed(torch.device("cpu"), kind, torch.float32)
     return within((frames - expected).abs().mean().item(), LEVELS[dtype], "mean difference in levels")
 
 
 def streamed(device: torch.device, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """The frames [F H W 3] of a session, as float32."""
+    """Return the frames [F H W 3] of a session as float32."""
     pipeline = tiny_pipeline(prepared_denoiser(device, dtype), kind)
     return torch.cat([chunk.frames for chunk in StreamSession(pipeline, small_request("a prompt"))]).float()
 
 
 def small_request(prompt: str) -> StreamRequest:
-    """A short stream."""
+    """Return the request of a short stream."""
     return StreamRequest(prompt, 8 * LATENT[0], 8 * LATENT[1], num_frames=2 * RULES.frames_per_chunk)
 
 
 def check_two_sessions(device: torch.device, mode: CompileMode) -> str:
-    """Two streams whose passes take turns make what each makes alone."""
+    """Check that two streams that take turns make the same latents as each stream alone."""
     if mode is CompileMode.cudagraphs and device.type != "cuda":
         raise Skipped("needs a CUDA device")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -246,13 +246,13 @@ def check_two_sessions(device: torch.device, mode: CompileMode) -> str:
 
 
 def latents_of(pipeline: TextToVideo, prompt: str) -> Iterator[torch.Tensor]:
-    """The chunks of latents of a session, each made when it is asked for; float32 on the CPU."""
+    """Yield the latents of a session chunk by chunk, float32 on the CPU. Each chunk is made when it is asked for."""
     session = StreamSession(pipeline, small_request(prompt))
     return (block.latents.float().cpu() for block in iter(session.denoise, None))
 
 
 def check_training(device: torch.device, compiled: bool) -> str:
-    """A generator and a critic step: losses and updated weights against the CPU."""
+    """Compare the losses before and after one training step with those of the CPU."""
     if compiled:
         require_compiler(device)
         if device.type != "cuda":

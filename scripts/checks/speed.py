@@ -1,4 +1,4 @@
-"""The table of doctor.py --benchmark: measurements of benchmark.py, with random weights of full size on a GPU."""
+"""The table of doctor.py --benchmark: measurements of benchmark.py, on a GPU with random weights of full size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def rows(device: torch.device) -> Iterator[Row]:
-    """What is measured on a device."""
+    """Yield the measurements for a device."""
     if device.type == "cuda":
         yield Row(FULL_ROW, "inference", FULL)
         yield Row(COMPILED_ROW, "inference", FULL, COMPILED)
@@ -55,7 +55,7 @@ def rows(device: torch.device) -> Iterator[Row]:
 
 
 def measure_row(row: Row, device: torch.device) -> Figures:
-    """The figures of a row, by the names that benchmark.py gives them."""
+    """Return the figures of a row, named as in benchmark.py."""
     config = load_pipeline_config(row.config_path, row.overrides)
     bench = Bench(config, device, config_path=row.config_path, repeats=row.repeats, random_weights=True)
     figures = make_measurement(row.name, bench)

@@ -1,4 +1,4 @@
-"""One step of Self Forcing on tiny parts: rollout with gradient, distribution matching, critic, optimizers."""
+"""One step of Self Forcing with tiny parts: rollout with gradient, distribution matching, critic, optimizers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RULES = RolloutConfig(denoising_steps=[1000.0, 500.0])
 def training_losses(
     make: Callable[[torch.device, torch.dtype], Denoiser], device: torch.device, *, compiled: bool
 ) -> list[float]:
-    """The losses of generator and critic before and after one AdamW step of both, in float32."""
+    """Return the losses of generator and critic, before and after one AdamW step of both, in float32."""
     student, teacher, critic = (make(device, torch.float32) for _ in range(3))
     teacher.requires_grad_(False)
     if compiled:
         for denoiser in (student, teacher, critic):
             compile_blocks(denoiser.transformer, CompileMode.default)
     optimizers = [torch.optim.AdamW(denoiser.parameters(), lr=1e-3) for denoiser in (student, critic)]
-    with torch.no_grad():  # else real and fake score agree, and nothing is learned
+    with torch.no_grad():  # else real and fake score are equal, and the loss has no gradient
         critic.transformer.head.head.weight.mul_(0.5)
     losses = []
     for _ in range(2):
@@ -49,7 +49,7 @@ def training_losses(
 
 
 def _video(student: Denoiser, device: torch.device) -> torch.Tensor:
-    """A rollout [1 F C H W] with gradient."""
+    """Return a rollout [1 F C H W] with gradient."""
     noise = random(1, 6, SIZES.in_dim, *LATENT, seed=3).to(device)
     embeds = random(1, SIZES.text_len, SIZES.text_dim, seed=5).to(device)
     cache = KVCache(SIZES.num_layers, append_only=True)

@@ -1,1 +1,1 @@
-"""The long tests of what must not break, each a part of scripts/endure.py."""
+"""The long tests. Each module is a part of scripts/endure.py."""

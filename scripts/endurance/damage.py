@@ -1,4 +1,4 @@
-"""Damage a checkpoint in every way: a run must find the damage and go on from the newest good checkpoint."""
+"""Damage a checkpoint in many ways. A run must find the damage and go on from the newest good checkpoint."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from utils.checkpoint_files import DamagedCheckpoint, read_manifest, verify
 from utils.checkpoint_search import find_good_checkpoint
 
 LARGE = 256 * 2**20
-"""Bytes of the checkpoint whose verification is timed."""
+"""Bytes of the checkpoint that is written, verified and loaded to measure the speed."""
 
 
 def run(folder: Path) -> list[Figure]:
     """Flip every bit, damage every file, cut at every length, and time the verification."""
-    logging.basicConfig(level=logging.ERROR)  # there are dozens of warnings, as there should be
+    logging.basicConfig(level=logging.ERROR)  # hides dozens of expected warnings
     return [*flipped_bits(folder / "flips"), *damaged_files(folder / "files"), *speed(folder / "speed")]
 
 
 def saved(folder: Path, steps: tuple[int, ...] = (4, 6), size: int = 3) -> Path:
-    """Checkpoints of some steps; returns the newest."""
+    """Write checkpoints of some steps. Return the folder of the newest one."""
     checkpoints = Checkpoints(folder, KeepPolicy(9))
     for step in steps:
         checkpoints.save(step, {"net": nn.Linear(size, size)}, {})
@@ -36,7 +36,7 @@ def saved(folder: Path, steps: tuple[int, ...] = (4, 6), size: int = 3) -> Path:
 
 
 def is_found(checkpoint: Path) -> bool:
-    """Whether verifying finds a damage."""
+    """Return whether verification finds damage in a checkpoint."""
     try:
         verify(checkpoint, read_manifest(checkpoint))
     except DamagedCheckpoint:
@@ -76,7 +76,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def damaged_files(folder: Path) -> list[Figure]:
-    """Damage each file of the newest of three checkpoints in each way; then go on."""
+    """Damage each file of the newest of three checkpoints in each way, and resume from what is left."""
     cases = wrong = 0
     for damage in DAMAGES.values():
         for name in ("manifest.json", "state.json", "rank_00000.safetensors", "latest"):
@@ -94,7 +94,7 @@ def damaged_files(folder: Path) -> list[Figure]:
 
 
 def speed(folder: Path) -> list[Figure]:
-    """How long a checkpoint takes to write, to verify and to load."""
+    """Measure how long a checkpoint takes to write, to verify and to load."""
     size = int((LARGE / 4) ** 0.5)
     net = {"net": nn.Linear(size, size, bias=False)}
     seconds = {}

@@ -1,4 +1,4 @@
-"""What a part of scripts/endure.py measures."""
+"""The figures that a part of scripts/endure.py returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Figure:
     """One measured number and the limit that it must keep."""
 
     what: str
-    """What was counted or measured, with its unit."""
+    """A description of the number, with its unit."""
     value: float
     limit: str
     """The limit in words, such as "0" or "at most 5 s"."""

@@ -1,4 +1,4 @@
-"""Kill a training at random moments and resume it: its end must equal that of one left alone to the last bit."""
+"""Kill a training at random moments and resume it. The result must equal that of a training that was never killed."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SLOW_IMPORTS = (
     "imageio",
 )
 FOLDERS = {"train": "--logdir", "inference": "--output_folder"}
-"""Program -> its option with the folder that it writes to."""
+"""Program -> the option that names its output folder."""
 UNFINISHED = ".step_*.unfinished"
 NOT_REPEATED = ("seconds", "memory", "samples_per_second")
-"""The first letters of metrics that tell of the machine."""
+"""Prefixes of metrics that depend on the machine."""
 JOBS = ((1, 30, "trainer.save_in_background=false"), (2, 20, "trainer.save_in_background=true"))
-"""(processes, kills, how to save)"""
+"""(number of processes, number of kills, setting that says how to save)"""
 SMALL = (
     "trainer.steps=24",
     "trainer.save_every=2",
@@ -49,7 +49,7 @@ SMALL = (
     "dmd.replay_rollouts=2",
     "optimizer.warmup_steps=0",
 )
-"""Steps of a second with the Shapes models."""
+"""Settings that make a step take about a second with the Shapes models."""
 
 
 def run(folder: Path) -> list[Figure]:
@@ -75,17 +75,17 @@ def run(folder: Path) -> list[Figure]:
 
 
 def kill_often(arguments: list[str], processes: int, kills: int, duration: float, seed: int) -> int:
-    """Kill a run ``kills`` times within about the ``duration`` it would take, then let it end.
+    """Kill a run `kills` times within about `duration` seconds, the time that it takes alone. Then let it end.
 
     Returns:
-        how often a checkpoint was left unfinished.
+        how many times a checkpoint was left unfinished.
     """
     moments, during_save = random.Random(seed), 0
     folder = Path(arguments[arguments.index("--logdir") + 1]) / "checkpoints"
     for _ in range(kills):
         before = step_reached(folder)
         group = launch(arguments, processes)
-        # At any moment up to the next checkpoint's being written, or soon after, so that the run gets on.
+        # Kill at any moment until shortly after the next checkpoint is written, so that the run makes progress.
         limit, amid = time.monotonic() + moments.uniform(0, duration), moments.random() < 0.5
         while time.monotonic() < limit and all(each.is_alive() for each in group):
             if step_reached(folder) > before or (amid and any(folder.glob(UNFINISHED))):
@@ -101,7 +101,7 @@ def kill_often(arguments: list[str], processes: int, kills: int, duration: float
 
 
 def step_reached(folder: Path) -> int:
-    """The newest step with a checkpoint; 0 without."""
+    """Return the newest step that has a checkpoint, or 0."""
     return max((int(path.name.removeprefix("step_")) for path in folder.glob("step_*")), default=0)
 
 
@@ -112,15 +112,15 @@ def launch(
     program: str = "train",
     prepare: Callable[[], object] | None = None,
 ) -> list[BaseProcess]:
-    """Start a program in fresh processes, as torchrun does; imports are shared, so that it takes no time.
+    """Start a program in new processes, as torchrun does. They share imported modules, so that they start at once.
 
-    What they log goes to ``<folder>.<rank>.log``.
+    Their output goes to ``<folder>.<rank>.log``.
 
     Args:
-        arguments: the program's command line.
+        arguments: the command line of the program.
         processes: number of processes.
         program: one of FOLDERS.
-        prepare: what each process calls first. It must be importable.
+        prepare: a function that each process calls first. It must be importable.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(SLOW_IMPORTS))
@@ -138,7 +138,7 @@ def launch(
 
 
 def wait(group: Sequence[BaseProcess], timeout: float | None = None) -> None:
-    """Wait until every process has ended well. Kill those that still run after `timeout` seconds each.
+    """Wait until every process has ended. Kill a process that still runs after `timeout` seconds.
 
     Raises:
         UserError: a process failed or had to be killed.
@@ -153,7 +153,7 @@ def wait(group: Sequence[BaseProcess], timeout: float | None = None) -> None:
 
 
 def compare(first: Path, second: Path) -> list[str]:
-    """Names of what differs between the ends of two runs: tensors and values of the last checkpoint, metrics."""
+    """Return the names of all tensors and values of the last checkpoint, and metrics, that differ between two runs."""
     folders = [latest_checkpoint(run / "checkpoints") for run in (first, second)]
     tensors, others = read_tensors(folders[0]), read_tensors(folders[1])
     differing = [
@@ -169,13 +169,13 @@ def compare(first: Path, second: Path) -> list[str]:
 
 
 def repeated_metrics(logdir: Path) -> list[dict[str, float]]:
-    """The metrics that must be the same in an equal run, step by step."""
+    """Return, for each step, the metrics that must be the same in an equal run."""
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(NOT_REPEATED)} for line in lines]
 
 
 def log_file(folder: Path, rank: int = 0) -> Path:
-    """Return where a process of :func:`launch` logs to."""
+    """Return the log file of a process of :func:`launch`."""
     return folder.with_name(f"{folder.name}.{rank}.log")
 
 

@@ -1,4 +1,4 @@
-"""The demo under visitors who mean no good: what it keeps, what it gives back, and how soon it answers."""
+"""Attack the demo with hostile visitors. Measure its memory, its threads, its answer times and its fairness."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Demo:
     process: psutil.Process
 
     def memory(self) -> float:
-        """Megabytes of the process and those it has started."""
+        """Return the megabytes of the process and its child processes."""
         total = 0
         for process in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.Error):
@@ -58,21 +58,21 @@ class Demo:
         return total / 1e6
 
     def line(self, address: str, data: bytes = b"") -> socket.socket:
-        """A TCP connection from an address of this machine."""
+        """Open a TCP connection from an address of this machine."""
         line = socket.create_connection(("127.0.0.1", self.port), 10, source_address=(address, 0))
         line.sendall(data)
         return line
 
     @contextmanager
     def client(self, address: str) -> Iterator[Client]:
-        """A client of the stream."""
+        """Yield a client of the stream."""
         url = f"ws://127.0.0.1:{self.port}/api/v1/stream"
         with connect(url, proxy=None, sock=self.line(address), open_timeout=20, close_timeout=0.2) as line:
             yield Client(line)
 
 
 class Client:
-    """Speaks the protocol of docs/api.md."""
+    """A client that speaks the protocol of docs/api.md."""
 
     def __init__(self, line) -> None:
         self.line = line
@@ -85,7 +85,7 @@ class Client:
         self.line.send(json.dumps({"type": kind} | fields))
 
     def next(self, kind: str, seconds: float = 20) -> dict:
-        """The next message of a kind."""
+        """Wait for the next message of a kind and return it."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             message = self.line.recv(timeout=seconds)
@@ -94,7 +94,7 @@ class Client:
         raise TimeoutError(f"no {kind}")
 
     def watch(self, seconds: float) -> int:
-        """Frames that come in so many seconds, while they are shown at the model's pace."""
+        """Show frames at the model's pace for `seconds`. Return how many came."""
         begun, before = time.monotonic(), self._frames
         while (now := time.monotonic()) < begun + seconds:
             if self._stream is not None and now > self._reported + 0.1:
@@ -116,7 +116,7 @@ class Client:
 
 @contextmanager
 def demo(root: Path, clips: Path, *options: str) -> Iterator[Demo]:
-    """``demo.py`` of a checkout, ready."""
+    """Run ``demo.py`` of a checkout. Yield it when the model is loaded."""
     command = [sys.executable, "demo.py", "--no-browser", "--port=0", f"--clips_folder={clips}", *filter(None, options)]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     try:
@@ -135,7 +135,7 @@ def demo(root: Path, clips: Path, *options: str) -> Iterator[Demo]:
 
 
 def wait_until_ready(server: Demo) -> None:
-    """Until the model is loaded."""
+    """Wait until the model is loaded. Raises TimeoutError."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{server.port}/healthz", timeout=5) as answer:
@@ -146,7 +146,7 @@ def wait_until_ready(server: Demo) -> None:
 
 
 class DemoHealth:
-    """Asks for /healthz ten times a second, and keeps the longest time that an answer took."""
+    """Asks for /healthz ten times a second, and keeps the times of the answers."""
 
     def __init__(self, server: Demo, address: str = "127.0.0.9") -> None:
         self._server, self._address = server, address
@@ -175,7 +175,7 @@ class DemoHealth:
             self.seconds.append(time.monotonic() - started)
 
     def figures(self, what: str) -> list[Figure]:
-        """The 95th percentile and the failures."""
+        """Return the 95th percentile of the answer times and the number of failures."""
         slow = 1000 * sorted(self.seconds)[int(0.95 * len(self.seconds))]
         return [
             Figure(f"/healthz during {what}, 95 of 100 answers within ms", round(slow), "at most 100", slow <= 100),
@@ -184,7 +184,7 @@ class DemoHealth:
 
 
 def visits(server: Demo) -> list[Figure]:
-    """Connect, start, watch a little, leave: 500 times from 20 addresses."""
+    """Connect, start, watch for a moment and leave, 500 times from 20 addresses."""
     failed = []
 
     def visit(number: int) -> None:
@@ -214,7 +214,7 @@ def visits(server: Demo) -> list[Figure]:
 
 
 def uploads(server: Demo) -> list[Figure]:
-    """Ten PNGs of about 120 kB and 39 megapixels at once, from ten addresses."""
+    """Upload ten PNGs of about 120 kB and 39 megapixels at the same time, from ten addresses."""
     buffer = io.BytesIO()
     Image.new("RGB", (6200, 6400), "red").save(buffer, "PNG")
     data, peak, before = buffer.getvalue(), [0.0], server.memory()
@@ -247,7 +247,7 @@ def uploads(server: Demo) -> list[Figure]:
 
 
 def sockets(server: Demo) -> list[Figure]:
-    """300 connections of one address that send nothing, half a request, or a body byte by byte."""
+    """Open 300 connections from one address that send nothing, half a request, or a body byte by byte."""
     slow = REQUEST.format(method="PUT", path="/api/v1/sessions/x/image", length=10**6, more="").encode()
     lines = []
     for number in range(300):
@@ -270,7 +270,7 @@ def sockets(server: Demo) -> list[Figure]:
 
 
 def is_closed(line: socket.socket) -> bool:
-    """Whether the server has closed a connection."""
+    """Return whether the server has closed a connection."""
     line.setblocking(False)
     try:
         while line.recv(65536):
@@ -283,7 +283,7 @@ def is_closed(line: socket.socket) -> bool:
 
 
 def shares(server: Demo) -> list[Figure]:
-    """600 hellos of one address, and its streams on every seat: the session and the start of another."""
+    """Let one address send 600 hellos and take every seat. Another visitor must keep its session and get a seat."""
     with server.client(MODEST) as modest:
         session = modest.session
     for _ in range(600):
@@ -317,7 +317,7 @@ def hold_a_seat(server: Demo, ending: float) -> None:
 
 
 def crowd(server: Demo) -> list[Figure]:
-    """The frames of a viewer while 50 connections of another address do their worst."""
+    """Measure the frames of a viewer while another address attacks with 50 connections."""
     with server.client(MODEST) as viewer:
         viewer.send("start", prompt=PROMPT)
         viewer.watch(3)
@@ -338,7 +338,7 @@ def crowd(server: Demo) -> list[Figure]:
 
 
 def misbehave(server: Demo, number: int, ending: float) -> None:
-    """One of: starts without end, messages without end, requests without end, connections without end."""
+    """Attack in one of four ways until `ending`: endless starts, messages, requests or connections."""
     asked = REQUEST.format(method="GET", path="/api/v1/status", length=0, more="").encode()
     while time.monotonic() < ending:
         with suppress(Exception):
@@ -361,7 +361,7 @@ def misbehave(server: Demo, number: int, ending: float) -> None:
 
 
 def guesses(server: Demo) -> list[Figure]:
-    """Wrong passwords from 20 connections of one address for ten seconds."""
+    """Send wrong passwords over 20 connections of one address for ten seconds."""
     looked_at, ending = [0], time.monotonic() + 10
     asked = REQUEST.format(method="GET", path="/healthz", length=0, more="authorization: Basic bWU6eA==\r\n").encode()
 

@@ -1,1 +1,1 @@
-"""Pictures painted by code, which image-to-video starts from."""
+"""Pictures that are painted by code. Image-to-video starts from them."""

@@ -1,4 +1,4 @@
-"""A canvas for pictures that are painted by code, from back to front.
+"""A canvas on which code paints pictures from back to front.
 
 Pictures are arrays [H W 3] in [0, 1]; masks are [H W] in [0, 1].
 """
@@ -18,10 +18,10 @@ Colour = tuple[float, float, float]
 
 
 class Canvas:
-    """A picture in progress; x and y run from 0 at the top left to 1 at the bottom right, radii are in heights."""
+    """A picture in progress. x and y go from 0 at the top left to 1 at the bottom right. Radii are in heights."""
 
     def __init__(self, width: int, height: int, *, seed: int) -> None:
-        """Make a black canvas; the finished picture has `width` x `height` pixels."""
+        """Make a black canvas. The finished picture has `width` x `height` pixels."""
         self.width, self.height = width, height
         rows, columns = height * SUPERSAMPLING, width * SUPERSAMPLING
         self.y, self.x = np.mgrid[0:rows, 0:columns] / np.array([rows, columns]).reshape(2, 1, 1)
@@ -36,7 +36,7 @@ class Canvas:
             self.picture[..., channel] = np.interp(self.y, heights, [colour[channel] for colour in colours])
 
     def paint(self, mask: Mask, colour: Colour | Picture) -> None:
-        """Cover with a colour (or a picture) where the mask is 1."""
+        """Cover the canvas with a colour or a picture at the places with mask 1."""
         self.picture += mask[..., None] * (np.asarray(colour) - self.picture)
 
     def glow(self, mask: Mask, colour: Colour) -> None:
@@ -44,7 +44,7 @@ class Canvas:
         self.picture += mask[..., None] * np.asarray(colour) * (1 - self.picture)
 
     def strip(self, left: float, right: float) -> Canvas:
-        """Return the columns between two x. What is painted on them is painted on this canvas."""
+        """Return the columns between two x as a canvas. Painting on it paints on this canvas."""
         columns = self.x.shape[1]
         part = copy.copy(self)
         chosen = slice(max(0, int(left * columns)), max(0, int(right * columns) + 1))
@@ -60,7 +60,7 @@ class Canvas:
         return (self.distance(x, y) < radius).astype(float)
 
     def halo(self, x: float, y: float, radius: float) -> Mask:
-        """Return light that fades with the distance, by a factor e each radius."""
+        """Return light that fades with the distance: by a factor of e for each radius."""
         return np.exp(-self.distance(x, y) / radius)
 
     def polygon(self, *corners: tuple[float, float]) -> Mask:
@@ -108,7 +108,7 @@ class Canvas:
         return mask
 
     def mirror(self, horizon: float, ripple: float, tint: Colour, strength: float) -> None:
-        """Fill what is below the horizon with the wavering, tinted reflection of what is above."""
+        """Fill the part below the horizon with a wavy, tinted reflection of the part above it."""
         rows, columns = self.x.shape
         line = int(horizon * rows)
         depth = np.arange(rows - line)[:, None] / (rows - line)
@@ -120,13 +120,13 @@ class Canvas:
         self.picture[line:] = reflection * strength + np.asarray(tint) * (1 - strength)
 
     def glitter(self, x: float, horizon: float, colour: Colour) -> None:
-        """Paint the broken path of light of the sun or moon at `x` on water."""
+        """Paint the reflection of the sun or moon at `x` on waves."""
         spread = 0.02 + 0.20 * np.clip(self.y - horizon, 0, 1)
         path = np.exp(-(((self.x - x) / spread) ** 2)) * (self.y > horizon)
         self.glow(path * np.clip(self.noise(60, 3, stretch=5.0) - 0.42, 0, 0.38) * 2.6, colour)
 
     def forest(self, top: float, height: float, trees: int, colour: Colour) -> None:
-        """Paint a row of firs of uneven height, whose feet are at `top`, and the ground below them."""
+        """Paint a row of firs of different heights, whose lower ends are at `top`, and the ground below them."""
         place = self.x[:1] * trees + 0.8 * self.line(trees // 2 or 1, 1)
         tall = 0.45 + 0.55 * self.random.random(2 * trees + 4)[place.astype(int)]
         from_middle = np.abs(place % 1 - 0.5) * 2

@@ -21,7 +21,7 @@ def dunes_at_sunset(canvas: Canvas) -> None:
     for depth, crest in enumerate(crests):
         near = (depth + 1) / len(crests)
         under = (canvas.y - crest).clip(0)
-        facing = np.tanh(6 * np.gradient(crest[0]) * crest.shape[1])  # where the crest falls to the right, to the sun
+        facing = np.tanh(6 * np.gradient(crest[0]) * crest.shape[1])  # 1 at slopes that face right, to the sun
         wander = near * (0.05 + 0.25 * canvas.line(3, 3)[0]) * np.clip(-facing, 0, 1)
         bright = 0.5 + 0.5 * np.tanh((under - wander) / (0.01 + 0.05 * near))
         ripples = np.sin(210 * (under + 0.05 * canvas.noise(5, 3)) / (0.35 + under) ** 0.7)
@@ -116,7 +116,7 @@ def sailboat_by_an_island(canvas: Canvas) -> None:
 
 
 def _sailboat(canvas: Canvas, x: float, y: float) -> None:
-    """Hull at the water line (x, y), mast, two sails and foam at the bow."""
+    """Paint a boat: the hull at the water line (x, y), a mast, two sails and foam at the bow."""
 
     def part(colour: Colour | Picture, *corners: tuple[float, float]) -> None:
         canvas.paint(canvas.polygon(*((x + across, y + up) for across, up in corners)), colour)

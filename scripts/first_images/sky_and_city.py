@@ -50,7 +50,7 @@ def balloons_over_hills(canvas: Canvas) -> None:
 
 
 def _balloon(canvas: Canvas, x: float, y: float, radius: float, colours: tuple[Colour, Colour]) -> None:
-    """Envelope with stripes that follow its roundness, ropes and a basket."""
+    """Paint a balloon: a round envelope with stripes, ropes and a basket."""
     across, down = (canvas.x - x) * canvas.aspect / radius, (canvas.y - y) / radius
     taper = np.where(down > 0.35, np.clip(1 - (down - 0.35) / 1.25, 0, 1) ** 0.8 * 0.94 + 0.06, 1)
     half_width = np.sqrt(np.clip(1 - np.clip(down, -1, 0.35) ** 2, 0, 1)) * taper
@@ -116,7 +116,7 @@ def city_by_the_river(canvas: Canvas) -> None:
 
 
 def _building(canvas: Canvas, left: float, top: float, width: float, tone: Colour, lit: float) -> None:
-    """A block with a grid of windows, a share of them lit in warm or cool light."""
+    """Paint a building with a grid of windows. The share `lit` of them has warm or cool light."""
     block = (canvas.x > left) & (canvas.x < left + width) & (canvas.y > top) & (canvas.y < 0.68)
     canvas.paint(block.astype(float), tone)
     column, row = (canvas.x - left) / 0.0085, (canvas.y - top) / 0.018

@@ -1,4 +1,4 @@
-"""What benchmark.py and doctor.py measure, and the machine they measure it on."""
+"""The measurements of benchmark.py and doctor.py, and the machine that they run on."""
 
 MEASURES = {
     "inference": "inference",
@@ -13,6 +13,6 @@ MEASURES = {
     "load": "programs",
     "train": "programs",
 }
-"""Measurement -> module of scripts.measuring whose function ``measure_NAME`` makes it."""
+"""Measurement NAME -> the module of scripts.measuring with its function ``measure_NAME``."""
 ALONE = ("graph",)
 """Measurements that are not part of ``all``."""

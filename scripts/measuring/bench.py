@@ -1,4 +1,4 @@
-"""What every measurement needs: the parts to measure, a clock, and where times are kept.
+"""The bench that every measurement uses: the parts to measure, a clock, and a store of times.
 
 Shapes: B batch, L text tokens, E text channels.
 """
@@ -32,52 +32,52 @@ PROMPT = "a large red circle moving right on a navy background"
 
 @dataclass
 class Bench:
-    """The parts of a configuration and how to measure them."""
+    """The parts of a configuration, and how they are measured."""
 
     config: PipelineConfig
     device: torch.device
     config_path: str = ""
-    """File of the configuration, and what overrides it: for measurements that start other programs."""
+    """The configuration file and its overrides, for measurements that start other programs."""
     overrides: tuple[str, ...] = ()
     repeats: int = 5
-    """Videos, passes or steps that are measured."""
+    """Number of videos, passes or steps that are measured."""
     frames: int | None = None
-    """Latent frames of a video; None takes the configuration's."""
+    """Latent frames of a video. None: as in the configuration."""
     random_weights: bool = False
-    """Full-size parts without files, and random text embeddings."""
+    """Whether parts have random weights, so that no files are needed."""
     cpu_clock: bool = False
-    """Count processor time, not the time of the wall's clock."""
+    """Whether processor time is measured instead of wall-clock time."""
     threads: int | None = None
-    """CPU threads that were asked for."""
+    """The number of CPU threads on the command line, if any."""
     spans: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of each stage."""
+    """Stage -> its measured seconds."""
 
     def now(self) -> float:
-        """Seconds, after everything that is queued is done."""
+        """Wait until all queued work is done. Return the time of the clock in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.process_time() if self.cpu_clock else time.perf_counter()
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Seconds that one call takes."""
+        """Return the seconds that one call takes."""
         start = self.now()
         work()
         return self.now() - start
 
     def in_turn(self, *works: Callable[[], object]) -> list[float]:
-        """Seconds of each work, the least of several rounds over all of them; the first round only warms up."""
+        """Call all functions in turn for several rounds, the first one to warm up. Return the least seconds of each."""
         times = [[self.seconds(work) for work in works] for _ in range(self.repeats + 1)]
         return [min(column) for column in zip(*times[1:], strict=True)]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Keep how long something takes under a name."""
+        """Record the seconds of a block under a name."""
         start = self.now()
         yield
         self.spans.setdefault(name, []).append(self.now() - start)
 
     def stages(self) -> Figures:
-        """Median and 90th percentile of every stage in milliseconds; forgets them."""
+        """Return the median and the 90th percentile of every stage in milliseconds, and clear the store."""
         figures: Figures = {}
         for name, spans in self.spans.items():
             for percent in (50, 90):
@@ -87,7 +87,7 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the parts compute in."""
+        """The dtype in which the parts compute."""
         return resolve_dtype(self.config.dtype, self.device)
 
     @property
@@ -96,7 +96,7 @@ class Bench:
         return self.frames or self.config.video.num_frames
 
     def denoiser(self) -> Denoiser:
-        """The generator, optimised as configured."""
+        """Return the generator, optimised as configured."""
         section = self.config.generator
         if self.random_weights:
             section = replace(section, weights=None, lora=None)
@@ -105,7 +105,7 @@ class Bench:
         return denoiser.eval()
 
     def codec(self) -> VideoCodec:
-        """The video codec."""
+        """Return the video codec."""
         if not self.random_weights:
             return load_codec(self.config.codec, device=self.device, dtype=self.dtype)
         if self.config.codec.kind is CodecKind.wan:
@@ -115,7 +115,7 @@ class Bench:
         return codec.to(self.device, self.dtype).eval().requires_grad_(False)
 
     def text(self, sizes: WanConfig) -> Callable[[], Tensor]:
-        """A function that embeds a prompt [1 L E], every time anew."""
+        """Return a function that embeds a prompt [1 L E]. It computes the embedding in every call."""
         if self.random_weights:
             embeds = torch.randn(1, sizes.text_len, sizes.text_dim).to(self.device, self.dtype)
             embeds[:, sizes.text_len // 4 :] = 0

@@ -1,4 +1,4 @@
-"""Decoding and encoding with the codec of a configuration."""
+"""Measure decoding and encoding with the codec of a configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.tracking import peak_memory
 
 
 def measure_codec(bench: Bench) -> Figures:
-    """Decoding a clip as a stream, chunk by chunk, and encoding it."""
+    """Measure how long it takes to decode a clip as a stream, chunk by chunk, and to encode it."""
     codec, rules = bench.codec(), bench.config.rollout
     frames = bench.num_frames
     latents = torch.randn((1, *bench.config.video.latent_shape(codec, frames)), device=bench.device, dtype=bench.dtype)

@@ -36,7 +36,7 @@ SPREAD = r"( (p50|p90|best)( ms)?)?"
 
 
 class Goal(NamedTuple):
-    """What a figure should reach, on an H100 or H200 unless the row is a ratio of two programs."""
+    """The value that a figure should reach. It is for an H100 or H200, unless the row is a ratio of two programs."""
 
     row: str
     """The title of its row in doctor.py."""

@@ -1,4 +1,4 @@
-"""Our passes beside bare matrix products, which they cannot be faster than."""
+"""Compare our passes with bare matrix products. A pass cannot be faster than its products."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOOR_FRAMES = 21
 
 
 def measure_floor(bench: Bench) -> Figures:
-    """A cached rollout over the bare matrix products and attention of its shapes, pass by pass in turn."""
+    """Compare a cached rollout with the bare matrix products and attention of its shapes, pass by pass in turn."""
     sizes = WanConfig(**FLOOR_SIZES)
     transformer = WanTransformer(sizes).to(bench.device, bench.dtype)
     optimize(transformer, bench.config.optimize)
@@ -46,7 +46,7 @@ def measure_floor(bench: Bench) -> Figures:
 
 
 def floor_inputs(sizes: WanConfig, frames: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [1 F C H W] and prompt embeddings [1 L E] of the sizes used to compare."""
+    """Return latents [1 F C H W] and prompt embeddings [1 L E] of the sizes that are compared."""
     return (
         torch.randn(1, frames, sizes.in_dim, *FLOOR_LATENT).to(like),
         torch.randn(1, sizes.text_len, sizes.text_dim).to(like),
@@ -54,7 +54,7 @@ def floor_inputs(sizes: WanConfig, frames: int, like: Tensor) -> tuple[Tensor, T
 
 
 def bare_pass(sizes: WanConfig, frames: int, seen_frames: int, like: Tensor) -> Callable[[], None]:
-    """The matrix products and attention of one pass over a chunk, and nothing else."""
+    """Return a function that computes only the matrix products and the attention of one pass over a chunk."""
     height, width = (side // patch for side, patch in zip(FLOOR_LATENT, sizes.patch_size[1:], strict=True))
     tokens, dim, heads = height * width, sizes.dim, sizes.num_heads
 
@@ -77,7 +77,7 @@ def bare_pass(sizes: WanConfig, frames: int, seen_frames: int, like: Tensor) -> 
         for _ in range(sizes.num_layers):
             F.linear(x, qkv, qkv[:, 0])
             F.scaled_dot_product_attention(q, k, v)
-            for _ in range(3):  # out of self-attention, into and out of cross-attention
+            for _ in range(3):  # output of self-attention, query and output of cross-attention
                 F.linear(x, square, square[0])
             F.scaled_dot_product_attention(q, text, text)
             F.linear(x, wide, wide[:, 0])

@@ -1,4 +1,4 @@
-"""Stages of making videos, and streams without an end."""
+"""Measure the stages of making videos, and endless streams."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from utils.tracking import peak_memory
 
 EARLY_CHUNK, LATE_CHUNK = 20, 500
 LONG_CHUNK = 6
-"""The chunk whose denoising published figures name."""
+"""The chunk whose denoising time other publications report."""
 
 
 def measure_inference(bench: Bench) -> Figures:
-    """Stages of making videos; the first frame and the rate include all of them, one after the other."""
+    """Measure the stages of making videos, one after the other. The first frame and the rate include all of them."""
     denoiser, codec = bench.denoiser(), bench.codec()
     embed = bench.text(denoiser.transformer.config)
     frames = bench.num_frames
@@ -47,7 +47,7 @@ def measure_inference(bench: Bench) -> Figures:
 
 
 def time_videos(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Callable[[], Tensor], shape) -> Figures:
-    """One video, timed stage by stage; seconds of the first frame, of the denoiser and of all."""
+    """Make one video and time its stages. Return the seconds of the first frame, of the denoiser, and in total."""
     begin, first, denoised, before = bench.now(), None, 0.0, 0.0
     with bench.stage("text"):
         embeds = embed()
@@ -87,7 +87,7 @@ def time_videos(bench: Bench, denoiser: Denoiser, codec: VideoCodec, embed: Call
 
 
 def measure_endless(bench: Bench) -> Figures:
-    """Chunks late in a stream over early ones, the window being full in both; two streams take turns."""
+    """Compare late chunks of a stream with early ones. The window is full in both. Two streams take turns."""
     denoiser, codec = bench.denoiser(), bench.codec()
     rules = bench.config.rollout if bench.config.rollout.window else replace(bench.config.rollout, window=9)
     shape = (1, *bench.config.video.latent_shape(codec, rules.frames_per_chunk))

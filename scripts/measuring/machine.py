@@ -1,4 +1,4 @@
-"""The machine that figures were measured on."""
+"""The machine on which figures are measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures depend on beside the command."""
+    """Return the properties of the machine that the figures depend on."""
     on_gpu = device.type == "cuda"
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -27,7 +27,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def cpu_name() -> str:
-    """The processor, as Linux names it."""
+    """Return the name of the processor, as Linux reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Our transformer and our Wan VAE beside those of diffusers, with the same weights and shapes, in turn."""
+"""Compare our transformer and our Wan VAE with those of diffusers: same weights and shapes, in turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEER_LATENTS = (5, 8, 12)
 
 
 def measure_peer(bench: Bench) -> Figures:
-    """Our bidirectional forward over that of diffusers, same weights and shapes, in turn."""
+    """Compare our bidirectional forward pass with that of diffusers: same weights and shapes, in turn."""
     sizes = WanConfig(**floors.FLOOR_SIZES)
     ours = WanTransformer(sizes)
     ours.reset_parameters(torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def measure_peer(bench: Bench) -> Figures:
 
 
 def measure_codec_peer(bench: Bench) -> Figures:
-    """Our streaming Wan VAE decode over diffusers' whole decode, same weights and latents, in turn."""
+    """Compare our streaming decode of the Wan VAE with diffusers' decode of whole clips: same weights and latents."""
     theirs = AutoencoderKLWan().eval()
     network = WanAutoencoder(WanVAEConfig())
     network.load_state_dict(theirs.state_dict())

@@ -1,4 +1,4 @@
-"""Whole programs: the start of a process, and training."""
+"""Measure whole programs: the start of a process, and training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(imported - start, time.perf_counter() - start)
 
 
 def measure_load(bench: Bench) -> Figures:
-    """A process from its start: its help, its imports, and until the parts are ready; by the wall's clock."""
+    """Measure a new process in wall-clock time: its --help, its imports, and the time until its parts are ready."""
     arguments = [bench.config_path, "random" if bench.random_weights else "stored", *bench.overrides]
     helps, imports, ready = [], [], []
     for _ in range(min(bench.repeats, 3)):
@@ -49,7 +49,7 @@ def measure_load(bench: Bench) -> Figures:
 
 
 def measure_train(bench: Bench) -> Figures:
-    """Steps of train.py, phase by phase, after the first."""
+    """Measure the steps of train.py after the first one, phase by phase."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--config_path", bench.config_path, "--logdir", folder]
         flags += ["--disable-wandb", "--no_save", "--no_visualize"]

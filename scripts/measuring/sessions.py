@@ -1,4 +1,4 @@
-"""Streams as inference.py and the demo make them, one alone and several beside each other; by the wall's clock."""
+"""Measure streams as inference.py and the demo make them, one or several at a time, in wall-clock time."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from utils.distributed import share_cores
 
 VIEWERS = (1, 2, 4)
 Advance = Callable[[Sequence[StreamSession]], list]
-"""It returns the next chunk of each session."""
+"""A function that returns the next chunk of each session."""
 
 
 @dataclass
 class Embedder:
-    """Stands in for a pipeline's text encoder."""
+    """Replaces the text encoder of a pipeline."""
 
     embed: Callable[[], Tensor]
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """One prompt, every time anew."""
+        """Return the embedding of one prompt. It is computed in every call."""
         return self.embed()
 
 
 def session_pipeline(bench: Bench) -> TextToVideo:
-    """The parts of a configuration."""
+    """Return the parts of a configuration."""
     denoiser = bench.denoiser()
     embedder = Embedder(bench.text(denoiser.transformer.config))
     return TextToVideo(denoiser, embedder, bench.codec(), bench.config.rollout)
 
 
 def open_session(bench: Bench, pipeline: TextToVideo, seed: int = 0) -> StreamSession:
-    """A session of the configuration's size and length."""
+    """Open a session with the size and length of the configuration."""
     video = bench.config.video
     request = StreamRequest(PROMPT, video.height, video.width, num_frames=bench.num_frames, seed=seed)
     return StreamSession(pipeline, request)
@@ -51,7 +51,7 @@ def open_session(bench: Bench, pipeline: TextToVideo, seed: int = 0) -> StreamSe
 
 @contextmanager
 def shared_cores(bench: Bench) -> Iterator[None]:
-    """Share the cores between denoising and decoding, as programs do, unless a number of threads was asked for."""
+    """Share the cores between denoising and decoding, as programs do, unless --threads was given."""
     threads = torch.get_num_threads()
     if not bench.threads:
         share_cores(bench.device)
@@ -60,7 +60,7 @@ def shared_cores(bench: Bench) -> Iterator[None]:
 
 
 def measure_session(bench: Bench) -> Figures:
-    """One stream at a time, decode beside denoising. The first frame comes before its chunk is decoded."""
+    """Measure one stream at a time, decoding beside denoising. The first frame comes before its chunk is decoded."""
     rates, first_frames, first_chunks = [], [], []
     with shared_cores(bench):
         pipeline = session_pipeline(bench)
@@ -83,7 +83,7 @@ def measure_session(bench: Bench) -> Figures:
 
 
 def measure_viewers(bench: Bench) -> Figures:
-    """Several sessions on one pipeline: frames a second of all together, made in turn and made as one batch."""
+    """Measure several sessions on one pipeline: frames per second of all together, in turn and as one batch."""
     results: Figures = {}
     with shared_cores(bench):
         pipeline = session_pipeline(bench)
@@ -100,14 +100,14 @@ def measure_viewers(bench: Bench) -> Figures:
 
 
 def in_turn(sessions: Sequence[StreamSession]) -> list:
-    """The next chunk of each session, one after the other."""
+    """Return the next chunk of each session, made one after the other."""
     return [session.denoise() for session in sessions]
 
 
 def watch(
     bench: Bench, pipeline: TextToVideo, viewers: int, advance: Callable[[Sequence[StreamSession]], list]
 ) -> None:
-    """Make and decode the clips of several viewers that began together."""
+    """Make and decode the clips of several viewers that begin at the same time."""
     sessions = [open_session(bench, pipeline, seed) for seed in range(viewers)]
     while any(session.state is SessionState.running for session in sessions):
         for session, block in zip(sessions, advance(sessions), strict=True):

@@ -1,1 +1,1 @@
-"""What each program of scripts does once its arguments are read: scripts/NAME.py calls scripts/runs/NAME.py."""
+"""The work of the programs in scripts/. After scripts/NAME.py has read its arguments, it calls scripts/runs/NAME.py."""

@@ -21,7 +21,7 @@ from utils.files import atomic_write_text
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the measurements that the arguments ask for, print their figures and keep them."""
+    """Make the measurements that the arguments ask for, print their figures and save them."""
     bench = make_bench(args)
     against = json.loads(Path(args.against).read_text()) if args.against else None
     report = {"command": args.command, "machine": machine(bench.device), "results": {}}
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_bench(args: argparse.Namespace) -> Bench:
-    """Make the bench that the command line describes."""
+    """Return the bench that the command line describes."""
     config = load_config(Config, args.config_path, args.overrides)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -53,7 +53,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
 
 
 def make_measurement(name: str, bench: Bench) -> Figures:
-    """Make one of the measurements. Every figure has a name of scripts/measuring/figures.py."""
+    """Make one measurement and return its figures, named as in scripts/measuring/figures.py."""
     module = import_module(f"scripts.measuring.{MEASURES[name]}")
     figures = getattr(module, f"measure_{name}")(bench)
     unknown = [figure for figure in figures if not is_known(name, figure)]

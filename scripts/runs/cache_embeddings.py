@@ -1,4 +1,4 @@
-"""Encodes every prompt that a training asks for."""
+"""Encodes every prompt that a training needs."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> None:
             (embeds,) = encoder.encode([prompt])
             length = int(embeds.any(dim=1).nonzero().max()) + 1
             writer.add(item, {"prompt": prompt}, {"embeds": embeds[:length]})
-    print(f"{len(missing)} prompts encoded, {len(mine) - len(missing)} were there already, in {job.folder}")
+    print(f"{job.folder}: {len(missing)} prompts encoded, {len(mine) - len(missing)} were there already")
 
 
 def wanted_prompts(config: Config, files: list[str]) -> list[str]:
-    """Return every prompt that a training asks for, and those of more files, each once.
+    """Return every prompt that a training needs and those of more files, each one once.
 
     Raises:
         UserError: a file is missing or holds no prompts.

@@ -1,4 +1,4 @@
-"""Counts what full-size self-forcing training costs."""
+"""Counts the cost of full-size Self Forcing training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from utils.errors import UserError
 from utils.files import atomic_write_text
 
 PEAK_FLOPS = 989e12
-"""Dense bf16 of an H100 SXM (NVIDIA's data sheet), a second."""
+"""Dense bf16 FLOPs per second of an H100 SXM (NVIDIA's data sheet)."""
 LINK_BYTES = 450e9
-"""NVLink of an H100, one way, a second."""
+"""Bytes per second over NVLink of an H100 in one direction."""
 SPATIAL_SCALE = 8
-"""Pixels of a latent, along height and width."""
+"""Pixels per latent along height and width."""
 HALF, FULL = 2, 4
-"""Bytes of a bf16 and of an fp32 number."""
+"""Bytes of a bf16 number and of an fp32 number."""
 GIB = 2**30
 
 
@@ -40,23 +40,25 @@ def run(args: argparse.Namespace, command: str) -> None:
 
 @dataclass(frozen=True)
 class ClipSize:
-    """Sizes of a video in latents."""
+    """The size of a video in latents."""
 
     frames: int
     height: int
     width: int
 
     def tokens(self, config: WanConfig) -> int:
-        """Number of tokens of one latent frame."""
+        """Return the number of tokens of one latent frame."""
         _, rows, columns = config.patch_size
         return (self.height // rows) * (self.width // columns)
 
 
 def forward_flops(config: WanConfig, frames: int, frame_tokens: int, seen_frames: int, *, text: bool = True) -> float:
-    """FLOPs of one pass over ``frames`` frames that attend to ``seen_frames``, their own included; one video.
+    """Return the FLOPs of one pass over one video.
 
     Args:
-        text: whether the prompt's keys and values are computed too; a cache computes them once a rollout.
+        frames: latent frames of the pass.
+        seen_frames: latent frames that they attend to. Their own count too.
+        text: whether the prompt's keys and values are computed too. With a cache this happens once in a rollout.
     """
     tokens, dim, length = frames * frame_tokens, config.dim, config.text_len
     prompt = 2 * length * (config.num_layers * 2 * dim**2 + config.text_dim * dim + dim**2) if text else 0
@@ -67,7 +69,7 @@ def forward_flops(config: WanConfig, frames: int, frame_tokens: int, seen_frames
 
 
 def block_flops(config: WanConfig, tokens: int, seen_tokens: int) -> float:
-    """FLOPs of one block without the prompt's keys and values."""
+    """Return the FLOPs of one block without the prompt's keys and values."""
     linear = 2 * tokens * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim)  # attention 4, cross-attention 2, FFN 2
     return linear + 4 * tokens * config.dim * (seen_tokens + config.text_len)
 
@@ -81,20 +83,20 @@ def context_flops(config: WanConfig, frames: int, frame_tokens: int, seen_frames
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one video, by phase. Backward recomputes the blocks, so it costs three forward passes."""
+    """The FLOPs of one video for each phase. Backward recomputes the blocks, so it costs three forward passes."""
 
     rollout: float
-    """The mean over the exit steps. Exit passes store the inputs of backward."""
+    """Mean over the exit steps. Exit passes store the inputs of backward."""
     generator_backward: float
     real_score: float
-    """The teacher, conditional and unconditional."""
+    """The teacher with and without the prompt."""
     fake_score: float
     critic: float
-    """Forward and backward."""
+    """Forward and backward pass of the critic."""
 
     @classmethod
     def count(cls, student: WanConfig, teacher: WanConfig, clip: ClipSize, config: RolloutConfig) -> Work:
-        """Count the work of DMD. The text of a rollout is counted with its exit passes, because gradient needs it."""
+        """Count the work of DMD. The text of a rollout counts in its exit passes, because their gradient needs it."""
         chunks = config.chunks(clip.frames)
         tokens = clip.tokens(student)
         bare = [forward_flops(student, end - start, tokens, end, text=False) for start, end in chunks]
@@ -114,15 +116,15 @@ class Work:
 
     @property
     def generator_update(self) -> float:
-        """Rollout, both scores, backward."""
+        """Rollout, both scores and backward pass."""
         return self.rollout + self.real_score + self.fake_score + self.generator_backward
 
     def critic_update(self, *, fresh: bool) -> float:
-        """The critic's forward and backward pass, and a rollout unless an earlier one is replayed."""
+        """Return the FLOPs of a critic update, which makes its own rollout (`fresh`) or replays an earlier one."""
         return self.critic + (self.rollout if fresh else 0.0)
 
     def step(self, critic_updates: int, *, fresh: bool) -> float:
-        """One generator update and its critic updates. With replay, critic updates need no rollouts."""
+        """Return the FLOPs of one generator update and its critic updates; see :meth:`critic_update` for `fresh`."""
         return self.generator_update + critic_updates * self.critic_update(fresh=fresh)
 
 
@@ -134,20 +136,20 @@ def parameters(config: WanConfig) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU, one video at a time, everything sharded over all GPUs (FSDP2)."""
+    """The bytes on each GPU for one video at a time, if everything is sharded over all GPUs (FSDP2)."""
 
     states: float
     """Generator and critic in fp32 with gradients and AdamW's two moments, the generator's average, the teacher."""
     rollout: float
     """Keys and values of all frames, and the inputs of every block's exit passes."""
     scores: float
-    """One block of the teacher over two videos, beside the rollout's kept inputs."""
+    """One block of the teacher for two videos, and the inputs that the rollout stores."""
     critic: float
-    """Inputs of every block, and one block's activations."""
+    """The inputs of every block, and the activations of one block."""
 
     @classmethod
     def count(cls, student: WanConfig, teacher: WanConfig, clip: ClipSize, gpus: int) -> Memory:
-        """Compute closed formulas. The fragmentation of the allocator and the weights of two blocks come on top."""
+        """Count the bytes by closed formulas, without the allocator's fragmentation and the weights of two blocks."""
         tokens = clip.frames * clip.tokens(student)
         of_student, of_teacher = parameters(student), parameters(teacher)
         states = ((4 + 4) * FULL * of_student + FULL * of_student + HALF * of_teacher) / gpus
@@ -161,7 +163,7 @@ class Memory:
 
 
 def block_bytes(config: WanConfig, tokens: int) -> float:
-    """Return the bytes that one block stores for backward: per token about 12 model widths and 3 FFN widths."""
+    """Return the bytes that one block stores for backward: for each token about 12 model widths and 3 FFN widths."""
     return tokens * (12 * config.dim + 3 * config.ffn_dim) * HALF
 
 

@@ -1,4 +1,4 @@
-"""Looks at this machine and tries every path."""
+"""Describes this machine and tests every code path on it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def print_lines(title: str, lines: dict[str, str]) -> None:
 
 
 def run_checks(device) -> tuple[list[dict], list[str]]:
-    """Run all checks. Returns the result of each, and the lines of the failures."""
+    """Run all checks. Return the result of each check and the lines of the failures."""
     print("\nself-test", flush=True)
     outcomes = []
     for check in selftest.all_checks(device):

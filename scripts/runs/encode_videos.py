@@ -46,16 +46,16 @@ def run(args: argparse.Namespace) -> None:
             latents = codec.encode(frames[None].to(job.device, job.dtype))[0].half()
             writer.add(item, {"video": name, "prompt": prompts[name]}, {"latents": latents})
     done = len(missing) - skipped
-    print(f"{done} videos encoded, {skipped} skipped, {len(mine) - len(missing)} were there already, in {job.folder}")
+    print(f"{job.folder}: {done} videos encoded, {skipped} skipped, {len(mine) - len(missing)} were there already")
 
 
 def video_prompts(folder: Path, listing: Path | None) -> dict[str, str]:
     """Return the prompt of every video, by its path relative to the folder.
 
-    Companions that macOS leaves (`._cat.mp4`, `__MACOSX/`) are no videos.
+    Files that macOS adds (`._cat.mp4`, `__MACOSX/`) are ignored.
 
     Raises:
-        UserError: there is no video, or names a video that has no prompt.
+        UserError: there is no video, or a video has no prompt.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of videos")
@@ -92,13 +92,13 @@ def _listed_prompts(folder: Path, listing: Path) -> dict[str, str]:
 def read_clip(path: Path, num_frames: int, video: VideoConfig) -> Tensor:
     """Read the first frames of a video, [F 3 H W] in [-1, 1], at ``video.fps``, scaled to cover its size and cropped.
 
-    Frame k is the one that is shown at k / fps seconds, so that other frame rates keep their speed. Only what is needed
-    is decoded.
+    Frame k is the one that a player shows at k / fps seconds, so that videos of any frame rate keep their speed. Only
+    the needed part of the file is decoded.
 
     Raises:
         UserError: the video is too short or damaged.
     """
     images = list(itertools.islice(stream_video(path, video.height, video.width, video.fps), num_frames))
     if len(images) < num_frames:
-        raise UserError(f"{path}: has {len(images)} frames at {video.fps} fps; {num_frames} are needed")
+        raise UserError(f"{path}: has {len(images)} frames at {video.fps} fps, but {num_frames} are needed")
     return torch.cat(images)

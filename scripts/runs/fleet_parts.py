@@ -1,4 +1,4 @@
-"""What serve_fleet.py hands to Ray Serve: the replica with its model, and the router to it."""
+"""The parts of serve_fleet.py that Ray Serve runs: the replica with its model, and the router to the replicas."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from utils.errors import UserError
 
 log = logging.getLogger("fleet")
 
-ROUTED_BY = "RAY_SERVE_SESSION_ID_HEADER_KEY"  # names the header that a router may read
-HEALTH_PERIOD = 2.0  # seconds between two health checks; Ray ends a replica after three that fail
-STARTS = 3  # of a replica that fails before Ray gives up
-UPSCALE_SECONDS = 10.0  # that a queue has to last before a replica is added
-DOWNSCALE_SECONDS = 600.0  # that a replica has to be idle before one is removed
+ROUTED_BY = "RAY_SERVE_SESSION_ID_HEADER_KEY"  # variable with the name of the header that a router may read
+HEALTH_PERIOD = 2.0  # seconds between two health checks; Ray ends a replica after three failures
+STARTS = 3  # failed starts of a replica before Ray gives up
+UPSCALE_SECONDS = 10.0  # a replica is added if viewers have waited for this long
+DOWNSCALE_SECONDS = 600.0  # a replica is removed if it has been idle for this long
 
 
 class StickyRouter(RequestRouter):
-    """Sends a request to the replica that its cookie names; without one, to the replica with the fewest connections."""
+    """Sends a request to the replica that its cookie names, else to the replica with the fewest connections."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return groups of replicas to try one after the other."""
+        """Return groups of replicas. They are tried one after the other."""
         wanted = None
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
@@ -55,8 +55,8 @@ class Replica:
 
     Args:
         args: the command line of serve_fleet.py.
-        access: who may come in.
-        build_server: makes the server, as ``pipeline.serving.run.build_server`` does.
+        access: who may use the server.
+        build_server: makes the server, like ``pipeline.serving.run.build_server``.
 
     Raises:
         UserError: the model cannot be loaded, or Ray was started without the variable that the router needs.
@@ -77,7 +77,7 @@ class Replica:
         log.info("replica %s is process %d, with clips in %s", self._name, os.getpid(), folder)
 
     def __serve_build_asgi_app__(self) -> Sticky:
-        """Return what Ray Serve calls with each request."""
+        """Return the application that Ray Serve calls for each request."""
         site = Site(self._server, started=lambda: None, failed=lambda: None, root_path=self._access.root_path)
         app = Guard(SmallMessages(site, LARGEST_MESSAGE), self._access, Limits())
         if self._args.trusted_proxy:
@@ -85,9 +85,9 @@ class Replica:
         return Sticky(app, self._name, self._access.root_path)
 
     def check_health(self) -> None:
-        """End this process if no chunk can be expected any more. Ray then starts another.
+        """End this process if a thread hangs. Ray then starts another replica.
 
-        To raise an exception would not do: Ray would wait for the viewers, who wait for chunks.
+        Raising an exception is not enough: Ray would wait for the viewers, and these wait for chunks.
         """
         stalled = self._server.hub.stalled(self._args.hang_seconds)
         if stalled is not None:
@@ -97,7 +97,7 @@ class Replica:
 
 
 def application(args: Namespace, access: Access, build_server: Callable[..., Server]) -> serve.Application:
-    """Return the fleet as Ray Serve deploys it."""
+    """Return the fleet as an application that Ray Serve can deploy."""
     scaling = AutoscalingConfig(
         min_replicas=args.replicas,
         max_replicas=max(args.replicas, args.max_replicas),
@@ -115,7 +115,7 @@ def application(args: Namespace, access: Access, build_server: Callable[..., Ser
         request_router_config=RequestRouterConfig(request_router_class=StickyRouter),
         health_check_period_s=HEALTH_PERIOD,
         health_check_timeout_s=10 * HEALTH_PERIOD,
-        graceful_shutdown_timeout_s=Limits().longest_turn,  # videos end before their replica is removed
+        graceful_shutdown_timeout_s=Limits().longest_turn,  # seconds; videos may end before their replica is removed
         max_constructor_retry_count=STARTS,
     )
     return deployment.bind(args, access, build_server)

@@ -18,7 +18,7 @@ from utils.shapes import held_out_scenes, render_clips
 
 WIDTH, HEIGHT = 832, 480
 LARGEST_FILE = 60_000  # bytes
-SHAPES_STRIDE = 19  # through the 96 held-out scenes: each colour once, each shape twice
+SHAPES_STRIDE = 19  # step through the 96 held-out scenes that takes each colour once and each shape twice
 PICTURES: tuple[Callable[[Canvas], None], ...] = (
     sky_and_city.moon_over_sea,
     sky_and_city.balloons_over_hills,
@@ -29,7 +29,7 @@ PICTURES: tuple[Callable[[Canvas], None], ...] = (
     nature.aurora_over_cabin,
     nature.sailboat_by_an_island,
 )
-"""Each is named after its function; its number, from 1, is its seed."""
+"""Each image has the name of its function. Its number in this list, from 1, is its seed."""
 
 
 def run(folder: Path) -> None:
@@ -42,7 +42,7 @@ def run(folder: Path) -> None:
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """Return the JPEG of the best quality that makes a small file."""
+    """Return the JPEG with the best quality whose file is at most LARGEST_FILE bytes."""
     for quality in range(90, 10, -5):
         image.save(file := io.BytesIO(), "JPEG", quality=quality, optimize=True)
         if file.tell() <= LARGEST_FILE:

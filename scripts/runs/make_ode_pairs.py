@@ -1,4 +1,4 @@
-"""Samples a teacher and keeps points of each trajectory, for ODE regression."""
+"""Samples a teacher and stores points of each denoising trajectory, for ODE regression."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.tracking import progress
 
 
 def run(args: argparse.Namespace) -> None:
-    """Solve the trajectories that are not in the folder yet. Raises UserError if something cannot be used."""
+    """Make the trajectories that are not in the folder yet. Raises UserError if an input cannot be used."""
     job = begin(args, "ode.pairs", check=lambda config: check_counts(args, config))
     teacher = Teacher(args, job)
     with ShardWriter(job.folder, teacher.about(), shard_size=args.shard_size) as writer:
@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> None:
             prompts, tensors = teacher.solve(chosen)
             for row, (item, prompt) in enumerate(zip(chosen, prompts, strict=True)):
                 writer.add(item, {"prompt": prompt}, {name: rows[row] for name, rows in tensors.items()})
-    print(f"{len(items)} trajectories of {len(teacher.kept)} states made, in {job.folder}")
+    print(f"{job.folder}: {len(items)} trajectories of {len(teacher.kept)} states made")
 
 
 def check_counts(args: argparse.Namespace, config: Config) -> None:
-    """Raise UserError for arguments that make no pair."""
+    """Raise UserError for counts that make no pair."""
     for name in ("count", "batch", "shard_size", "solver_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")

@@ -54,11 +54,11 @@ def make_application(args: argparse.Namespace, build_server: Callable[..., Serve
 
 
 def run(args: argparse.Namespace, build_server: Callable[..., Server] = build_demo) -> None:
-    """Deploy the fleet. On a machine of its own, serve until a signal asks for the end.
+    """Deploy the fleet. Without --address, serve until a signal asks for the end.
 
     Args:
         args: the command line.
-        build_server: makes the server of a replica; a module of its name must exist on every machine.
+        build_server: makes the server of a replica. Every machine must be able to import it.
 
     Raises:
         UserError: an argument cannot be used, the port is taken, or a replica does not start.
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, build_server: Callable[..., Server] = build_de
     ray = load_ray()
     ray.init(address=args.address, include_dashboard=False if args.address is None else None, log_to_driver=True)
     try:
-        with StopSignals() as signals:  # after ray.init, which has handlers of its own
+        with StopSignals() as signals:  # after ray.init, which sets its own handlers
             check_room(args, ray.cluster_resources())
             ray.serve.start(proxy_location="EveryNode", http_options={"host": args.host, "port": args.port})
             ray.serve.run_many([ray.serve.RunTarget(target, name=NAME)], wait_for_applications_running=False)
@@ -80,20 +80,20 @@ def run(args: argparse.Namespace, build_server: Callable[..., Server] = build_de
             while args.address is None and signals.received is None:
                 time.sleep(0.2)
     finally:
-        ray.shutdown()  # a cluster of its own ends with it; another one keeps the application
+        ray.shutdown()  # ends a cluster of its own; another cluster keeps the application
 
 
 def set_environment() -> None:
-    """Set what the processes of a new cluster read."""
+    """Set the environment variables that the processes of a new cluster read."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a line of each replica is not a repetition
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # equal lines of different replicas are not repetitions
     os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")  # such as one that is frozen as a whole
     os.environ["RAY_SERVE_SESSION_ID_HEADER_KEY"] = "cookie"  # scripts.runs.fleet_parts.ROUTED_BY
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def check_room(args: argparse.Namespace, have: dict[str, float]) -> None:
-    """Refuse more replicas than a cluster of its own has room for. Another cluster may grow."""
+    """Raise UserError if a new cluster has no room for the replicas. Another cluster may grow, so it is not checked."""
     for kind, each in (("GPU", args.gpus), ("CPU", args.cpus)):
         if args.address is None and args.replicas * each > have.get(kind, 0):
             raise UserError(
@@ -115,7 +115,7 @@ def wait_until_running(signals: StopSignals) -> None:
 
 
 def failure_reason(application: Any) -> str:
-    """Return the last line of what Ray says about an application that failed."""
+    """Return the last line of Ray's message about an application that failed."""
     texts = [deployment.message for deployment in application.deployments.values()]
     lines = [line.strip() for text in [application.message, *texts] for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "UserError" in line or "Error:" in line]

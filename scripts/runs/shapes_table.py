@@ -1,4 +1,4 @@
-"""The table of a Shapes checkpoint: what the detector sees in videos of held-out prompts. The work of evaluate.py."""
+"""Measure a Shapes checkpoint: a table of what the detector sees in videos of held-out prompts. Used by evaluate.py."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ COLUMNS = ("present", "colour", "shape", "size", "background", "direction", "smo
 
 
 def run(args: Namespace) -> None:
-    """Measure a Shapes checkpoint; print and save the table.
+    """Measure a Shapes checkpoint. Print and save the table.
 
     Raises:
-        UserError: a count for which there is nothing to measure, or weights that cannot be used.
+        UserError: a count is out of range, or weights cannot be used.
     """
     config = load_config(Config, args.config_path, [f"generator.weights={args.checkpoint}", *args.overrides])
     scenes = chosen_scenes(args, config)
@@ -69,7 +69,7 @@ def chosen_scenes(args: Namespace, config: Config) -> list[Scene]:
 def measure_length(
     args: Namespace, config: Config, pipeline: TextToVideo, scenes: list[Scene], length: int, folder: Path
 ) -> dict[str, Any]:
-    """Generate and measure one clip a scene, ``length`` times as long as in training."""
+    """Generate and measure one clip for each scene, ``length`` times as long as in training."""
     clips, started = [], time.perf_counter()
     for start in progress(range(0, len(scenes), args.batch), f"{length}x length", unit="batch"):
         size = config.video.height, config.video.width

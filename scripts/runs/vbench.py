@@ -1,4 +1,4 @@
-"""The videos that VBench scores, in its names, and their scores: the part of evaluate.py behind --vbench."""
+"""Make videos with VBench's file names and score them: the work of evaluate.py --vbench."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from utils.video.write import VideoWriter
 
 log = logging.getLogger("evaluate")
 
-SAMPLES = 5  # videos a prompt that VBench asks for
+SAMPLES = 5  # videos for each prompt, as VBench asks
 CLIP_SECONDS = 2  # length of the clips that VBench-Long scores
-CLIPS = "split_clip"  # VBench-Long's name for their folder
+CLIPS = "split_clip"  # VBench-Long's name for the folder of clips
 CUSTOM_DIMENSIONS = [
     "subject_consistency",
     "background_consistency",
@@ -35,7 +35,7 @@ CUSTOM_DIMENSIONS = [
     "aesthetic_quality",
     "imaging_quality",
 ]
-"""The dimensions that VBench scores for prompts that are not its own."""
+"""The dimensions that VBench can score for other prompts than its own."""
 
 
 def run(args: Namespace) -> None:
@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     Under torchrun the processes share the videos. A run that was stopped continues.
 
     Raises:
-        UserError: something cannot be used, or VBench is not as expected.
+        UserError: an input cannot be used, or this version of VBench is unknown.
     """
     config = _config(args)
     options = InferenceOptions(
@@ -132,7 +132,7 @@ def _scores(args: Namespace, config: PipelineConfig, folder: Path) -> dict[str, 
     scorer.evaluate(videos_path=str(folder), name="scores", dimension_list=names, mode=mode)
     file = folder / "vbench" / "scores_eval_results.json"
     if not file.is_file():
-        raise UserError(f"{file}: {package} has not written its scores there; this version of it is not known here")
+        raise UserError(f"{file}: {package} has not written its scores there; this program does not know this version")
     return {name: float(values[0]) for name, values in json.loads(file.read_text()).items()}
 
 
@@ -147,7 +147,7 @@ def _scorer(package: str):
 
 
 def format_scores(report: dict) -> str:
-    """Return the report as text, with one row for each measure. A change of 1 is no drift."""
+    """Return the report as text, with one row for each measure. A change of 1 means no drift."""
     lines = [f"{report['videos']} videos", f"{'':>14}  {'first':>8}  {'last':>8}  {'change':>8}"]
     for name in MEASURES:
         values = report["drift"][name]

@@ -1,4 +1,4 @@
-"""Real jobs of two processes: signals end both in order, waiting has no limit, and a lost process ends the other."""
+"""Real jobs of two processes: a signal ends both in order, waiting has no time limit, a lost process ends the other."""
 
 import os
 import signal
@@ -75,7 +75,7 @@ def is_alive(pid: int) -> bool:
 
 
 def start_without_launcher(worker: list[str], what: str) -> list[subprocess.Popen]:
-    """Two processes as a Slurm script starts them: nobody watches over them."""
+    """Start two processes as a Slurm script does, without a launcher that watches them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

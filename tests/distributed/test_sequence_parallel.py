@@ -1,4 +1,4 @@
-"""Two processes that share the tokens of one stream give what one gives. Run by torchrun, it is a worker itself."""
+"""Two processes that share the tokens of one stream give the result of one. torchrun runs this file as a worker."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def latents_of(denoiser: Denoiser, options: dict) -> Tensor:
 
 
 def work(folder: Path) -> None:
-    """In each process: share a denoiser, note how far it is from a whole one and what of the cache it holds."""
+    """Share a denoiser in each process. Record its difference from a whole one, and the shape of its cache."""
     ranks = init_distributed("cpu")
     whole, shared = tiny_denoiser(), tiny_denoiser()
     optimize(shared.transformer, OptimizeConfig(sequence_parallel=True))

@@ -1,4 +1,4 @@
-"""Two processes make the sample videos of training together. Run by torchrun, this file is a worker itself."""
+"""Two processes make the sample videos of a training together. torchrun runs this file as a worker."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_every_video_is_made_in_equally_many_equal_batches(count, processes, bat
 
 
 def work(folder: Path) -> None:
-    """In each process: note which videos it made and which it got."""
+    """Record, in each process, which videos it has made and which it has received."""
     ranks, made = init_distributed("cpu"), []
 
     def make(indices: list[int]) -> torch.Tensor:

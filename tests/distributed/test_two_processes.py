@@ -1,4 +1,4 @@
-"""Real gloo processes: sharded training equals that of one process, survives kills, and ends together."""
+"""Real gloo processes: sharded training equals that of one process, continues after kills, and ends together."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def one_thread(monkeypatch):
 
 @pytest.fixture
 def train(release, tmp_path):
-    """Trains in so many processes into a folder of this name, which it returns."""
+    """Give a function that trains in several processes and returns the folder."""
 
     def train(name: str, processes: int, *overrides: str) -> Path:
         wait(launch(flags(release, tmp_path / name, *overrides), processes), timeout=240)
@@ -150,7 +150,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def unlucky(release, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
-    """A torchrun job in whose second step one process has a bad loss, and in whose third it dies; and its end."""
+    """Give a finished torchrun job. One of its processes has a bad loss in the second step and dies in the third."""
     folder = tmp_path_factory.mktemp("unlucky")
     (folder / "unlucky.py").write_text(UNLUCKY.format(repository=str(REPOSITORY)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a checkpoint, a run goes on from the newest good one, and says so once."""
+"""Whatever happens to the files of a checkpoint, a run goes on from the newest good one, with one warning."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ FILES = ("manifest.json", "state.json", "rank_00000.safetensors")
 
 
 class Values:
-    """What has no tensors."""
+    """An object without tensors."""
 
     def __init__(self) -> None:
         self.place = 3
@@ -50,7 +50,7 @@ def objects() -> dict:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Checkpoints of the steps 4 and 6."""
+    """Give a folder with checkpoints of the steps 4 and 6."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", KeepPolicy(5))
     for step in (4, 6):
         checkpoints.save(step, objects(), {})
@@ -159,7 +159,7 @@ def test_an_older_checkpoint_that_latest_names_is_taken_without_a_word(folder, w
 
 
 def test_every_single_flipped_bit_is_found(folder):
-    """One or more bits of every byte; `scripts/endure.py damage` flips them all."""
+    """This test flips at least one bit of every byte. `scripts/endure.py damage` flips all of them."""
     checkpoint = folder / NEWEST
     flips = missed = 0
     for file in FILES:
@@ -249,7 +249,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(folder, tmp_path):
 
 
 def forged(checkpoint: Path, rows: dict | None = None, state: object = None) -> None:
-    """Change a checkpoint as somebody would who computes its checksums again."""
+    """Change a checkpoint and compute its checksums again, as an attacker would."""
     file = checkpoint / "rank_00000.safetensors"
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")

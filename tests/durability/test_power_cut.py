@@ -24,7 +24,7 @@ CALLS = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir"
 
 
 def trace(folder: Path, tmp_path: Path, how: str) -> list[str]:
-    """The calls that sync, rename and delete below a folder, as `sync NAME`, `rename OLD NEW` and `delete NAME`."""
+    """Return the system calls below a folder as `sync NAME`, `rename OLD NEW` and `delete NAME`."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     output = tmp_path / "trace"

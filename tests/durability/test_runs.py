@@ -1,4 +1,4 @@
-"""A training goes on after damage, keeps what an earlier run left, and shares its folder with nobody."""
+"""A training goes on after damage, keeps the files of an earlier run, and never shares its folder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ pytest_plugins = ["tests.shapes_parts"]
 
 @pytest.fixture
 def flags(release, tmp_path, restore_logging) -> list[str]:
-    """train.py with a small objective, into the folder `run`."""
+    """Give the arguments of train.py with a small objective and the folder `run`."""
     common = ["--config_path", release.config_path, "--no_visualize", "--logdir", str(tmp_path / "run")]
     return [*common, "objective=autoencoder", "trainer.batch_size=1", "trainer.save_every=1"]
 

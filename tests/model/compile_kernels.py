@@ -1,9 +1,9 @@
-"""Compile every kernel of model/fused_kernels.py for a GPU that is not there, and print what the assembler says.
+"""Compile every kernel of model/fused_kernels.py for a GPU, without having one, and print the sizes of the results.
 
     python tests/model/compile_kernels.py
 
-It needs triton, which brings the assembler, and no GPU. It prints one JSON object: for each kernel the bytes of shared
-memory and of machine code. Do not set TRITON_INTERPRET.
+It needs triton, which includes the assembler, but no GPU. It prints one JSON object: the bytes of shared memory and of
+machine code of each kernel. Do not set TRITON_INTERPRET.
 """
 
 import json
@@ -30,7 +30,7 @@ CONSTANTS = {
 
 
 def kind(name: str) -> str:
-    """The type of an argument: bfloat16 tensors unless its name says otherwise."""
+    """Return the type of an argument, from its name. The default is a bfloat16 tensor."""
     if name in FLOATS:
         return "fp32"
     if name in INTEGERS or name.endswith(("_batch", "_frame", "_token")):
@@ -39,7 +39,7 @@ def kind(name: str) -> str:
 
 
 def compiled(name: str) -> dict[str, int]:
-    """Bytes of shared memory, and of machine code, of one kernel."""
+    """Return the bytes of shared memory and of machine code of one kernel."""
     kernel, constants = getattr(kernels, name), CONSTANTS[name]
     signature = {one: "constexpr" if one in constants else kind(one) for one in kernel.arg_names}
     result = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER)

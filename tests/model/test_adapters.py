@@ -1,4 +1,4 @@
-"""LoRA, DoRA, LoHa and LoKr change a weight exactly as peft does, and as their formulas say."""
+"""LoRA, DoRA, LoHa and LoKr change a weight exactly as peft does and as their formulas say."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ LAYERS = ["blocks.0.self_attn.q", "blocks.1.ffn.0", "blocks.1.ffn.2"]
 
 
 class Base(nn.Module):
-    """Linear layers under the names of a Wan transformer."""
+    """Linear layers with the names of a Wan transformer."""
 
     def __init__(self, weights):
         super().__init__()
@@ -106,7 +106,7 @@ def random(*shape):
 
 
 def test_loha_and_lokr_equal_their_sums_written_out():
-    """Element by element, for a linear layer and for a convolution with and without Tucker kernels."""
+    """Values are compared one by one, for a linear layer and for a convolution with and without Tucker kernels."""
     r, o, i, k = 2, 6, 4, (1, 2, 2)
     a1, b1, a2, b2 = random(o, r), random(r, i), random(o, r), random(r, i)
     expected = 0.5 * torch.einsum("or,ri->oi", a1, b1) * torch.einsum("or,ri->oi", a2, b2)
@@ -160,7 +160,7 @@ def test_the_scale_of_a_lycoris_file_is_alpha_over_the_rank_of_its_factors(tmp_p
 
 
 def test_a_scale_moves_between_the_weight_and_the_changed_weight(weights):
-    """Also for DoRA, whose difference depends on the weight; two of them do not depend on their order."""
+    """This also holds for DoRA, whose difference depends on the weight. The order of two of them does not matter."""
     name = "blocks.0.self_attn.q"
     d = SMALL.dim
     dora = LoRA({name: Decomposed(LowRank(random(2, d), random(d, 2), 0.1), random(d).abs())})

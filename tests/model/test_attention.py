@@ -1,4 +1,4 @@
-"""Masks say who sees whom, and attention obeys them."""
+"""Masks say which frames attend to which, and attention follows them."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ WINDOWS = [(None, 0), (3, 0), (4, 1), (5, 0), (6, 3), (7, 2), (50, 7)]
 
 
 def sees(query, key, chunks, window, sink):
-    """The definition, one frame at a time."""
+    """Return whether a query frame attends to a key frame, by the definition."""
     end = next(end for _, end in chunks if query < end)
     if key >= end:
         return False
@@ -95,7 +95,7 @@ def test_a_bias_is_added_to_the_logits_of_every_query():
 
 @pytest.mark.parametrize("make", [block_causal_mask, teacher_forcing_mask])
 def test_the_mask_of_a_gpu_is_the_same_mask(make):
-    """Built on the CPU without compiling: which blocks of 128 tokens are computed, and which entries of them."""
+    """The mask is built on the CPU without compilation: which blocks of 128 tokens and which entries count."""
     mask = make(6, 3, window=5, sink=1)
     tokens = 50
     blocks = flex_mask.__wrapped__(mask, tokens, torch.device("cpu"), compiled=False).blocks

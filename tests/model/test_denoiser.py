@@ -1,4 +1,4 @@
-"""A denoiser gives one prediction in two forms, whichever its network was trained to output."""
+"""A denoiser gives its prediction in two forms, whichever of them its network outputs."""
 
 from dataclasses import replace
 

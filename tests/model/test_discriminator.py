@@ -1,4 +1,4 @@
-"""GAN heads: features are the transformer's own, logits are neutral at first, learn, and reach the video."""
+"""GAN heads use the transformer's own features. Logits begin at zero, learn, and have a gradient to the video."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TIMESTEPS, EMBEDS = torch.full((8, 2), 300.0), random(1, 5, 8).expand(8, -1, -1)
 
 
 def tiny_discriminator(*, registers: int = 2, trained: bool = False) -> Discriminator:
-    """Heads on a two-block transformer; ``trained`` ones have a last layer that is not zero."""
+    """Return heads on a transformer of two blocks. If `trained`, their last layer is not zero."""
     config = DiscriminatorConfig(depths=[0.5, 1.0], registers=registers)
     transformer = tiny_denoiser(seed=3).transformer
     discriminator = Discriminator(transformer, config, generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_heads_stay_in_float32_over_a_half_precision_backbone():
 
 @pytest.mark.parametrize("kind", AdversarialLoss)
 def test_two_toy_worlds_are_told_apart_after_30_steps(kind):
-    """Clips of flat frames against clips of unrelated pixels: every single pixel is the same normal in both."""
+    """It tells clips of flat frames from clips of random pixels. Single pixels have the same distribution in both."""
     generator = torch.Generator().manual_seed(0)
 
     def logits(discriminator: Discriminator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,7 +47,7 @@ def test_the_grid_descends_from_pure_noise_and_leaves_0_out(shift):
 
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
 def test_warped_steps_lie_on_the_grids_that_contain_them(shift):
-    """So that points 0, 12, 24, 36 of a 48-step trajectory are the student's own timesteps."""
+    """Then points 0, 12, 24 and 36 of a trajectory of 48 steps are the student's own timesteps."""
     schedule = FlowMatching(shift)
     warped = schedule.warp([1000, 750, 500, 250, 0])
     assert warped[-1] == 0

@@ -1,4 +1,4 @@
-"""Fused kernels equal the plain layers, keep the rules of operators, and live in graphs without breaks.
+"""Fused kernels equal the plain layers, obey the rules of operators, and work in graphs without breaks.
 
 Without a GPU they run in Triton's interpreter (see tests/conftest.py), on tensors of a few tokens.
 """
@@ -30,9 +30,9 @@ pytest.importorskip("triton", reason="fused kernels need triton: pip install tri
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
-"""Of the largest value, against the plain layers computed in float32. In bfloat16 a kernel rounds once."""
+"""Relative to the largest value of the plain layers in float32. In bfloat16 a kernel rounds once."""
 CLIP_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}
-"""Of the largest value of a clip of several chunks, against the plain blocks."""
+"""Relative to the largest value of the plain blocks' clip of several chunks."""
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 
 
@@ -45,7 +45,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def signals(frames: int, dtype: torch.dtype, count: int = 3) -> list[torch.Tensor]:
-    """Shift, scale and gate as a block has them: views [B f 1 C] of one tensor."""
+    """Return shift, scale and gate like those of a block: views [B f 1 C] of one tensor."""
     return list(made(2, frames, 2 * count, 24, seed=9, dtype=dtype)[:, :, :count, None].unbind(2))
 
 
@@ -101,7 +101,7 @@ def test_q_k_and_v_are_normed_rotated_and_put_into_their_slots_and_nowhere_else(
 
 
 def operators() -> list[tuple]:
-    """Every operator with arguments as a model gives them: views, optional parts, a mutated buffer."""
+    """Return every operator with arguments as a model passes them: views, optional parts, a mutated buffer."""
     x, branch, (shift, scale, gate) = made(2, 3, 5, 24), made(2, 3, 5, 24, seed=1), signals(3, torch.float32)
     shift, scale, gate = (signal.squeeze(2) for signal in (shift, scale, gate))
     one = gate[:, :1].expand(-1, 3, -1)
@@ -128,7 +128,7 @@ def test_the_operators_keep_the_rules_of_operators(case):
 
 @torch.no_grad()
 def clip(denoiser, dtype: torch.dtype, *, frames: int = 9, **options) -> torch.Tensor:
-    """Latents of a rollout, one token a frame: an interpreted kernel takes a millisecond a token."""
+    """Return the latents of a rollout with one token a frame, as interpreted kernels need a millisecond a token."""
     noise, embeds = made(1, frames, 4, 2, 2, dtype=dtype), made(1, 3, 8, seed=1, dtype=dtype)
     cache = KVCache(denoiser.transformer.config.num_layers)
     config = RolloutConfig(denoising_steps=[1000.0], **options)
@@ -151,7 +151,7 @@ def test_a_rollout_with_fused_blocks_equals_one_with_plain_blocks(dtype, options
 
 
 def test_caches_that_keys_cannot_be_written_to_directly_get_them_as_ever(monkeypatch):
-    """A sink that moves, keys in 8 bits, passes without a cache: k and v leave the kernel as tensors."""
+    """With a moving sink, with keys in 8 bits, and without a cache, the kernel returns k and v as tensors."""
     plain, ours = with_kernels(Kernels.torch), with_kernels(Kernels.triton)
     monkeypatch.setattr("model.fused_block.FusedBlock._attend_to_cache", None)
     options, bound = {"window": 6, "sink": 1, "relative_positions": True}, CLIP_BOUNDS[torch.float32]
@@ -217,7 +217,7 @@ def test_kernels_that_cannot_run_are_refused_in_one_line(monkeypatch):
 
 
 def test_every_kernel_compiles_for_a_hopper_gpu_that_is_not_here():
-    """The interpreter takes what the compiler may not, so the compiler and the assembler run too."""
+    """The interpreter accepts code that the compiler may refuse, so the compiler and the assembler run too."""
     root = Path(__file__).resolve().parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(root / "tests/model/compile_kernels.py")]
@@ -228,7 +228,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu_that_is_not_here():
 
 
 class BytesMoved(TorchDispatchMode):
-    """Counts what operations read and write in memory; views move nothing, products and attention are left out."""
+    """Counts the bytes that operations read and write. Views move nothing. Products and attention are not counted."""
 
     PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm")
 
@@ -250,7 +250,7 @@ class BytesMoved(TorchDispatchMode):
 
 @torch.no_grad()
 def passes_of_a_layer(*, fused_kernels: bool, frames: int = 3, tokens: int = 1560, dim: int = 1536) -> float:
-    """Bytes that a layer of Wan2.1-1.3B moves beside products and attention, in passes over a chunk in bfloat16."""
+    """Return the bytes that a layer of Wan2.1-1.3B moves without products and attention, in passes over a chunk."""
     dtype, heads = torch.bfloat16, 12
     with torch.device("meta"):
         block = Block(dim, 8960, heads, 1e-6).to(dtype)

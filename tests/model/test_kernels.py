@@ -1,4 +1,4 @@
-"""Each call chooses its kernel alone: by what can run, by what the tensors are, and without a word to other threads."""
+"""Each attention call chooses its own kernel, by the device and the tensors. It does not influence other threads."""
 
 import sys
 import threading
@@ -25,7 +25,7 @@ def halves(*lengths: int):
 
 @pytest.fixture
 def package(monkeypatch):
-    """A function that pretends that the package of a kernel is installed; its calls are counted."""
+    """Give a function that installs a fake package of a kernel and counts its calls."""
     calls = []
 
     def install(name: str, *, logsumexp: bool = False) -> list:
@@ -85,7 +85,7 @@ def test_a_package_that_is_absent_or_broken_is_not_there(monkeypatch):
 
 
 def test_a_kernel_in_one_thread_forbids_nothing_to_another(monkeypatch):
-    """While cuDNN computes attention in one thread, a decode thread calls torch's attention for one head of 384."""
+    """While cuDNN computes attention in one thread, a decoding thread calls torch's attention for one head of 384."""
     q, k, v = halves(6, 5, 5)
     seen, outputs = [], []
 
@@ -108,7 +108,7 @@ def test_a_kernel_in_one_thread_forbids_nothing_to_another(monkeypatch):
 
 
 def test_no_program_changes_the_kernels_of_the_whole_process():
-    """`sdpa_kernel` and `torch.backends.cuda.enable_*_sdp` are switches of the process, not of the thread."""
+    """`sdpa_kernel` and `torch.backends.cuda.enable_*_sdp` change the whole process, not one thread."""
     files = [
         path for part in ("model", "pipeline", "trainer", "utils", "scripts") for path in (ROOT / part).rglob("*.py")
     ]
@@ -162,7 +162,7 @@ def test_a_kernel_without_backward_is_refused_under_grad(package):
 
 @pytest.mark.parametrize("name", [*PACKAGED, "cudnn"])
 def test_no_kernel_meets_tensors_that_it_cannot_take(name, package, monkeypatch):
-    """float32, or a head dim that is too large or odd, goes to sdpa, whatever kernel was chosen for the model."""
+    """With float32, or with a head dim that is too large or odd, sdpa is used instead of the model's kernel."""
     calls = [] if name == "cudnn" else package(name)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", lambda *_: calls.append(name))
     for head_dim, dtype in [(16, torch.float32), (320, torch.bfloat16), (12, torch.bfloat16)]:
@@ -172,7 +172,7 @@ def test_no_kernel_meets_tensors_that_it_cannot_take(name, package, monkeypatch)
 
 
 def test_float32_heads_over_a_backbone_in_half_precision_use_sdpa(package, monkeypatch):
-    """The backbone's explicit kernel does not reach the discriminator's heads."""
+    """The explicit kernel of the backbone is not used by the discriminator's heads."""
     calls = package("flash")
     monkeypatch.setattr("model.transformer.resolve_backend", lambda backend, *_: backend)
     backbone = tiny_denoiser(TINY).transformer.bfloat16()
@@ -204,7 +204,7 @@ def test_every_kernel_that_runs_here_equals_sdpa(backend):
 
 @pytest.mark.parametrize(("name", "bound"), [("int8", 0.02), ("fp8", 0.05)])
 def test_attention_in_8_bits_is_close_to_exact_attention(name, bound):
-    """Also with keys far from zero, which their mean takes off, and with lengths that fill no block."""
+    """This also holds for keys far from zero (their mean is subtracted) and for lengths that fill no block."""
     q, k, v = (random(2, length, 3, 64, seed=length) for length in (200, 333, 334))
     v = v[:, :333]
     expected = kernels.sdpa(q, k, v)
@@ -219,7 +219,7 @@ def test_attention_in_8_bits_is_close_to_exact_attention(name, bound):
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_a_rollout_with_attention_in_8_bits_is_close_to_one_without(name):
-    """Also compiled, in one graph."""
+    """This also holds when it is compiled as one graph."""
     denoiser, latents, embeds = tiny_denoiser(), random(1, 3, 4, 4, 6), random(1, 5, 8, seed=1)
     arguments = latents, torch.full((1, 1), 500.0), embeds
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The cache returns exactly the visible frames, without copies where nothing is learned, in constant memory."""
+"""The cache returns exactly the visible frames. Without gradient it makes no copies and needs constant memory."""
 
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ TOKENS, HEADS, DIM = 2, 2, 4
 
 
 def labelled(start: int, frames: int, batch: int = 1) -> Tensor:
-    """Keys whose every entry is their absolute frame index."""
+    """Return keys in which every entry is the absolute index of the frame."""
     index = torch.arange(start, start + frames, dtype=torch.float32)
     return index.view(1, -1, 1, 1, 1).expand(batch, -1, TOKENS, HEADS, DIM).clone()
 
 
 def frames_of(keys: Tensor) -> list[int]:
-    """The labels in keys [B S N D], sorted; every token of a frame must be there."""
+    """Return the sorted labels in keys [B S N D]. Every token of a frame must be there."""
     labels = keys[:, :, 0, 0].unflatten(1, (-1, TOKENS))
     assert (labels == labels[:1, :, :1]).all()
     return sorted(labels[0, :, 0].int().tolist())
@@ -101,7 +101,7 @@ def test_slots_told_as_data_are_the_same_slots(sizes, window, sink, relative):
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "sink"), [(6, 0), (7, 1), (4, 1)])
 def test_without_grad_nothing_is_copied_and_memory_stays_flat(window, sink):
-    """The keys are a view of one buffer of window frames, for 200 chunks and for frame a million."""
+    """The keys are a view of one buffer of the window's size, for 200 chunks and for frame one million."""
     cache = KVCache(1, window=window, sink=sink)
     where = set()
     for start in [*range(0, 600, 3), 10**6]:
@@ -161,7 +161,7 @@ def test_text_keys_are_computed_once_a_prompt():
 
 
 def in_window(finished: Tensor, end: int, window: int, sink: int) -> Tensor:
-    """The frames that a chunk ending at ``end`` sees, in order."""
+    """Return the frames that a chunk ending at `end` attends to, in order."""
     return torch.cat([finished[:, low:high] for low, high in visible_frames(end, window, sink)], dim=1)
 
 
@@ -169,7 +169,7 @@ def in_window(finished: Tensor, end: int, window: int, sink: int) -> Tensor:
 @pytest.mark.parametrize("append_only", [False, True])
 @pytest.mark.parametrize(("window", "sink"), [(6, 0), (7, 1), (6, 3), (9, 4)])
 def test_relative_positions_count_from_the_first_frame_in_the_window(window, sink, append_only):
-    """One layer, so that keys are those of the frames: equal to attention over just the window, at 0 ... window - 1."""
+    """With one layer, the result equals attention over only the window, with positions 0 to window - 1."""
     denoiser, clip = tiny_denoiser(replace(TINY, num_layers=1)), random(1, 36, 4, 4, 6)
     cache, embeds = (
         KVCache(1, window=window, sink=sink, relative=True, append_only=append_only),
@@ -205,7 +205,7 @@ def test_relative_positions_look_the_same_a_million_frames_later_in_the_same_mem
 
 
 def test_relative_positions_survive_recomputation_in_backward():
-    """An early pass recomputed after the sink has moved on finds it where it was."""
+    """An early pass that is recomputed after the sink has moved finds the sink at its old position."""
     cache = KVCache(1, window=5, sink=2, relative=True, append_only=True)
     with torch.no_grad():
         for start in range(0, 15, 3):
@@ -239,7 +239,7 @@ def test_a_restarted_cache_holds_the_sink_as_first_made_and_leaves_the_old_one_a
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 7, "sink": 1, "relative": True}])
 def test_several_chunks_in_one_pass_equal_one_pass_each(options, known):
-    """Their outputs and what they leave behind; the last layer may be spared the outputs that nobody wants."""
+    """Their outputs and the cached keys are equal. The last layer may skip outputs that are not needed."""
     denoiser, clip, embeds = tiny_denoiser(), random(2, 15, 4, 4, 6), random(2, 5, 8, seed=1)
     timesteps = torch.linspace(0, 900, 30).view(2, 15)
     caches = [KVCache(2, **options) for _ in range(3)]
@@ -307,7 +307,7 @@ def test_misuse_is_refused():
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("keep_sink", [False, True])
 def test_kept_buffers_give_what_new_ones_give_at_the_same_addresses(keep_sink, relative, fp8, monkeypatch):
-    """Over a restart, and for the next cache. Another layout gets new ones."""
+    """Buffers are reused after a reset and by the next cache. Another layout gets new buffers."""
     made, zeros = [], KeyLayout.zeros
     monkeypatch.setattr(KeyLayout, "zeros", lambda *args, **options: made.append(1) or zeros(*args, **options))
     options = {"window": 6, "sink": 2, "relative": relative, "fp8": fp8}

@@ -1,4 +1,4 @@
-"""Layers that compute the same thing by a faster way."""
+"""Faster layers compute the same values."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_patch_embedding_is_the_convolution(patch):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_joined_for_one_product_give_what_weights_joined_once_give(dtype):
-    """To the last bit, as both are one product of the same matrices; three products would be rounded otherwise."""
+    """They are equal to the last bit, because both are one product of the same matrices. Three products differ."""
     apart, joined = SelfAttention(128, 1, 1e-6).to(dtype), SelfAttention(128, 1, 1e-6).to(dtype)
     joined.load_state_dict(apart.state_dict())
     apart.fuse(keep_parts=True)

@@ -1,4 +1,4 @@
-"""Loading takes memory for the tensors kept, whatever is converted: measured in a process of its own."""
+"""Loading needs memory only for the tensors that are kept, also if they are converted. A new process measures it."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ print(json.dumps((memory("VmHWM") - before) / kept))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_peak_memory_is_below_1_1_times_the_tensors_kept(tmp_path, suffix):
-    """The worst case: stored tensors take twice the memory of those kept."""
+    """In the worst case stored tensors take twice the memory of the kept ones."""
     state = WanTransformer(SIZES).state_dict()
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pt":

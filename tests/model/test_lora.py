@@ -1,4 +1,4 @@
-"""LoRA: every key style gives the same differences as its own library, and merging can be undone."""
+"""LoRA: every style of names gives the same differences as its own library, and merging can be undone."""
 
 import json
 
@@ -31,7 +31,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def lora(weights):
-    """Differences of scale 2 = ALPHA / RANK on every layer a LoRA usually has."""
+    """Give differences with scale 2 = ALPHA / RANK for every layer that a LoRA usually has."""
     generator = torch.Generator().manual_seed(2)
     layers = {}
     for name in LAYERS:
@@ -42,7 +42,7 @@ def lora(weights):
 
 
 def keys(lora, down, up, rename=lambda name: name):
-    """A file's tensors without alphas; `down` and `up` have a place for the layer's name."""
+    """Return the tensors of a file without alphas. `down` and `up` are patterns with a place for the layer's name."""
     return {
         pattern.format(rename(name)): tensor
         for name, layer in lora.layers.items()
@@ -89,7 +89,7 @@ def kohya(lora):
 
 
 def write_longlive(path, lora):
-    """{"generator_lora", "critic_lora"} without any alpha: it equals the rank, so the scale goes into one matrix."""
+    """Write {"generator_lora", "critic_lora"} without alphas. Then alpha is the rank, so one matrix holds the scale."""
     pattern = "base_model.model.{}.lora_"
     state = keys(lora, pattern + "A.default.weight", pattern + "B.default.weight")
     state = {key: tensor * (ALPHA / RANK if "lora_B" in key else 1) for key, tensor in state.items()}
@@ -238,7 +238,7 @@ def test_convolutions_are_merged_in_their_own_shape(weights):
 
 
 def broken_files(folder, lora):
-    """(path, what its one line must say)."""
+    """Yield (path, text that its error must contain)."""
     yield folder / "absent.safetensors", "no such file"
     (folder / "hollow").mkdir()
     yield folder / "hollow", "holds neither adapter_model.safetensors nor"

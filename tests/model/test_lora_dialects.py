@@ -1,4 +1,4 @@
-"""Every spelling of a LoRA that trainers write: one row a dialect, all with the same differences."""
+"""All names that trainers use in LoRA files. Each dialect is one row, and all of them give the same differences."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def lora(weights):
-    """Differences with a scale of 2 = ALPHA / RANK."""
+    """Give differences with scale 2 = ALPHA / RANK."""
     generator = torch.Generator().manual_seed(5)
     layers = {}
     for name in LAYERS:
@@ -44,11 +44,11 @@ def same(name):
 
 
 def mixed(name):
-    """blocks.0.self_attn.q -> blocks_0.self_attn.q"""
+    """Return blocks_0.self_attn.q for blocks.0.self_attn.q."""
     return name.replace("blocks.", "blocks_")
 
 
-# Who writes it, what comes before the layer, how layers are spelled, the two matrices, the alpha.
+# Program that writes the file, prefix of a layer, spelling of layers, names of the two matrices, name of the alpha.
 DIALECTS = {
     "bare": ("", same, "lora_A.weight", "lora_B.weight", None),
     "peft": ("base_model.model.", same, "lora_A.weight", "lora_B.weight", None),
@@ -181,7 +181,7 @@ def test_of_two_adapters_in_one_file_one_is_named(tmp_path, lora):
 
 
 def test_bias_norm_and_modulation_differences_are_merged(tmp_path, weights, lora):
-    """What LightX2V and AccVideo write beside the matrices; peft's bias counts alpha / rank times."""
+    """LightX2V and AccVideo write these beside the matrices. peft scales its bias by alpha / rank."""
     layer = "blocks.0.self_attn.q"
     state = {
         f"diffusion_model.{layer}.lora_down.weight": lora.layers[layer].down,
@@ -340,7 +340,7 @@ def test_a_configuration_takes_one_lora_or_a_list_of_them(tmp_path):
 
 
 def test_a_bad_lora_ends_inference_with_one_line_before_the_weights_are_read(tmp_path):
-    """The weights are a file that could not be read either: the LoRA comes first."""
+    """The weights cannot be read either, but the LoRA is checked first."""
     (tmp_path / "weights.pt").write_bytes(b"not weights")
     config = DenoiserConfig(weights=str(tmp_path / "weights.pt"), lora=str(tmp_path / "absent.safetensors"))
     with pytest.raises(UserError, match=r"absent.safetensors: no such file"):

@@ -1,4 +1,4 @@
-"""Every key and shape of the published sizes, on the meta device, against the libraries that read the same files."""
+"""At the published sizes, every key and shape equals that of the other libraries. Tensors are on the meta device."""
 
 from dataclasses import asdict
 
@@ -50,7 +50,7 @@ def test_sizes_and_heads_of_the_published_models_follow_from_their_shapes(preset
 
 
 def umt5_xxl_names():
-    """Name and shape of every tensor of models_t5_umt5-xxl-enc-bf16.pth."""
+    """Return the name and the shape of every tensor of models_t5_umt5-xxl-enc-bf16.pth."""
     dim, ffn, heads, layers = 4096, 10240, 64, 24
     yield "token_embedding.weight", (256384, dim)
     yield "norm.weight", (dim,)

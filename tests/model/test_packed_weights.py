@@ -1,4 +1,4 @@
-"""Weights in fewer bits, under any prefix: the values are those that the format's definition gives."""
+"""Weights in fewer bits, with any prefix, have the values that the definition of their format gives."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ def is_matrix(name, tensor):
 
 
 def quantise(state, dtype, scale_name, granularity):
-    """(what a file holds, the values it stands for)."""
+    """Return (the tensors of a file, the values that they represent)."""
     stored, values = {}, {}
     for name, tensor in state.items():
         if not is_matrix(name, tensor):
@@ -192,7 +192,7 @@ def test_files_and_folders_of_any_name_are_read_by_their_content(tmp_path, state
 
 
 def write_gguf(path, state, arch, kinds, shapes=True):
-    """As ComfyUI-GGUF's converter does: 5 axes become 4, with the original shape as a field."""
+    """Write a file like ComfyUI-GGUF's converter: 5 axes become 4, and a field holds the original shape."""
     writer = gguf.GGUFWriter(path, arch)
     values = {}
     for name, tensor in state.items():
@@ -253,7 +253,7 @@ def test_a_quantised_vector_and_a_shape_that_is_no_shape(tmp_path):
 
 
 def damaged_gguf(whole: bytes):
-    """(bytes, what the line says)."""
+    """Yield (bytes, text that the error must contain)."""
     for share in (0.001, 0.2, 0.5, 0.99):
         yield whole[: int(len(whole) * share)], "truncated|damaged"
     yield whole[:8] + struct.pack("<QQ", 2**60, 1) + whole[24:], "cannot be read"

@@ -56,7 +56,7 @@ def test_frames_need_not_be_in_order_or_unique():
 
 
 def test_a_table_made_in_inference_mode_serves_training():
-    """Tables are kept, so one that generation made may be the one that training finds."""
+    """Tables are kept, so training may use a table that generation has made."""
     arguments = (tuple(range(77, 79)), 2, 3, 32, CPU)
     with torch.inference_mode():
         rotary_table(*arguments)

@@ -1,4 +1,4 @@
-"""Prompts become embeddings that depend on the prompt alone, and survive every file format."""
+"""The embedding of a prompt depends only on the prompt, and is the same after saving in every file format."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ def encoder():
 
 
 def lengths(embeds):
-    """Tokens of each prompt [B], taken as what is not zero."""
+    """Return the number of tokens of each prompt [B]: those that are not zero."""
     return (embeds.abs().sum(-1) > 0).sum(1).tolist()
 
 
@@ -46,7 +46,7 @@ def test_embeddings_are_zero_past_each_prompt_and_cut_at_text_len(encoder):
 
 
 def test_an_embedding_does_not_depend_on_batch_neighbours(encoder):
-    """To rounding with grad (values are of order 3), to the last bit without."""
+    """With grad they are equal up to rounding (values are about 3), without grad to the last bit."""
     together = encoder.encode(PROMPTS)
     for row, prompt in zip(together, PROMPTS, strict=True):
         alone = encoder.encode([prompt])[0]
@@ -127,7 +127,7 @@ def test_wan_file_gives_the_same_encoder_with_sizes_read_off_its_shapes(encoder,
 
 
 def test_sentencepiece_style_tokenizer_gives_the_ids_of_its_own_json(encoder, tmp_path):
-    """google/umt5-xxl: a Unigram tokenizer.json whose tokenizer_config names a T5 class."""
+    """google/umt5-xxl has a Unigram tokenizer.json, and its tokenizer_config names a T5 class."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁red", -2.0), ("▁", -3.0), ("c", -4.0)]
@@ -146,7 +146,7 @@ def test_sentencepiece_style_tokenizer_gives_the_ids_of_its_own_json(encoder, tm
 
 
 def test_xxl_shapes_give_the_xxl_model(tmp_path):
-    """Every key and shape of the 5.7B encoder, on the meta device."""
+    """Check every key and shape of the 5.7B encoder on the meta device."""
     from transformers import UMT5EncoderModel
 
     parts = {"attn.q": (4096, 4096), "pos_embedding.embedding": (32, 64), "ffn.gate.0": (10240, 4096)}
@@ -228,7 +228,7 @@ def test_prompt_cache_keeps_no_gradient(encoder):
 
 @pytest.fixture
 def saved(encoder, tmp_path):
-    """A folder with the encoder, and a function that opens a cache of its prompts beside it, as a run does."""
+    """Give a folder with the encoder, and a function that opens a cache of its prompts, as a run does."""
     encoder.save_pretrained(tmp_path / "encoder")
     loads = []
 
@@ -309,7 +309,7 @@ def test_a_freed_encoder_leaves_nothing_behind_and_comes_back_when_needed(saved)
 
 
 def test_umt5_equals_the_recording(tmp_path):
-    """Case 10: the official encoder's output from its own weight names, on tokens that are not padding."""
+    """Compare with recorded case 10: the official encoder with its own weight names, without padding tokens."""
     from safetensors.torch import load_file
 
     if "PARITY_DATA" not in os.environ:

@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers from other people's files: every packaging, and nothing that could cost or run much."""
+"""Text encoders and tokenizers in files of others: all layouts can be read, and no file can cost much or run code."""
 
 import json
 import time
@@ -25,7 +25,7 @@ TEXTS = [*SENTENCES, "Ω unknown ☃ signs", "ｆｕｌｌ width and ﬁ", "", "
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    """Wan's own layout, with sentencepiece's file and tokenizer.json."""
+    """Give an encoder in Wan's own layout, with sentencepiece's file and tokenizer.json."""
     folder = tmp_path_factory.mktemp("wan")
     size = write_tokenizer(folder / "google" / "umt5-xxl")
     torch.save(t5_state(size), folder / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -48,7 +48,7 @@ def embeds(encoder, texts=SENTENCES):
 
 
 def repackage(wan, path, pieces):
-    """As ComfyUI does: transformers' names in half precision, with the tokenizer inside."""
+    """Write the encoder as ComfyUI does: names of transformers, half precision, and the tokenizer inside."""
     state = {name: tensor.half() for name, tensor in load_file_of(wan).items()}
     if pieces is not None:
         state["spiece_model"] = torch.frombuffer(bytearray(pieces), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""How frames are cut into tiles."""
+"""Tiles cover frames, share an overlap, and are blended smoothly."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ def video(frames: int, size: int = 16) -> torch.Tensor:
 
 
 def published_weights(model: TinyVAE) -> dict[str, torch.Tensor]:
-    """The recording's rule: every tensor follows from its name and shape."""
+    """Return weights by the rule of the recording: name and shape of a tensor decide its values."""
     weights = {}
     for name, tensor in model.state_dict().items():
         noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

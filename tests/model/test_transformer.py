@@ -1,4 +1,4 @@
-"""The transformer is Wan's, at any size, and its three uses agree."""
+"""The transformer equals Wan's at any size, and its three uses agree."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.parity import TINY, gradients, random, relative_error, tiny_denoiser
 
 
 def inputs(batch=2, frames=6, height=4, width=6, tokens=5):
-    """Latents, per-frame timesteps and embeddings."""
+    """Return latents, a timestep for each frame, and embeddings."""
     timesteps = torch.linspace(1000, 30, batch * frames).view(batch, frames)
     return random(batch, frames, 4, height, width), timesteps, random(batch, tokens, 8, seed=1)
 
@@ -59,7 +59,7 @@ def test_every_sample_is_alone_in_its_batch():
 
 @torch.no_grad()
 def test_a_frames_timestep_modulates_that_frame_alone():
-    """With one layer and a mask that isolates frames, nothing else can carry it."""
+    """With one layer and a mask that isolates frames, no other input can carry the timestep."""
     transformer = tiny_denoiser(replace(TINY, num_layers=1)).transformer
     latents, timesteps, embeds = inputs()
     mask = BlockMask(tuple(((f, f + 1), ((f, f + 1),)) for f in range(6)), tuple(range(6)))
@@ -82,7 +82,7 @@ def test_short_prompts_are_padded_with_zeros_and_the_padding_is_attended_to():
 
 @torch.no_grad()
 def test_folding_padded_text_changes_nothing():
-    """Over a cache few padded keys stand for all of them; without one, all are there."""
+    """With a cache a few padded keys replace all of them. Without a cache all padded keys are computed."""
     transformer = tiny_denoiser(replace(TINY, text_len=200)).transformer
     latents, timesteps, _ = inputs(batch=3)
     embeds = torch.zeros(3, 150, 8)

@@ -1,4 +1,4 @@
-"""Transformers from files of any size and dialect, and back; forward passes equal diffusers' own."""
+"""Transformers of any size are read and written in files of any dialect. Forward passes equal those of diffusers."""
 
 import json
 from dataclasses import asdict, replace
@@ -43,7 +43,7 @@ def assert_has(model, state):
 
 
 def releases(folder, state):
-    """Published layouts: (path, options) of each."""
+    """Yield (path, options) for each published layout."""
     for name in ("wan", "sharded"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(wan_config_json(LARGE)))
@@ -154,7 +154,7 @@ def test_weights_that_contradict_their_config_are_refused_with_shapes_and_the_pr
 
 
 def broken_folders(folder, state):
-    """(path, what its one line must say)."""
+    """Yield (path, text that its error must contain)."""
 
     def write(name, weights, config):
         save_folder(folder / name, weights, config)

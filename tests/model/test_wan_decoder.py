@@ -1,4 +1,4 @@
-"""Layers of the Wan decoder: fewer products give the same numbers, the past is kept, one graph serves a stream."""
+"""Layers of the Wan decoder: fewer products give the same numbers, earlier frames are kept, one graph is enough."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def padded_convolution(conv: CausalConv, x: torch.Tensor) -> torch.Tensor:
-    """What a causal convolution is: nothing before the first frame."""
+    """Compute a causal convolution by its definition: zeros come before the first frame."""
     x = F.pad(x.permute(3, 0, 1, 2)[None], (0, 0, 0, 0, 2, 0))
     padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
     return F.conv3d(x, conv.weight, conv.bias, padding=padding)[0].permute(1, 2, 3, 0)
@@ -83,7 +83,7 @@ def test_one_graph_without_breaks_serves_all_but_the_first_latent() -> None:
 
 @torch.no_grad()
 def test_rounding_is_no_worse_than_of_the_plain_network() -> None:
-    """Both against float64: rearranged weights do not cost accuracy."""
+    """Both are compared with float64. Rearranged weights do not cost accuracy."""
     torch.manual_seed(0)
     sizes = {"dim": 16, "latent_channels": 4, "multipliers": (1, 2), "residual_blocks": 2, "upsample_time": (True,)}
     decoder, exact = WanDecoder(**sizes), WanDecoder(**sizes).double()

@@ -1,4 +1,4 @@
-"""The Wan VAE with fused kernels, folded upsampling and Winograd gives what the plain one gives, as a stream."""
+"""The Wan VAE with fused kernels, folded upsampling and Winograd gives the same stream as the plain one."""
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ pytest.importorskip("triton", reason="fused kernels need triton: pip install tri
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
-"""Of the largest value, one layer, against the plain layer in float32."""
+"""For one layer, relative to the largest value of the plain layer in float32."""
 CODEC_BOUND = 1e-5
-"""Of the largest value, the whole network in float32."""
+"""For the whole network in float32, relative to the largest value."""
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 
 
@@ -42,7 +42,7 @@ def codec() -> WanVAE:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("channels", [6, 80])
 def test_norm_and_silu_go_into_the_buffer_and_its_end_into_the_memory(dtype, biased, channels):
-    """Pieces of one frame too: then the memory moves up by one."""
+    """This also holds for pieces of one frame, which move the memory by one."""
     conv, norm = CausalConv(channels, 1).to(DEVICE), ChannelNorm(channels, ndim=3).to(DEVICE)
     norm.gamma.copy_(made(channels, dtype=dtype)[:, None, None, None])
     x, bias = made(7, 2, 3, channels, dtype=dtype), made(channels, seed=1, dtype=dtype) if biased else None

@@ -37,7 +37,7 @@ def codec(theirs: AutoencoderKLWan) -> WanVAE:
 
 @pytest.fixture(scope="module")
 def folder(codec: WanVAE, tmp_path_factory) -> Path:
-    """The codec as a diffusers folder."""
+    """Give the codec as a diffusers folder."""
     path = tmp_path_factory.mktemp("vae")
     codec.vae.save_pretrained(path)
     return path
@@ -57,7 +57,7 @@ def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def choose(codec: WanVAE, monkeypatch: pytest.MonkeyPatch, reduced: bool) -> None:
-    """Convolve with fewer products, or as written."""
+    """Choose convolutions with fewer products, or plain ones."""
     for name in ("winograd", "folded"):
         monkeypatch.setattr(codec, name, reduced)
 
@@ -142,7 +142,7 @@ def psnr(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_one_tile_changes_nothing_and_smaller_ones_little(codec: WanVAE, monkeypatch) -> None:
-    """Random weights are the hard case: they take more from far away than trained ones."""
+    """Random weights are the hard case: they depend more on distant pixels than trained ones."""
     z = latents(2, 14, 16)
     whole = codec.decode(z)
     quality = []
@@ -214,7 +214,7 @@ print(json.dumps([peak(wan, z), peak(tiny, z)]))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
 def test_memory_is_flat_and_near_the_estimate() -> None:
-    """Of both codecs, in a process of its own in which freed memory is returned at once."""
+    """A new process measures both codecs. It returns freed memory to the system at once."""
     run = subprocess.run(
         [sys.executable, "-c", MEASURE],
         cwd=Path(__file__).resolve().parents[2],

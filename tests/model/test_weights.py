@@ -1,4 +1,4 @@
-"""Weight files: every format gives the same tensors, every bad file one clear line."""
+"""Weight files: every format gives the same tensors, and every bad file gives one clear line."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from utils.errors import UserError
 
 
 class Code:
-    """Pickles as a call of os.system."""
+    """An object whose pickle calls os.system."""
 
     def __init__(self, target):
         self.target = target
@@ -99,7 +99,7 @@ def test_folder_shards_and_single_file_give_the_same_tensors(tmp_path, state):
 
 
 def test_shards_that_are_links_out_of_the_folder_load(tmp_path, state):
-    """A hub snapshot is a folder of links into ../../blobs."""
+    """A snapshot of the hub is a folder of links into ../../blobs."""
     write_shards(tmp_path / "blobs", state)
     (tmp_path / "snapshot").mkdir()
     for file in (tmp_path / "blobs").iterdir():
@@ -126,7 +126,7 @@ def test_use_ema_chooses_the_generator(tmp_path, state):
 
 
 def swapped_checkpoints(state):
-    """What a checkpoint with generator and critic exchanged may look like."""
+    """Yield checkpoints in which generator and critic are swapped."""
     other = {key: tensor + 2 for key, tensor in state.items()}
     average = {key: tensor + 0.01 for key, tensor in state.items()}
     yield {"generator": other, "critic": state, "generator_ema": average}
@@ -153,7 +153,7 @@ def test_swapped_generator_and_critic_are_noticed_and_the_right_way_round_is_not
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_windows_of_any_size_give_the_same_tensors(tmp_path, monkeypatch, suffix):
-    """Large files are mapped piece by piece: a piece may hold many tensors, one, or less than one."""
+    """Large files are mapped piece by piece. A piece may hold many tensors, one tensor, or a part of one."""
     generator = torch.Generator().manual_seed(0)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
     sizes = ((), (0, 3), (1,), (700,), (40, 31), (5, 3, 2))
@@ -174,7 +174,7 @@ def test_windows_of_any_size_give_the_same_tensors(tmp_path, monkeypatch, suffix
 
 
 def test_a_pytorch_file_is_mapped_in_windows_although_torch_maps_it_whole(tmp_path, monkeypatch):
-    """Otherwise every page that conversion has read stays in memory until the last tensor is gone."""
+    """Otherwise every page that was read for conversion would stay in memory until the last tensor is freed."""
     mapped = []
     map_tensors = torch_file.map_tensors
     monkeypatch.setattr(
@@ -287,7 +287,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, state):
 
 
 def hostile_files(folder, state):
-    """(path, what its one line must say) of every damaged or wrong file."""
+    """Yield (path, text that its error must contain) for every damaged or wrong file."""
     yield folder / "absent.pt", "no such file"
     (folder / "empty.pt").touch()
     yield folder / "empty.pt", "is empty"

@@ -1,6 +1,6 @@
-"""Missing weights are fetched from a hub: exactly those, resumably, with their sizes said first.
+"""Exactly the missing weights are downloaded. Their sizes are logged first, and a stopped download continues.
 
-The hub here is a server on this machine that speaks the protocol of the real one.
+The hub is a server on this machine that speaks the protocol of the real one.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A video depends on its prompt, seed and settings alone, and comes chunk by chunk."""
+"""A video depends only on its prompt, seed and settings. It is made chunk by chunk."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def pipeline(release) -> TextToVideo:
 
 @pytest.fixture
 def calls(pipeline, monkeypatch) -> list[int]:
-    """Start frames of the denoiser's passes, in order."""
+    """Give a list that receives the start frame of each pass of the denoiser."""
     starts = []
     forward = pipeline.denoiser.forward
 
@@ -59,7 +59,7 @@ def test_prompt_seed_and_sample_each_change_a_video(pipeline):
 
 
 def test_a_prompt_shows_beyond_the_noise_it_seeds(pipeline):
-    """The same noise under two prompts gives two videos: the text reaches the transformer."""
+    """The same noise with two prompts gives two videos, so the text reaches the transformer."""
     same_noise = [requests()[0].generator("noise") for _ in range(2)]
     noise = torch.cat([torch.randn(1, 3, 16, 12, 12, generator=one) for one in same_noise])
     embeds = pipeline.text_encoder.encode(["a red circle", "a blue square"])
@@ -121,7 +121,7 @@ def test_given_frames_come_first_and_change_what_follows(pipeline):
 
 
 def test_the_many_step_sampler_makes_what_guided_sampling_makes(release):
-    """Whole clips, of lengths that are no multiple of a chunk too, whatever way they are decoded."""
+    """Whole clips are equal however they are decoded, also if their length is not a multiple of a chunk."""
     config = release.config(f"generator.weights={release.folder / 'teacher'}", "sampler=many_step", "sampling.steps=3")
     pipeline = load_pipeline(config, device=torch.device("cpu"), dtype=torch.float32)
     clips = generate(pipeline, requests(2, num_frames=5))

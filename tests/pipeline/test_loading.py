@@ -1,4 +1,4 @@
-"""Parts load as configured: streamed or resident alike, with a LoRA or without, under a hash that tells them apart."""
+"""Parts load as configured, streamed or resident, with or without a LoRA. Their hash tells them apart."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ PROMPTS = ["a red circle", ""]
 
 @pytest.fixture
 def with_lora(release, tmp_path) -> DenoiserConfig:
-    """The generator with a LoRA in its first block."""
+    """Give the configuration of the generator with a LoRA in its first block."""
     generator = torch.Generator().manual_seed(0)
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, 32), (32, 2)))
     save_lora(tmp_path / "lora", LoRA({"blocks.0.self_attn.q": LowRank(down, up, 0.5)}))

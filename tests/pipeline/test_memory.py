@@ -1,4 +1,4 @@
-"""Estimates are near what is really taken, profiles fit the cards they are for, and a freed text encoder is gone."""
+"""Memory estimates are near the measured values, profiles fit their GPUs, and a freed text encoder leaves memory."""
 
 import gc
 import shutil
@@ -36,7 +36,7 @@ PROMPT = "a red circle"
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside took at once; what a kernel takes for itself is not seen."""
+    """Measures the peak bytes of the tensors made inside. The workspaces of kernels are not measured."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _storage(tensor: torch.Tensor):
 
 @pytest.fixture(scope="module")
 def middling(release, tmp_path_factory) -> Config:
-    """Parts large enough for their tensors to outweigh everything else, some stored in bfloat16."""
+    """Give parts whose tensors are larger than everything else. Some are stored in bfloat16."""
     folder = tmp_path_factory.mktemp("middling")
     sizes = WanConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=4, text_dim=16, text_len=16, freq_dim=32)
     save_folder(folder / "generator", WanTransformer(sizes), asdict(sizes), dtype=torch.bfloat16)
@@ -89,7 +89,7 @@ def middling(release, tmp_path_factory) -> Config:
 
 
 def wan_codec(config: Config) -> Config:
-    """The same with the Wan VAE, and shorter."""
+    """Return the configuration with the Wan VAE and shorter videos."""
     folder = Path(config.codec.weights).parent
     codec = replace(config.codec, kind=CodecKind.wan, weights=str(folder / "wan"))
     return replace(config, codec=codec, video=replace(config.video, num_frames=3))
@@ -115,14 +115,14 @@ def test_the_estimate_is_within_a_quarter_of_what_tensors_take(middling, profile
 
 
 STREAMED_BOUND = 0.05
-"""Relative difference of a streamed clip from a resident one in bfloat16: streamed products are not fused, so they
-round differently."""
+"""Relative difference between a streamed clip and a resident one in bfloat16. Streamed products are not fused, so their
+rounding differs."""
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
 def test_on_a_gpu_every_profile_makes_the_same_clip(middling, profile):
-    """Its memory is measured by doctor.py at full size: here, workspaces of libraries outweigh the tensors."""
+    """doctor.py measures its memory at full size. Here the workspaces of libraries are larger than the tensors."""
     gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
     clips = []
     for each in (PROFILES[0], profile):
@@ -137,7 +137,7 @@ def test_on_a_gpu_every_profile_makes_the_same_clip(middling, profile):
 
 @pytest.fixture(scope="module")
 def published() -> Sizes:
-    """Wan2.1-T2V-1.3B with its text encoder and VAE, 81 frames of 480x832 in bfloat16 on a GPU."""
+    """Return the sizes of Wan2.1-T2V-1.3B with its text encoder and VAE: 81 frames of 480x832, bfloat16, on a GPU."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     sizes = PRESETS["wan2.1-t2v-1.3b"]
@@ -149,7 +149,7 @@ def published() -> Sizes:
 
 
 def test_each_profile_fits_its_card_and_the_one_before_does_not(published):
-    """A card of n GB (of 2^30 bytes) leaves about 5 % to the system."""
+    """The system uses about 5 % of a GPU's memory of n GiB."""
     needed = [need(profile, published, one_memory=False).device for profile in PROFILES]
     assert needed == sorted(needed, reverse=True)
     for profile, size in zip(PROFILES, needed, strict=True):

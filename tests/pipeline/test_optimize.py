@@ -1,4 +1,4 @@
-"""Every fast path gives what the plain one gives."""
+"""Every fast path gives the same result as the plain one."""
 
 import math
 import shutil
@@ -28,12 +28,12 @@ EMBEDS = random(2, 3, 8, seed=1)
 
 
 HALF_PRECISION_BOUND = 0.02
-"""Relative difference of a clip in bfloat16 from the same clip with its products computed in another order."""
+"""Relative difference between two clips in bfloat16 whose products are computed in another order."""
 
 
 @torch.no_grad()
 def latents_of(denoiser: Denoiser, frames: int = 12, dtype: torch.dtype = torch.float32, **options) -> Tensor:
-    """A rollout's latents."""
+    """Return the latents of a rollout."""
     noise, generator = random(2, frames, 4, 4, 6).to(dtype), torch.Generator().manual_seed(0)
     cache = KVCache(denoiser.transformer.config.num_layers)
     embeds = EMBEDS.to(dtype)
@@ -89,7 +89,7 @@ CUDA = torch.device("cuda")
     ],
 )
 def test_it_is_compiled_if_that_pays_and_one_line_says_so(monkeypatch, device, clips, triton, mode):
-    """A clip of 1.3B at 480x832 takes 2.4 s on an H200, so compiling saves 0.3 s of it and costs 30."""
+    """A clip of the 1.3B model at 480x832 takes 2.4 s on an H200. Compiling saves 0.3 s of it and costs 30 s."""
     monkeypatch.setattr("pipeline.optimize.find_spec", lambda name: name if triton else None)
     with torch.device("meta"):
         wan = WanTransformer(PRESETS["wan2.1-t2v-1.3b"])
@@ -110,7 +110,7 @@ def test_auto_compiles_nothing_on_a_cpu(monkeypatch, caplog):
 
 @torch.no_grad()
 def test_one_graph_serves_all_layers():
-    """Eight layers take as many graphs as two, and none follows: not for later chunks, nor for another clip."""
+    """Eight layers need as many graphs as two layers. Later chunks and another clip need no new graph."""
     from torch._dynamo.utils import counters
 
     made = []
@@ -128,7 +128,7 @@ def test_one_graph_serves_all_layers():
 
 
 def test_fused_products_round_differently_in_half_precision_within_the_stated_bound():
-    """So a streamed generator, whose products are not fused, makes almost the same clip as a resident one."""
+    """A streamed generator, whose products are not fused, makes almost the same clip as a resident one."""
     plain, fused = (denoiser.bfloat16() for denoiser in (tiny_denoiser(), optimized()))
     clips = [latents_of(denoiser, dtype=torch.bfloat16).float() for denoiser in (plain, fused)]
     assert relative_error(*clips) <= HALF_PRECISION_BOUND

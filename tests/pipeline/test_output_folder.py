@@ -1,4 +1,4 @@
-"""An output folder: a video is skipped only if its own file says it is the same one, and nothing there is lost."""
+"""An output folder: a video is skipped only if its own file says that it is the same one. No file is lost."""
 
 import json
 import os

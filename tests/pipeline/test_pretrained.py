@@ -1,4 +1,4 @@
-"""The pipeline is called as one of diffusers is, and its folder reads back as what was written."""
+"""The pipeline is called like one of diffusers. A folder that it has written gives the same pipeline again."""
 
 import numpy as np
 import pytest

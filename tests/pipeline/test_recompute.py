@@ -1,4 +1,4 @@
-"""A rollout whose context is encoded anew for every chunk, from decoded frames (krea-ai/realtime-video)."""
+"""A rollout that encodes its context again for every chunk, from decoded frames (krea-ai/realtime-video)."""
 
 import gc
 from itertools import repeat
@@ -41,7 +41,7 @@ def rules(**options) -> RolloutConfig:
 def fresh_chunk(
     denoiser: Denoiser, codec, finished: Tensor, noise: Tensor, generator: torch.Generator, window: int
 ) -> Tensor:
-    """The next chunk from a new cache, whose context is built from the decoded frames of everything before it."""
+    """Return the next chunk, made with a new cache. The context comes from the decoded frames of all earlier chunks."""
     frames = window - 3
     context = finished[:, -frames:]
     if finished.shape[1] > frames:
@@ -73,7 +73,7 @@ def test_every_chunk_is_that_of_a_fresh_cache_built_from_the_same_decoded_frames
 
 
 def living_bytes() -> int:
-    """Bytes of all tensors that exist. Those of the compiler, which other tests leave behind, have no bytes."""
+    """Return the bytes of all existing tensors. Tensors of the compiler, which other tests leave, have no bytes."""
     gc.collect()
     real = (Tensor, torch.nn.Parameter)
     storages = (thing.untyped_storage() for thing in gc.get_objects() if type(thing) in real)
@@ -81,7 +81,7 @@ def living_bytes() -> int:
 
 
 def test_two_hundred_chunks_take_no_more_memory_than_twenty(denoiser, codec):
-    """The bytes of all living tensors are the same after chunk 21, 111 and 200."""
+    """The bytes of all existing tensors are the same after chunk 21, 111 and 200."""
     images, cache = ContextImages(codec, 6), KVCache(SIZES.num_layers)
     noise = repeat(random(*CHUNK, seed=3), 200)
     sizes = []

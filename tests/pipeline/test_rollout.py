@@ -1,4 +1,4 @@
-"""The cached rollout is the masked one, only faster; its gradients are those of the last pass of each chunk."""
+"""The cached rollout equals the masked one. Its gradients are those of the last pass of each chunk."""
 
 from dataclasses import replace
 from itertools import count
@@ -47,7 +47,7 @@ def latents_of(blocks) -> Tensor:
 
 
 def naive_mask(chunks: list[tuple[int, int]], window: int | None = None, sink: int = 0) -> BlockMask:
-    """Every visible frame by itself: before the end of the chunk, and in the window or the sink."""
+    """Return a mask made frame by frame: visible frames are before the chunk's end, and in the window or the sink."""
     rows = []
     for start, end in chunks:
         oldest = 0 if window is None or end <= window else end - (window - sink)
@@ -57,7 +57,7 @@ def naive_mask(chunks: list[tuple[int, int]], window: int | None = None, sink: i
 
 
 def masked_pass(denoiser, finished: list[Tensor], live: Tensor, timestep: float, mask: BlockMask) -> Tensor:
-    """x0 of the live chunk, from one pass over the clean finished frames and the chunk at its timestep."""
+    """Return x0 of the new chunk from one pass over the clean finished frames and the chunk at its timestep."""
     sequence = torch.cat([*finished, live], dim=1)
     timesteps = torch.zeros(sequence.shape[:2])
     timesteps[:, -live.shape[1] :] = timestep
@@ -65,7 +65,7 @@ def masked_pass(denoiser, finished: list[Tensor], live: Tensor, timestep: float,
 
 
 def masked_rollout(denoiser, noise: Tensor, rules: RolloutConfig, chunks, given: Tensor | None, generator) -> Tensor:
-    """The reference: no cache, every pass over the whole sequence so far; chunks include the given frames."""
+    """Make the reference: without a cache, each pass covers all frames so far. Chunks include the given frames."""
     finished = [] if given is None else [given]
     for index, (start, end) in enumerate(chunks):
         if given is not None and start < given.shape[1]:
@@ -226,7 +226,7 @@ def test_endless_noise_gives_what_the_same_noise_in_one_piece_gives():
 
 @torch.no_grad()
 def test_a_stream_looks_the_same_a_million_frames_later():
-    """Once the window holds the same frames, the start frame makes no difference: no table runs out."""
+    """If the window holds the same frames, the start frame makes no difference. No table ends."""
     denoiser, frames = tiny_denoiser(), clip(12)
 
     def last_of_seven_chunks(start):
@@ -242,7 +242,7 @@ def test_a_stream_looks_the_same_a_million_frames_later():
 def trained(
     denoiser, noise: Tensor, rules: RolloutConfig, *, exit_step: int = 0, grad_start_frame: int | None = 0, **rest
 ):
-    """A training rollout's latents."""
+    """Return the latents of a training rollout."""
     chunks = rules.chunks(noise.shape[1])
     kv, exits = KVCache(2, append_only=True), [exit_step] * len(chunks)
     blocks = rollout(
@@ -277,7 +277,7 @@ def test_checkpointing_changes_no_gradient_of_a_rollout(rules, exit_step):
 
 @pytest.mark.parametrize("rules", RULES)
 def test_rollout_gradients_are_those_of_masked_passes_with_detached_context(rules, monkeypatch):
-    """One masked pass a chunk; in every layer the keys and values of the frames before it are detached."""
+    """The reference is one masked pass for each chunk. Every layer detaches the keys and values of earlier frames."""
     from model import layers
 
     denoiser, noise, weights = tiny_denoiser(), clip(12), clip(12, seed=5)
@@ -354,7 +354,7 @@ def test_context_noise_is_committed_at_its_timestep():
 
 
 def switched(style: SwitchStyle, rules: RolloutConfig, *, at: int = 4, chunks: int = 6, append_only: bool = False):
-    """Blocks of a rollout whose prompt becomes ``OTHER`` with chunk ``at``, and its passes."""
+    """Return the blocks and passes of a rollout whose prompt changes to `OTHER` with chunk `at`."""
     noise = [ChunkInput(part) for part in clip(3 * chunks).split(3, dim=1)]
     noise[at] = replace(noise[at], prompt_embeds=OTHER, style=style)
     denoiser, blocks, passes = tiny_denoiser(), [], []
@@ -499,7 +499,7 @@ def test_a_rolling_cache_is_refused_under_grad():
 
 
 def test_each_chunk_may_have_steps_of_its_own():
-    """[4, 2, 1]: the last list serves all later chunks; equal lists are the same as one list."""
+    """Chunks take 4, 2 and 1 steps. The last list holds for all later chunks. Equal lists are the same as one list."""
     lists = [[1000.0, 750.0, 500.0, 250.0], [1000.0, 500.0], [1000.0]]
     denoiser, taken = tiny_denoiser(), []
     denoiser.register_forward_pre_hook(lambda _, args: taken.append(args[1][0, 0].item()))
@@ -541,7 +541,7 @@ def test_steps_a_chunk_can_be_written_on_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 7, "sink": 1, "relative_positions": True}])
 def test_a_cache_in_8_bits_is_close_and_takes_half_the_memory_of_bfloat16(options):
-    """Error: relative difference of the clip. Memory: bytes of the buffers, at the head dim of Wan (128)."""
+    """The error is the relative difference of the clip. The memory is that of the buffers with Wan's head dim (128)."""
     clips = []
     for more in ({}, {"cache_dtype": CacheDtype.fp8}):
         rules = config(**options, **more)
@@ -557,7 +557,7 @@ def test_a_cache_in_8_bits_is_close_and_takes_half_the_memory_of_bfloat16(option
 
 
 def test_training_sees_the_keys_of_an_8_bit_cache_as_inference_does():
-    """The exit pass under grad gives the x0 that the same pass gives without, and gradients reach the live keys."""
+    """The exit pass gives the same x0 with and without grad, and gradients reach the keys of the new chunk."""
     rules = config(cache_dtype=CacheDtype.fp8)
     made = []
     for grad in (None, 0):

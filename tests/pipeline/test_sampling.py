@@ -1,4 +1,4 @@
-"""Solvers follow the flow to the data; guidance and the cache do not change what a step means."""
+"""Solvers follow the flow to the data. Steps are the same with guidance and with the cache."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def solve(flow, noise, solver, steps, shift=5.0):
 
 
 def gaussian_flow(spread):
-    """The exact flow from noise to data of standard deviation ``spread``, whose paths end at ``spread * noise``."""
+    """Return the exact flow from noise to data with standard deviation `spread`. Its paths end at `spread * noise`."""
 
     def flow(latents, timestep):
         sigma = timestep / 1000
@@ -33,7 +33,7 @@ def gaussian_flow(spread):
 
 
 def passes(denoiser):
-    """Batch sizes of the passes still to come."""
+    """Return a list that receives the batch size of each later pass."""
     sizes = []
     denoiser.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
     return sizes
@@ -49,14 +49,14 @@ def test_euler_reaches_the_data_of_a_straight_flow_exactly(steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_unipc_reaches_the_data_of_a_single_point_exactly(steps):
-    """Wherever it goes, the flow points at the data; the solver and the network disagree on t by less than 1."""
+    """The flow always points at the data. The timesteps of solver and network differ by less than 1."""
     noise, data = random(8, 8), random(8, 8, seed=1)
     (*_, last) = solve(lambda latents, timestep: (latents - data) * 1000 / timestep, noise, Solver.unipc, steps)
     assert relative_error(last, data) <= 5e-3
 
 
 def test_euler_converges_at_first_order_and_unipc_is_ahead_of_it():
-    """UniPC stops converging at 3e-3, where whole timesteps no longer tell the levels apart."""
+    """UniPC stops converging at 3e-3, because whole timesteps cannot distinguish smaller differences of level."""
     noise = random(4, 64)
 
     def error(solver, steps):
@@ -89,7 +89,7 @@ def test_dpm_is_ahead_of_euler_and_converges():
 
 @pytest.mark.parametrize("solver", list(Solver))
 def test_half_precision_loses_nothing_between_the_steps(solver):
-    """The network sees bfloat16, but 400 small steps add up in float32: kept in bfloat16 they would be lost."""
+    """The network gets bfloat16, but 400 small steps add up in float32. In bfloat16 they would be lost."""
     noise = random(4, 64).bfloat16()
     seen = set()
 
@@ -128,7 +128,7 @@ def test_a_trajectory_holds_the_noise_and_every_step_and_ends_in_the_sample(solv
 
 
 def test_guidance_extrapolates_from_the_negative_prompt_and_1_is_none():
-    """With a single Euler step from pure noise the result is x0 itself, so it is linear in the scale."""
+    """A single Euler step from pure noise gives x0 itself, so the result is linear in the scale."""
     denoiser = tiny_denoiser()
 
     def sampled(scale, prompt=PROMPT, negative=NEGATIVE):

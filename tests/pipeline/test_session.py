@@ -1,4 +1,4 @@
-"""A session makes the video its request describes, does what it is told within one step, and leaves nothing behind."""
+"""A session makes the video of its request, obeys commands within one step, and leaves no thread or memory behind."""
 
 import gc
 import itertools
@@ -31,8 +31,8 @@ pytest_plugins = ["tests.shapes_parts"]
 
 RED, BLUE = "a large red circle", "a small blue square"
 STEP_SECONDS = 0.05
-PATIENCE = 20.0  # seconds, for what happens at once on a quiet machine
-BEGUN = 1  # a step that had looked whether it may begin, and has not said yet that it does
+PATIENCE = 20.0  # seconds; on a quiet machine these waits end at once
+BEGUN = 1  # one step may have begun before the command
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -43,7 +43,7 @@ def pipeline(release) -> TextToVideo:
 
 @pytest.fixture
 def slow(pipeline, monkeypatch) -> list[list[float]]:
-    """Every pass takes STEP_SECONDS at least; the times at which each began and ended."""
+    """Make every pass take at least STEP_SECONDS. Give the times at which each pass began and ended."""
     passes: list[list[float]] = []
     forward = pipeline.denoiser.forward
 
@@ -341,7 +341,7 @@ def test_sessions_of_any_age_share_a_batch_once_their_windows_are_full(pipeline)
 
 
 def test_the_first_frames_are_there_before_the_rest_of_their_chunk_is_decoded(pipeline):
-    """Latent by latent, and later chunks in one piece. The frames are those of a clip decoded as a whole."""
+    """The first chunk is decoded latent by latent, later chunks at once. The frames equal those of a whole clip."""
     made, session = [], StreamSession(pipeline, request(switches=(PromptSwitch(BLUE, SwitchStyle.cut, at_frame=15),)))
     latents, decoder = [], session._stream.decoder
     decode = decoder.decode
@@ -400,7 +400,7 @@ def test_a_source_may_come_late_in_any_pieces_and_end_in_the_middle_of_a_chunk(p
 
 
 def test_a_source_is_encoded_in_chunks_as_in_one_piece(pipeline, monkeypatch):
-    """With the Shapes codec, whose encoder looks no further back than one latent."""
+    """This uses the Shapes codec, whose encoder depends on one earlier latent only."""
     source, given = source_clip(33), []
     monkeypatch.setattr("pipeline.stream.add_noise", lambda latents, noise, timesteps: given.append(latents) or noise)
     list(StreamSession(pipeline, request(source=source.split(4))))
@@ -522,7 +522,7 @@ def test_a_wrong_switch_is_refused_at_once(options):
 
 
 def sees(frames: torch.Tensor, scene: Scene) -> bool:
-    """Whether the last frames of a chunk show the scene's object."""
+    """Return whether the last frames of a chunk show the scene's object."""
     shown = measure(frames[-4:].permute(0, 3, 1, 2) / 127.5 - 1, scene)
     return (shown.shape & shown.colour).float().mean().item() >= 0.75
 
@@ -543,7 +543,7 @@ def test_the_shipped_model_shows_the_new_object_within_two_chunks_of_a_switch(mo
 
 
 def test_passes_of_several_sessions_never_pile_up(pipeline, monkeypatch):
-    """After every round the sessions wait until only the newest work is queued, so that a stop takes effect soon."""
+    """After each round the sessions wait until only the newest work is queued, so that a stop takes effect soon."""
     waits = []
     monkeypatch.setattr("utils.timer.Stopwatch.throttle", lambda timer: waits.append(timer))
     sessions = [StreamSession(pipeline, request(prompt=prompt)) for prompt in (RED, BLUE)]

@@ -1,4 +1,4 @@
-"""Names, origins, passwords and proxies: who is let in, and as whom."""
+"""Host names, origins, passwords and proxies decide who may use the server, and as which visitor."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +33,7 @@ def test_a_host_that_is_not_ours_is_a_refusal(serve, host):
 
 
 def test_a_proxy_may_show_the_server_under_its_own_name_and_path(serve):
-    """Whether it leaves the path or takes it off, and whether it passes its name on or not."""
+    """The proxy may keep or remove the path, and it may pass on its host name or not."""
     access = Access((*LOOPBACK, "films.example"), ("films.example",), root_path="/wan")
     site = serve(access=access)
     origin = {"origin": "https://films.example"}
@@ -47,7 +47,7 @@ def test_a_proxy_may_show_the_server_under_its_own_name_and_path(serve):
 
 
 def test_forwarded_addresses_count_only_if_the_proxy_is_trusted(serve):
-    """A stranger cannot choose who it is."""
+    """A stranger cannot choose its visitor address."""
     limits = Limits(requests=0.1, longest_wait=0)  # one, and then one in ten seconds
     for proxies, expected in (((), [200, 429, 429]), (("127.0.0.1",), [200, 200, 200])):
         site = serve(limits=limits, proxies=proxies)
@@ -59,7 +59,7 @@ def test_forwarded_addresses_count_only_if_the_proxy_is_trusted(serve):
 
 
 def test_guesses_get_slower_with_every_failure():
-    """However many are sent at once, each address gets a handful in a minute; others do not wait."""
+    """However many passwords are sent at the same time, only a few of an address are checked in a minute."""
     now = [0.0]
     passwords = Passwords(["me:secret"], clock=lambda: now[0])
     looked_at = 0

@@ -1,4 +1,4 @@
-"""Clip folders: links are neither served nor followed, old clips count, a full disk ends the clip alone."""
+"""Clip folders: links are neither served nor followed, old clips count, and a full disk ends only the clip."""
 
 import errno
 import os
@@ -88,7 +88,7 @@ def test_only_its_session_deletes_a_clip(serve, tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("when", ["first", "second", "end"])
 def test_a_clip_that_cannot_be_written_ends_alone(serve, monkeypatch, tmp_path, number, when):
-    """The viewer is told once, and the live video goes on."""
+    """The viewer gets one message, and the live video goes on."""
     from utils.video.write import VideoWriter
 
     calls = []

@@ -1,4 +1,4 @@
-"""Connections that do nothing, or too little, are closed; nobody can take those of others."""
+"""Idle and slow connections are closed. Nobody can use up the connections of others."""
 
 import select
 import socket
@@ -18,7 +18,7 @@ UPLOAD = b"PUT /api/v1/sessions/%s/image HTTP/1.1\r\nhost: localhost\r\ncontent-
 
 
 def is_closed(line: socket.socket) -> bool:
-    """Whether the server has closed a connection; what it has sent before is read."""
+    """Return whether the server has closed a connection. Data that it has sent before are read."""
     line.setblocking(False)
     try:
         while data := line.recv(65536):
@@ -31,7 +31,7 @@ def is_closed(line: socket.socket) -> bool:
 
 
 def closes(line: socket.socket, drip: bytes = b"", *, reads: bool = True) -> bool:
-    """Whether the server closes a connection on which now and then a little is sent."""
+    """Return whether the server closes a connection on which a few bytes are sent now and then."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -84,7 +84,7 @@ def test_a_slow_upload_is_cut_off(serve):
 
 
 def test_who_does_not_read_its_answers_is_cut_off(serve):
-    """Requests without end, and no answer taken."""
+    """The client sends endless requests and reads no answer."""
     site = serve(limits=Limits(head=0.6, idle=1.2, requests=10_000))
     line = socket.socket()
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -107,7 +107,7 @@ def test_a_websocket_without_hello_is_cut_off(serve, monkeypatch):
 
 
 def test_an_idle_crowd_does_not_keep_anybody_out(serve):
-    """Neither from the same address nor from another, whichever limit they reach."""
+    """This holds for the same address and for another one, whichever limit is reached."""
     site = serve(limits=Limits(connections=30, connections_each=20))
     crowd = [site.line(data=b"GET /" if number % 2 else b"") for number in range(60)]
     assert site.http.get("/healthz").status_code == 200
@@ -141,7 +141,7 @@ def test_connections_leave_files_for_the_rest(monkeypatch):
 
 
 def test_one_address_that_asks_without_end_does_not_slow_down_another(serve):
-    """A flood is answered at the rate of the limit, and the health of the server can be seen from anywhere."""
+    """Too many requests are answered at the rate of the limit. /healthz answers every address meanwhile."""
     site = serve(limits=Limits(requests=0.1, longest_wait=0.5))  # one, and then one in ten seconds
     assert [site.http.get("/api/v1/status").status_code for _ in range(5)] == [200, 429, 429, 429, 429]
     with site.browser(STRANGER) as browser:

@@ -1,4 +1,4 @@
-"""What a visit took is given back as it ends, without a garbage collection."""
+"""When a visit ends, its memory is freed at once, without a garbage collection."""
 
 import gc
 import socket
@@ -14,7 +14,7 @@ VISITS = 6
 
 
 class Watched(SyntheticModel):
-    """Remembers its sessions weakly."""
+    """Keeps weak references to its sessions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Watched(SyntheticModel):
 
 
 def watched(monkeypatch, module, name: str) -> list[weakref.ref]:
-    """Weak references to all instances of a class from now on."""
+    """Return a list that receives a weak reference to each new instance of a class."""
     made: list[weakref.ref] = []
     original = getattr(module, name)
 

@@ -1,4 +1,4 @@
-"""The log: visitors cannot fill it, and what they do is no traceback in it."""
+"""Visitors cannot fill the log, and their actions cause no traceback in it."""
 
 import logging
 

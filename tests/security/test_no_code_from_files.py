@@ -1,7 +1,7 @@
-"""Nothing that the project reads can run code: every pickle goes through one door, utils/unpickle.py.
+"""No file that the project reads can run code: only utils/unpickle.py reads pickles.
 
-The test walks the syntax trees of all sources for names that unpickle or evaluate. What looks alike but is harmless is
-listed in JUDGED with its reason.
+The test searches the syntax trees of all sources for names that unpickle or evaluate. JUDGED lists harmless uses of
+such names, each with its reason.
 """
 
 import ast
@@ -29,7 +29,7 @@ MODULES = {
     "pandas",
     "hickle",
 }
-"""To import one of these is to unpickle or evaluate."""
+"""Modules that unpickle or evaluate."""
 CALLS = {
     "torch.load": "unpickles",
     "torch.jit.load": "runs code",
@@ -67,7 +67,7 @@ JUDGED: dict[tuple[str, str], str] = {}
 
 
 def imported_names(tree: ast.AST) -> dict[str, str]:
-    """The name in the file -> what it stands for, such as {"np": "numpy", "load": "torch.load"}."""
+    """Return the name in the file -> the imported object, such as {"np": "numpy", "load": "torch.load"}."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -88,7 +88,7 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def dangers(source: str) -> Iterator[tuple[str, str]]:
-    """(name, why) of everything in a source that could run what a file holds."""
+    """Yield (name, reason) for everything in a source that could run the content of a file."""
     tree = ast.parse(source)
     known = imported_names(tree)
     for node in ast.walk(tree):

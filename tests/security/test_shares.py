@@ -1,4 +1,4 @@
-"""Each visitor has a share of seats, sessions, clips and starts. Nobody can take that of another."""
+"""Each visitor has a share of seats, sessions, clips and starts. Nobody can use up the share of another."""
 
 import json
 import time
@@ -156,7 +156,7 @@ def test_starts_are_limited_for_each_visitor(serve, monkeypatch):
 
 
 def test_starts_of_others_are_no_news_to_those_who_wait(serve):
-    """Whoever waits hears of its place, not of every start of somebody else."""
+    """A waiting viewer gets messages about its own place, not about every start of others."""
     site = serve(max_viewers=1)
     watcher, waiting, restless = (client_from(site, address) for address in (MODEST, "127.0.0.4", GREEDY))
     watcher.send("start", prompt="numbers")

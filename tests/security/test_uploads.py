@@ -1,4 +1,4 @@
-"""Images of strangers: few at a time, within limits, in processes of their own."""
+"""Uploaded images are decoded a few at a time, within limits, in child processes."""
 
 import asyncio
 import io
@@ -25,7 +25,7 @@ def png(width: int, height: int, mode: str = "RGB", kind: str = "PNG", **options
 
 
 def lying_png() -> bytes:
-    """A header of 100 x 100, and data for much more."""
+    """Return a PNG whose header says 100 x 100 and whose data are much larger."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -37,7 +37,7 @@ def lying_png() -> bytes:
 
 
 def text_bomb() -> bytes:
-    """A compressed text chunk of 50 MB."""
+    """Return a PNG with a compressed text chunk of 50 MB."""
     picture = png(8, 8)
     data = b"Comment\0\0" + zlib.compress(bytes(50 * 2**20))
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
@@ -72,7 +72,7 @@ def test_pictures_of_every_kind_are_kept_small(mode):
 
 @pytest.mark.parametrize("make", [lying_png, text_bomb])
 def test_a_bomb_neither_hurts_nor_hangs(make):
-    """It is decoded, or refused, within the memory of its own process."""
+    """The image is decoded or refused within the memory limit of its own process."""
 
     async def clean():
         return await workers.ImageDecoder(Limits()).clean(make())
@@ -92,7 +92,7 @@ def test_a_process_that_takes_too_much_is_ended(monkeypatch):
 
 
 def test_uploads_are_decoded_two_at_a_time_and_nobody_waits_for_them(serve, monkeypatch):
-    """One visitor may send two; more are told to wait; the server answers meanwhile."""
+    """One visitor may send two images at a time. More are refused for now. The server answers meanwhile."""
     running, most = [0], [0]
     release = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""What browser tests need beside conftest.py's fixtures: where Chromium is, and servers in processes of their own."""
+"""Helpers of browser tests besides the fixtures of conftest.py: find Chromium, and run servers in new processes."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ PATIENCE = 90.0  # seconds for a server to come up on a busy machine
 
 
 def find_chromium() -> str | None:
-    """Path of an installed Chromium or Chrome."""
+    """Return the path of an installed Chromium or Chrome, or None."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def leaves(url: str, address: str) -> bool:
-    """Whether a request goes anywhere but to the server."""
+    """Return whether a request goes to another address than the server."""
     return not url.startswith((address, address.replace("http", "ws", 1), "data:", "blob:"))
 
 
 @contextmanager
 def running(*command: str | Path) -> Iterator[str]:
-    """A Python program that serves; yields the address it names, once it answers there."""
+    """Run a Python program that serves. Yield the address that it prints, as soon as it answers there."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -72,7 +72,7 @@ def running(*command: str | Path) -> Iterator[str]:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Ask again until it holds; OSError counts as not yet."""
+    """Wait until a condition holds. An OSError counts as false."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A real Chromium, driven by playwright."""
+"""A real Chromium, controlled by playwright."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.serving.served import serve  # noqa: F401, a fixture
 
 @pytest.fixture(scope="module")  # playwright keeps an event loop running meanwhile
 def chromium():
-    """A headless browser; the tests that want one are skipped where there is none."""
+    """Give a headless browser. If there is none, the tests that need it are skipped."""
     path = find_chromium()
     if path is None:
         pytest.skip("no chromium on this machine: apt install chromium to run the browser tests")
@@ -25,7 +25,7 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium) -> Iterator[Callable]:
-    """Opens pages of a server; in the end, none may have failed or asked for anything beyond the server."""
+    """Give a function that opens pages of a server. No page may fail, or request anything from another address."""
     contexts, faults = [], []
 
     def open_page(address: str, **options):

@@ -1,7 +1,7 @@
 """Measures how long a new prompt takes from Enter to the screen: python -m tests.serving.measure_steering.
 
-It drives a real Chromium against `python demo.py`. Every style gets as many switches as there are phases, so that each
-part of a chunk is met equally often. One line for each style, in Markdown.
+It controls a real Chromium on the page of `python demo.py`. The switches of each style are spread evenly over the time
+of a chunk. It prints one line in Markdown for each style.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HEADER = "| style | switches | median s | middle half s | longest s | the page's
 
 
 def measure(page: Page, style: str, count: int, frames: int) -> tuple[list[float], list[float], int, int]:
-    """Seconds of each switch, those that the page itself says, frames left out, and times that the picture stood."""
+    """Return the seconds of each switch, as measured and as the page shows them, skipped frames, and stalls."""
     seconds, said = [], []
     before = page.evaluate("[selfForcing.player.missed, selfForcing.player.late]")
     for number in range(count):

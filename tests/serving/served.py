@@ -1,4 +1,4 @@
-"""A synthetic model behind the real API, on a port of this machine, and clients that speak to it."""
+"""A synthetic model behind the real API on a port of this machine, and clients for it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Site:
         self.http = self.browser("127.0.0.1")
 
     def browser(self, address: str, **options) -> httpx.Client:
-        """An HTTP client that comes from an address of this machine."""
+        """Return an HTTP client with a given address of this machine."""
         transport = httpx.HTTPTransport(local_address=address)
         base = f"http://127.0.0.1:{self.port}"
         return httpx.Client(base_url=base, transport=transport, trust_env=False, timeout=PATIENCE, **options)
 
     def line(self, address: str = "127.0.0.1", data: bytes = b"") -> socket.socket:
-        """An open TCP connection from an address of this machine, and what was sent on it."""
+        """Open a TCP connection from an address of this machine, and send data."""
         line = socket.create_connection(("127.0.0.1", self.port), PATIENCE, source_address=(address, 0))
         line.sendall(data)
         return line
@@ -56,7 +56,7 @@ class Site:
 
 
 class Client:
-    """Speaks the protocol of docs/api.md."""
+    """A client that speaks the protocol of docs/api.md."""
 
     def __init__(self, socket, session: str | None = None) -> None:
         self.socket = socket
@@ -68,11 +68,11 @@ class Client:
         self.socket.send(json.dumps({"type": kind} | fields))
 
     def wait_for(self, kind: str) -> dict:
-        """The next message of a kind."""
+        """Wait for the next message of a kind and return it."""
         return self._next(lambda message: isinstance(message, dict) and message["type"] == kind)
 
     def frame(self) -> tuple:
-        """The next frame's header; says that it was shown."""
+        """Wait for the next frame, report it as shown, and return its header."""
         self.last = self._next(lambda message: isinstance(message, bytes))
         header = HEADER.unpack_from(self.last)
         self.send("shown", stream=header[1], frames=header[2] + 1)
@@ -100,7 +100,7 @@ class Client:
 
 @pytest.fixture
 def serve(tmp_path):
-    """Serves a synthetic model; many sites may run."""
+    """Give a function that serves a synthetic model. Several sites may run at the same time."""
     running = []
 
     def serve(

@@ -1,6 +1,6 @@
-"""A model without a network: numbered frames at any size and pace, for tests of everything around the model.
+"""A model without a network, for tests of everything around the model: numbered frames of any size and speed.
 
-Run as a program, with a folder for clips, it serves them with the demo's page and prints its address.
+As a program, with a folder for clips as its argument, it serves them with the page of the demo and prints its address.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK = 8  # side in pixels of a bit
 
 
 class SyntheticSession:
-    """Chunks of numbered frames, each ``seconds`` in the making."""
+    """Makes chunks of numbered frames. Each chunk takes `seconds`."""
 
     def __init__(self, spec: StreamSpec, seconds: float = 0.0) -> None:
         self.spec, self.seconds = spec, seconds
@@ -111,7 +111,7 @@ class SyntheticSession:
 
 
 def numbered(picture: torch.Tensor, number: int) -> torch.Tensor:
-    """A picture [H W 3] moved on by one frame, with the frame's number as black and white blocks."""
+    """Return a picture [H W 3] for a frame, with the frame's number as black and white blocks."""
     frame = picture.roll(3 * number, dims=1)
     for bit in range(BITS if picture.shape[1] >= BITS * BLOCK else 0):
         frame[:BLOCK, bit * BLOCK : (bit + 1) * BLOCK] = 255 * (number >> bit & 1)
@@ -126,7 +126,7 @@ class SyntheticModel:
     width: int = 48
     fps: int = 24
     seconds: float = 0.0
-    """That a chunk takes."""
+    """The time that a chunk takes."""
 
     def load(self, report: Callable[[str, float], None]) -> None:
         report("pretending", 0.5)
@@ -181,7 +181,7 @@ def synthetic_server(
     clips: int = 200,
     greeting: str = "",
 ) -> Server:
-    """A server without a socket."""
+    """Return a server without a socket."""
     gallery = Gallery(folder, model.command, most=clips)
     return Server(model, Hub(max_viewers, gallery, limits=limits), gallery, limits, greeting=greeting)
 

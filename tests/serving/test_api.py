@@ -1,4 +1,4 @@
-"""The API as its clients see it, also those who mean no good."""
+"""The API as its clients use it, also hostile ones."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def picture(size=(64, 48), kind: str = "PNG") -> bytes:
 
 
 def bomb(side: int) -> bytes:
-    """A few kilobytes that are so many pixels wide and high."""
+    """Return a PNG of a few kilobytes with `side` pixels in width and height."""
     buffer = BytesIO()
     Image.new("1", (side, side)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -143,7 +143,7 @@ def test_other_origins_are_refused(serve):
 
 
 def test_other_names_for_this_machine_are_refused(serve):
-    """A foreign name that resolves to 127.0.0.1 does not lead here."""
+    """A foreign host name that resolves to 127.0.0.1 is refused."""
     site = serve()
     assert site.http.get("/healthz", headers={"host": "evil.example"}).status_code == 403
     assert site.http.get("/healthz", headers={"host": f"localhost:{site.port}"}).status_code == 200
@@ -190,7 +190,7 @@ def test_clip_names_lead_nowhere_else(serve):
 
 
 def test_a_hostile_prompt_stays_a_name(serve, tmp_path):
-    """Path tricks in a prompt neither leave the folder nor break the command."""
+    """A prompt with path characters neither leaves the folder nor breaks the command."""
     site = serve()
     with site.client() as client:
         client.send("start", prompt="../../etc/passwd; rm -rf ~ 'x' \"y\" $(id) \u202e\x00", num_frames=3, fps=60)
@@ -202,7 +202,7 @@ def test_a_hostile_prompt_stays_a_name(serve, tmp_path):
 
 
 def test_a_crowd_comes_and_goes_while_one_watches(serve):
-    """Clients that start, drop without a word, hang or talk nonsense cost one who watches nothing, nor any memory."""
+    """Clients that start, disconnect, hang or send nonsense neither disturb another viewer nor use up memory."""
     site = serve(max_viewers=3)
     half_open = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(20)]
     for number, line in enumerate(half_open):
@@ -227,7 +227,7 @@ def test_a_crowd_comes_and_goes_while_one_watches(serve):
 
 
 def rude_visit(site: Site, chance: random.Random) -> None:
-    """Comes, does something, and goes without a word."""
+    """Connect, do something, and disconnect without closing."""
     try:
         line = site.connect(open_timeout=PATIENCE)
     except (OSError, TimeoutError, InvalidStatus):

@@ -1,4 +1,4 @@
-"""The shipped model, driven through a real browser as a visitor would."""
+"""The shipped model, used through a real browser as a visitor does."""
 
 import base64
 import shlex
@@ -27,7 +27,7 @@ RIGHT = 0.7  # share of the frames the detector must recognise; the model itself
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Address of `python demo.py`."""
+    """Give the address of `python demo.py`."""
     folder = tmp_path_factory.mktemp("clips")
     with running("demo.py", "--no-browser", "--port", "0", "--clips_folder", folder) as address:
         yield address
@@ -47,7 +47,7 @@ def wait_for_frame(page, number: int) -> None:
 
 
 def watch(page, count: int) -> torch.Tensor:
-    """The next different pictures on the canvas, [F 3 48 48] in [-1, 1]."""
+    """Return the next different pictures on the canvas, [F 3 48 48] in [-1, 1]."""
     pictures, last = [], None
     while len(pictures) < count:
         number, pixels = page.evaluate(
@@ -65,7 +65,7 @@ def watch(page, count: int) -> torch.Tensor:
 
 
 def recognised(frames: torch.Tensor, scene: Scene) -> float:
-    """Share of the frames that show the scene's object in its colour and shape."""
+    """Return the share of frames that show the scene's object with its colour and shape."""
     seen = measure(frames, scene)
     return (seen.colour & seen.shape).float().mean().item()
 
@@ -78,7 +78,7 @@ def download(page, selector: str, path: Path) -> Path:
 
 
 def test_a_visit(demo, open_page, tmp_path):
-    """Types, starts, sees the object, switches, pauses, resumes, stops, and takes home an mp4 that plays."""
+    """A visitor types, starts, sees the object, switches, pauses, resumes, stops, and downloads a working mp4."""
     page = open_page(demo)
     write(page, RED_CIRCLE.prompt)
     wait_for_frame(page, 6)
@@ -115,7 +115,7 @@ def test_a_visit(demo, open_page, tmp_path):
 
 
 def test_two_tabs_at_once(demo, open_page):
-    """Both see their own prompt."""
+    """Each viewer sees its own prompt."""
     pages = [open_page(demo), open_page(demo)]
     for page, scene in zip(pages, (RED_CIRCLE, GREEN_TRIANGLE), strict=True):
         write(page, scene.prompt)
@@ -149,7 +149,7 @@ def test_a_dropped_image_is_the_first_frame(demo, open_page, tmp_path):
 
 
 def test_no_accessibility_rule_is_broken(demo, open_page):
-    """axe-core finds nothing, in the light and in the dark, idle, running, and with a clip."""
+    """axe-core finds no problem with the light and the dark theme, idle, running, and with a clip."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = open_page(demo)
     for theme in ("light", "dark"):
@@ -183,7 +183,7 @@ def test_a_clip_is_used_again_and_deleted_in_every_tab(demo, open_page):
 
 
 def test_small_things_of_the_page(demo, open_page):
-    """A reload keeps the prompt; Escape leaves a field; long prompts and bad images are answered in words."""
+    """A reload keeps the prompt. Escape leaves a field. Long prompts and bad images get a message."""
     page = open_page(demo)
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.fill("#prompt", "a b c")
@@ -204,7 +204,7 @@ def test_small_things_of_the_page(demo, open_page):
 
 
 def test_phone_width(demo, open_page):
-    """Nothing sticks out sideways, and a finger hits every button."""
+    """Nothing is wider than the page, and every button is large enough for a finger."""
     page = open_page(demo, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     write(page, RED_CIRCLE.prompt)
     wait_for_frame(page, 3)
@@ -235,7 +235,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(demo, open_page):
 
 
 def test_the_command_of_a_clip_makes_the_same_video(demo, open_page, tmp_path):
-    """inference.py, told what the card in the gallery says, writes the frames that were seen, one by one."""
+    """The command on the card in the gallery writes exactly the frames that were shown."""
     page = open_page(demo)
     page.fill("#seed", "7")
     page.fill("#steps", "3")

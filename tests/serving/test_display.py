@@ -1,4 +1,4 @@
-"""Does the browser show every frame in time? The source numbers its 24 frames a second, 832x480 pixels each."""
+"""The browser shows every frame in time. The source sends numbered frames of 832x480 pixels, 24 per second."""
 
 import os
 import time
@@ -12,7 +12,7 @@ FPS, SECONDS = 24, 3
 BUSY = 1.5  # programs that run or wait, for each core
 MOST_MISSED = 0.05
 FIRST_FRAME_SECONDS = 0.15
-# Notes when the canvas was painted, and the number in the picture, whatever the player believes.
+# Records when the canvas was painted and the number in the picture, independently of the player.
 SPY = f"""() => {{
 window.painted = [];
 const draw = CanvasRenderingContext2D.prototype.drawImage;
@@ -35,7 +35,7 @@ def synthetic(tmp_path_factory):
 
 @pytest.fixture
 def playing(synthetic, open_page):
-    """A page that shows the source, some frames in."""
+    """Give a page that already shows frames of the source."""
     page = open_page(synthetic)
     page.evaluate(SPY)
     page.fill("#prompt", "numbers")
@@ -45,7 +45,7 @@ def playing(synthetic, open_page):
 
 
 def test_frames_are_shown_at_the_asked_rate(playing):
-    """Of the frames due in three seconds at most one in twenty is missed; other work may spoil a stretch or two."""
+    """At most one in twenty of the frames of three seconds is missed. Other work may disturb one or two tries."""
     shares = []
     while len(shares) < 4:
         shares.append(missed_share(playing))
@@ -56,14 +56,14 @@ def test_frames_are_shown_at_the_asked_rate(playing):
 
 
 def skip_where_busy(what: str) -> None:
-    """A machine with more to do than it has cores shows nothing on time."""
+    """Skip the test if the machine has more work than cores, because then frames are late."""
     load = os.getloadavg()[0] / os.cpu_count()
     if load > BUSY:
         pytest.skip(f"{what}, on a machine with {load:.1f} programs waiting for each core")
 
 
 def missed_share(playing) -> float:
-    """Share of the frames due in some seconds that were left out or half a period off their time."""
+    """Return the share of frames that were skipped or shown at least half a period too early or late."""
     start = playing.evaluate("performance.now()")
     time.sleep(SECONDS)
     painted = [(number, at) for number, at in playing.evaluate("painted") if at > start]
@@ -78,7 +78,7 @@ def missed_share(playing) -> float:
 
 
 def test_the_first_frame_follows_its_chunk(playing):
-    """In one of three starts, as above."""
+    """One of three starts must succeed, for the same reason."""
     waits = []
     for _ in range(3):
         first = playing.evaluate("selfForcing.firstFrame")

@@ -1,4 +1,4 @@
-"""A fleet keeps visitors with their replica, and sees one that hangs. See test_fleet_of_replicas.py for Ray itself."""
+"""A fleet sends visitors to their own replica and detects a hanging one. test_fleet_of_replicas.py tests Ray itself."""
 
 import importlib
 import re
@@ -28,7 +28,7 @@ from utils.errors import UserError
 
 
 def page(replica: str, access: Access) -> TestClient:
-    """A replica without a model."""
+    """Return a client of a replica without a model."""
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse(replica))])
     return TestClient(Sticky(Guard(app, access, Limits()), replica, access.root_path))
 

@@ -1,6 +1,6 @@
-"""Two real replicas behind Ray Serve: one is killed, one hangs. The others' viewers lose nothing.
+"""Two real replicas behind Ray Serve: one is killed, one hangs. Viewers of the other replica lose nothing.
 
-Needs Ray, which is not among the requirements: pip install -e '.[fleet]'.
+This test needs Ray, which is not in the requirements: pip install -e '.[fleet]'.
 """
 
 import json
@@ -46,12 +46,12 @@ class Fleet:
         return text in self.log.read_text()
 
     def processes(self) -> dict[str, int]:
-        """Name of each replica that has started -> its process."""
+        """Return replica -> process id, for each replica that has started."""
         return {name: int(pid) for name, pid in re.findall(r"replica (\S+) is process (\d+)", self.log.read_text())}
 
 
 class Watcher:
-    """A viewer that watches until :meth:`leave`, and connects again when the line breaks."""
+    """A viewer that watches until :meth:`leave`. It connects again when its connection breaks."""
 
     def __init__(self, port: int, prompt: str = PROMPT) -> None:
         self.address, self.prompt = f"ws://127.0.0.1:{port}/api/v1/stream", prompt

@@ -1,4 +1,4 @@
-"""Seats, turns and ends, with sessions that cost nothing."""
+"""Seats, turns and ends of streams, with sessions that take no time."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ PATIENCE = 10.0
 
 
 class Client:
-    """Keeps what it is sent; watches at once whatever comes unless it is told not to."""
+    """Keeps its messages. Unless `watches` is false, it reports each frame as shown at once."""
 
     def __init__(self, hub: Hub, spec: StreamSpec = SPEC, *, watches: bool = True, visitor: str = "me") -> None:
         self.messages: list[dict] = []
@@ -95,7 +95,7 @@ def test_later_viewers_wait_and_see_their_place_move_up(open_hub):
 
 
 def test_turns_are_fair(open_hub):
-    """With sessions that take as long as they like, no viewer gets more than one chunk ahead of another."""
+    """With sessions of any duration, no viewer gets more than one chunk ahead of another."""
     turns: list[str] = []
 
     class Slow(SyntheticSession):
@@ -112,7 +112,7 @@ def test_turns_are_fair(open_hub):
 
 
 def test_a_viewer_that_does_not_watch_gets_little(open_hub):
-    """The hub neither generates nor buffers for whoever takes nothing."""
+    """The hub neither generates nor buffers for a client that takes nothing."""
     viewer = Client(open_hub(), watches=False)
     viewer.wait(lambda: viewer.frames)
     time.sleep(0.5)
@@ -151,7 +151,7 @@ def test_a_switch_shows_in_the_next_chunk_and_in_the_clip(open_hub):
 
 
 def test_a_switch_does_not_wait_until_the_frames_in_hand_are_watched(open_hub):
-    """They would last for four seconds; its chunk is there in less than half of that, and its first frame is named."""
+    """Without this it would take four seconds. The chunk comes within two, and a message names its first frame."""
     viewer = Client(open_hub(), StreamSpec("numbers", 48, 48, fps=CHUNK_FRAMES // 4), watches=False)
     viewer.wait_for("chunk")
     for _ in range(CHUNK_FRAMES):
@@ -200,7 +200,7 @@ def test_changes_before_a_chunk_are_joined():
 
 
 def test_stop_does_not_wait_for_the_chunk(open_hub):
-    """A session in the middle of a chunk of a minute is left within a moment, and its seat is free."""
+    """A session in the middle of a chunk that takes a minute ends within a moment, and its seat is free."""
     hub = open_hub(max_viewers=1, open_session=lambda spec: SyntheticSession(spec, 60 if spec.seed else 0))
     busy, next_one = Client(hub, StreamSpec("numbers", 48, 48, 24, seed=1)), Client(hub)
     time.sleep(0.2)
@@ -238,7 +238,7 @@ def test_closing_finishes_clips_and_leaves_no_thread(tmp_path):
 
 
 def test_streams_of_one_kind_share_a_batch(tmp_path):
-    """With batches on, chunks wanted at about the same time are made together; streams of another size are not."""
+    """With batches, chunks that are wanted at about the same time are made together, unless their sizes differ."""
     batches: list[int] = []
 
     def together(sessions):

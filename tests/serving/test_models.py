@@ -1,4 +1,4 @@
-"""The model behind the demo: what it offers, what it refuses, and the commands that repeat it."""
+"""The model of the demo: its choices, its refusals, and the commands that make its clips again."""
 
 import importlib.util
 import threading
@@ -100,7 +100,7 @@ def command_of(models, cues=(), latents=6, **fields) -> list[str]:
     ],
 )
 def test_commands_say_what_is_not_usual(models, fields, expected):
-    """And inference.py understands each."""
+    """inference.py can read each command."""
     python, script, *arguments = command_of(models, **fields)
     assert (python, script) == ("python", "inference.py")
     assert set(expected) <= set(arguments)
@@ -125,7 +125,7 @@ def test_steps_are_spread_evenly():
 
 
 def test_a_stop_takes_effect_within_one_step(models, tmp_path):
-    """With steps of half a second and chunks of two, a stream is over half a second after its stop."""
+    """With steps of half a second and chunks of two seconds, a stream ends half a second after its stop."""
     transformer, ended, begun = models._loaded.base.denoiser.transformer, threading.Event(), threading.Event()
     slow = transformer.register_forward_pre_hook(lambda *_: (begun.set(), time.sleep(STEP_SECONDS))[-1])
 
@@ -149,7 +149,7 @@ def test_a_stop_takes_effect_within_one_step(models, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install torchao")
 def test_another_precision_is_loaded_while_streams_go_on(models, monkeypatch):
-    """A running stream keeps its denoiser; the next one gets the other."""
+    """A running stream keeps its denoiser. The next stream gets the other one."""
     monkeypatch.setattr("pipeline.serving.loaded.offered_precisions", lambda device: ["full", "int8"])
     running = models.open(models.spec(start(), None))
     running.denoise()

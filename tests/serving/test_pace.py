@@ -1,4 +1,4 @@
-"""When the next chunk is wanted. The times are simulated, so nothing here depends on the machine."""
+"""The time at which the next chunk is wanted. All times are simulated, so nothing depends on the machine."""
 
 import math
 import random
@@ -19,7 +19,7 @@ def playing(produced: int, shown: int, *, at: float = 100.0, turnaround: float =
 
 
 def watch(pace: Pace, seconds: Callable[[int], float], chunks: int) -> list[float]:
-    """Seconds that each chunk was there before its first frame was due; negative ones are waits of the viewer."""
+    """Return for each chunk how many seconds before its first frame it arrived. If negative, the viewer had to wait."""
     slack = []
     pace.denoised()
     pace.decoded(FRAMES, seconds(0))
@@ -54,7 +54,7 @@ def test_a_viewer_short_of_frames_wants_one_at_once():
 
 
 def test_chunks_come_as_late_as_their_time_allows():
-    """A chunk that takes a tenth of its playing time waits less than a fifth of it at the viewer, and none is late."""
+    """If a chunk takes a tenth of its playing time, it waits less than a fifth of that at the viewer. None is late."""
     draw = random.Random(0)
     slack = watch(Pace(FPS), lambda _: CHUNK_SECONDS * draw.uniform(0.08, 0.12), 60)
     assert min(slack) >= 0
@@ -63,7 +63,7 @@ def test_chunks_come_as_late_as_their_time_allows():
 
 @pytest.mark.parametrize("busy", [2, 4, 6])
 def test_on_a_busy_machine_more_frames_wait(busy):
-    """When chunks suddenly take longer and vary more, a few are late, and then hardly any."""
+    """When chunks suddenly take longer and vary more, only the first few are late."""
     draw = random.Random(busy)
     slack = watch(Pace(FPS), lambda n: 0.1 * CHUNK_SECONDS * (1 if n < 30 else busy * draw.uniform(0.6, 1.4)), 90)
     assert sum(each < 0 for each in slack[:28]) == 0
@@ -71,7 +71,7 @@ def test_on_a_busy_machine_more_frames_wait(busy):
 
 
 def test_a_network_that_takes_longer_raises_the_margin():
-    """Delays that the server cannot see are reported as late frames."""
+    """The client reports late frames, because the server cannot see delays of the network."""
     pace = Pace(FPS)
     pace.report_shown(1, 1.0, late=0)
     for late in range(1, 4):
@@ -91,7 +91,7 @@ def test_a_chunk_in_the_making_counts():
 
 
 def test_a_silent_viewer_gets_no_more_however_long_it_is_silent():
-    """Nothing is wanted further ahead than a viewer is believed to watch in silence."""
+    """No chunk is wanted for the time after which a silent viewer no longer counts as watching."""
     pace = playing(120, 10)
     assert pace.wanted_at() == math.inf
     assert not pace.may_hurry()
@@ -100,7 +100,7 @@ def test_a_silent_viewer_gets_no_more_however_long_it_is_silent():
 
 @pytest.mark.parametrize("fps", [1, 2, 4, 12, 60])
 def test_a_viewer_that_has_shown_everything_wants_more(fps):
-    """At any rate: the picture would stand still otherwise."""
+    """This holds at any frame rate. Otherwise the picture would stop."""
     pace = Pace(fps, produced=12, sent=12, turnaround=0.01)
     pace.report_shown(12, 100.0)
     assert pace.wanted_at() < 100 + 1 / fps
@@ -112,7 +112,7 @@ def test_a_switch_is_made_at_once_unless_much_is_unseen():
 
 
 def test_frames_that_are_not_sent_are_not_watched():
-    """A client that claims to have seen everything while its socket takes nothing does not make the server buffer."""
+    """If a client reports everything as shown but its socket takes nothing, the server does not buffer."""
     pace = Pace(FPS, produced=100, sent=4)
     pace.report_shown(10**9, now=100.0)
     assert pace.shown == 4
@@ -121,7 +121,7 @@ def test_frames_that_are_not_sent_are_not_watched():
 
 
 def test_the_lead_is_bounded_for_slow_models():
-    """Else a new prompt would wait behind many chunks of the old one."""
+    """Otherwise a new prompt would wait for many chunks of the old one."""
     assert playing(0, 0, turnaround=60).lead == LONGEST_LEAD * 12 / FPS
 
 

@@ -1,4 +1,4 @@
-"""How soon a new prompt is seen. The source takes a fraction of a chunk's time, as the shipped model does."""
+"""The time until a new prompt is visible. The source makes a chunk in a part of its time, as the shipped model does."""
 
 import statistics
 
@@ -13,7 +13,7 @@ SWITCHES = 4
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Chunks of a second, a tenth of a second in the making."""
+    """Give a source of chunks that last a second and take a tenth of a second to make."""
     folder = tmp_path_factory.mktemp("clips")
     with running("tests/serving/synthetic.py", folder, "--seconds=0.1", "--height=96", "--width=96") as address:
         yield address
@@ -30,7 +30,7 @@ def playing(source, open_page):
 
 
 def switch(page, number: int, style: str) -> float:
-    """Seconds from Enter to the new prompt, as the page says them."""
+    """Return the seconds from Enter to the new prompt, as the page shows them."""
     page.select_option("#style", style)
     page.fill("#prompt", f"numbers {number}")
     page.press("#prompt", "Enter")
@@ -40,7 +40,7 @@ def switch(page, number: int, style: str) -> float:
 
 @pytest.mark.parametrize(("style", "share"), [("keep", 0.75), ("cut", 0.4)])
 def test_a_new_prompt_is_seen_before_the_frames_in_hand_would_be_over(playing, style, share):
-    """Within a share of a chunk, in the middle of a few switches."""
+    """The median of a few switches is a part of a chunk's time."""
     seconds = []
     for number in range(1, SWITCHES + 1):
         seconds.append(switch(playing, number, style))

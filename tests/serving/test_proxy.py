@@ -19,9 +19,9 @@ PATH = "/wan"
 
 
 class Proxy:
-    """A TLS proxy: one request a connection, as nginx and Caddy pass them on.
+    """A TLS proxy with one request for each connection, like nginx and Caddy.
 
-    It runs in an event loop of its own: two threads must not use one TLS connection at the same time.
+    It runs in its own event loop, because two threads must not use one TLS connection at the same time.
     """
 
     def __init__(self, server: str, certificate: Path, *, takes_path_off: bool) -> None:
@@ -94,7 +94,7 @@ def behind(tmp_path_factory) -> Iterator[str]:
 
 @pytest.mark.parametrize("takes_path_off", [True, False], ids=["path taken off", "path left"])
 def test_the_demo_works_below_a_path_of_a_tls_proxy(behind, open_page, certificate, takes_path_off):
-    """Nothing is asked for outside the path; a video runs and its clip can be played."""
+    """The page requests nothing outside the path. A video runs, and its clip can be played."""
     proxy = Proxy(behind, certificate, takes_path_off=takes_path_off)
     try:
         page = open_page(proxy.address, ignore_https_errors=True)

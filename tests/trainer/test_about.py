@@ -1,4 +1,4 @@
-"""What `train.py --dry-run` says in its first lines: what a run reproduces, where it starts, what it needs."""
+"""The first lines of `train.py --dry-run` say what a run reproduces, where it starts, and which files it needs."""
 
 import re
 from pathlib import Path

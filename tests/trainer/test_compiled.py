@@ -1,4 +1,4 @@
-"""Compiled blocks train as plain ones do, in one graph a kind of pass; sharding holds one block at a time."""
+"""Compiled blocks train like plain ones, with one graph for each kind of pass. Sharding gathers one block at a time."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from trainer.parallelize import ParallelConfig, Parallelism, whole
 from utils.distributed import Ranks, shutdown_distributed
 
 KINDS_OF_PASS = 6
-"""A first chunk, a later chunk, a context pass, a later chunk with gradient, a whole clip; one in reserve."""
+"""A first chunk, a later chunk, a context pass, a later chunk with gradient, a whole clip, and one more allowed."""
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def alone():
 
 
 def gradients(denoiser: Denoiser) -> list[torch.Tensor]:
-    """Of a rollout's last chunk and of a whole clip."""
+    """Return the gradients of a rollout's last chunk and of a whole clip."""
     denoiser.zero_grad()
     cache = KVCache(denoiser.transformer.config.num_layers, append_only=True)
     latents, timesteps, embeds = random(1, 3, 4, 4, 6), torch.full((1, 3), 500.0), random(1, 5, 8, seed=1)
@@ -60,7 +60,7 @@ def test_sharded_blocks_are_compiled_in_one_graph_a_kind_of_pass(monkeypatch, ch
 
 
 def test_sharding_converts_weights_block_by_block(monkeypatch):
-    """A process that shares its machine with others never holds a whole model in float32."""
+    """A process that shares its machine with others never has a whole model in float32 in memory."""
     import torch.distributed.fsdp as fsdp
 
     shard, converted = fsdp.fully_shard, []

@@ -1,4 +1,4 @@
-"""Training data: fair draws that do not depend on who draws, resumable; every kind of data names what it lacks."""
+"""Training data: draws are fair, resumable, and the same for any number of processes. Errors name what is missing."""
 
 import json
 from collections import Counter
@@ -55,7 +55,7 @@ def test_a_batch_may_be_larger_than_the_data_and_follows_the_seed():
 
 
 def test_a_sample_is_a_function_of_its_index_whoever_reads_it():
-    """However many processes share out the indices, over an epoch's end too, they see the same prompts and pixels."""
+    """Any number of processes sees the same prompts and pixels, also across the end of an epoch."""
     whole = TrainingOrder(ShapesData(ShapesConfig(), 2), 3)
     batch = whole.read(range(476, 484))
     for processes in (2, 4, 8):

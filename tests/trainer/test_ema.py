@@ -34,7 +34,7 @@ def test_the_average_follows_its_formula():
     [(0.99, 0, 40, 0.669), (0.99, 40, 120, 0.448), (0.99, 0, 120, 0.299), (0.99, 0, 231, 0.098), (0.0, 0, 40, 0.0)],
 )
 def test_an_average_that_remembers_its_beginning_is_warned_about(caplog, decay, start, steps, share):
-    """The share of the first weights in an average is decay^steps: measured on an average, and told if above 0.1."""
+    """The share of the first weights in an average is decay^steps. A warning names it if it is above 0.1."""
     ema = EMA(net(1.0), decay, start)
     ema.warn_if_young(steps)
     set_to(ema.module, 1.0)

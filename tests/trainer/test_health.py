@@ -1,4 +1,4 @@
-"""Skipped steps are counted, recorded and in the end fatal; alarms tell a lagging critic and collapsing samples."""
+"""Skipped steps are counted and recorded, and too many end the run. Warnings name a lagging critic and collapse."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Rollouts that are longer than what is scored, go on from step to step, or start from an image."""
+"""Rollouts that are longer than the scored window, that continue from step to step, or that start from an image."""
 
 import copy
 import math
@@ -90,7 +90,7 @@ def test_a_continued_rollout_goes_on_from_its_last_visible_frames_and_changes_it
     ("schedule", "expected"), [("false", {(0.0, 1000.0)}), ("true", {(500.0, 1000.0), (0.0, 500.0)})]
 )
 def test_score_timesteps_lie_between_the_exit_step_and_the_next_one_if_asked(build, monkeypatch, schedule, expected):
-    """ts_schedule: the bounds are the steps as they are written, whether the list is warped or not."""
+    """The bounds of ts_schedule are the unwarped steps, whether the list is warped or not."""
     both = (f"dmd.ts_schedule={schedule}", f"dmd.ts_schedule_max={schedule}", "rollout.denoising_steps=[1000,500]")
     seen = set()
 

@@ -1,8 +1,8 @@
-"""Twenty steps of configs/longlive.yaml on a small release in Wan's layout, counted as the source counts them.
+"""Twenty steps of configs/longlive.yaml on a small release in Wan's layout have the same windows as the source.
 
-The source is NVlabs/LongLive, branch v1.0: model/streaming_training.py (windows, overlap, what counts),
-trainer/distillation.py (one critic update an iteration, each on the next window; switch frames; no average of a LoRA)
-and configs/longlive_train_long.yaml (21 frames, 18 new ones, 240 at most, switches at 21 + 18 k up to 201).
+The source is NVlabs/LongLive, branch v1.0: model/streaming_training.py (windows, overlap, scored frames),
+trainer/distillation.py (one critic update in each iteration, on the next window; switch frames; no average of a LoRA)
+and configs/longlive_train_long.yaml (21 frames, then 18 new ones, at most 240, switches at 21 + 18 k up to 201).
 """
 
 from collections import Counter
@@ -58,7 +58,7 @@ def trainer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(trainer) -> list[dict]:
-    """Every window of twenty steps, in order: who made it, how many frames are new, its prompts, what counts."""
+    """Give every window of twenty steps in order: who made it, its number of new frames, prompts, and scored frames."""
     generation, windows = trainer.generation, []
     video, roll = generation.video, generation.roll
 
@@ -98,7 +98,7 @@ def test_only_the_new_frames_count_for_generator_and_critic(made):
 
 
 def test_every_update_makes_the_next_window_six_a_step(made):
-    """The generator is updated in every fifth iteration, the critic in every one: 277 rollouts in 600 steps, not 50."""
+    """Every iteration updates the critic, every fifth one the generator. 600 steps are 277 rollouts, not 50."""
     assert len(made) == 20 * 6
     assert [window["generator"] for window in made] == 20 * ([True] + 5 * [False])
     assert [window["window"] for window in made] == [number % 13 for number in range(120)]

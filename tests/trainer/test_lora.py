@@ -1,4 +1,4 @@
-"""Low-rank training: it starts as the frozen network, moves nothing else, and merges into the usual weights."""
+"""Low-rank training starts equal to the frozen network, changes nothing else, and merges into the usual weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a training rollout holds: the cache, one chunk's activations, and the inputs of checkpointed blocks."""
+"""A training rollout holds the cache, the activations of one chunk, and the inputs of checkpointed blocks."""
 
 import weakref
 
@@ -23,11 +23,11 @@ CACHE = 2 * SIZES.num_layers * STATE
 LATENTS = FRAMES * SIZES.in_dim * SIDE**2 * 4
 """Bytes of a chunk's latents."""
 ALL = 1000
-"""More frames than any rollout here has."""
+"""More frames than any rollout in this file has."""
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is entered that are still alive, and their peak."""
+    """Counts the bytes of existing tensors that were made inside it, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def denoiser() -> Denoiser:
 def bytes_of(
     denoiser: Denoiser, chunks: int, grad_start_frame: int | None, config: RolloutConfig, keep: list | None = None
 ) -> tuple[int, int]:
-    """Peak of the rollout alone, and with its backward, whose gradients are added to ``keep``."""
+    """Return the peak bytes of the rollout alone and with its backward pass. Its gradients are added to `keep`."""
     noise = torch.randn(1, chunks * FRAMES, SIZES.in_dim, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     embeds = torch.zeros(1, SIZES.text_len, SIZES.text_dim)
     cache = KVCache(SIZES.num_layers, append_only=True)
@@ -83,7 +83,7 @@ def bytes_of(
 
 
 def growth(denoiser: Denoiser, frames_with_gradient: int | None, config: RolloutConfig) -> tuple[float, float]:
-    """Bytes that one chunk more costs: in the rollout, and with its backward."""
+    """Return the bytes that one more chunk costs, in the rollout and with its backward pass."""
     few, many = 3, 6
     measured = []
     for chunks in (few, many):

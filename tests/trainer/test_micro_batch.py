@@ -1,4 +1,4 @@
-"""Whoever computes a sample of a global batch, it sees the same numbers."""
+"""A sample of a global batch gets the same random numbers in any process and any micro-batch."""
 
 import pytest
 import torch

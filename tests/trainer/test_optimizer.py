@@ -1,4 +1,4 @@
-"""Optimizers: what Muon does to a matrix, what each parameter is updated by, the schedule, and bad gradients."""
+"""Optimizers: Muon's update of a matrix, the optimizer of each parameter, the schedule, and bad gradients."""
 
 import math
 

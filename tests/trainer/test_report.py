@@ -1,4 +1,4 @@
-"""The report page: one file that needs nothing else, of a run in any state."""
+"""The report page is one file without other dependencies, for a run in any state."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ class Checker(HTMLParser):
 
 @pytest.fixture
 def logdir(tmp_path):
-    """A run that was killed in step 41 of 60, after one step had been done again, with two sets of samples."""
+    """Give a run that was killed in step 41 of 60. One of its steps was repeated, and it has two sets of samples."""
     folder = tmp_path / "a run & <more>"
     folder.mkdir()
     steps = [*range(1, 31), *range(25, 41)]

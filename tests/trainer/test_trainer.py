@@ -1,4 +1,4 @@
-"""The shared loop, and self-forcing seen from inside: who learns from what."""
+"""The common training loop, and Self Forcing: which network learns from which videos."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ pytest_plugins = ["tests.shapes_parts"]
 
 @pytest.fixture
 def build(release, tmp_path):
-    """Builds the trainer of the release's configuration with overrides."""
+    """Give a function that builds the trainer of the release's configuration with overrides."""
 
     def build(*overrides: str) -> Trainer:
         tracker = Tracker(tmp_path, config={}, is_main=False)

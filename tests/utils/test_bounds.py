@@ -1,4 +1,4 @@
-"""Every number of the configuration is finite and within its bounds before anything heavy loads."""
+"""Every number of the configuration is checked before anything heavy loads: it is finite and within its bounds."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MAY_BE_NEGATIVE = {
 
 
 def numbers(schema: type, prefix: str = "") -> Iterator[tuple[str, type, str, type]]:
-    """(dotted key, its section, its name there, int, float or a list)."""
+    """Yield (dotted key, its section, its name there, its type: int, float or a list)."""
     for name, hint in _field_hints(schema).items():
         kind = _without_none(hint)
         if is_dataclass(kind):
@@ -39,7 +39,7 @@ KEYS = [key for key, *_ in NUMBERS]
 
 
 def refused(schema: type, name: str, value: object) -> str:
-    """The one line that refuses a value."""
+    """Return the line that refuses a value."""
     with pytest.raises(UserError) as caught:
         from_dict(schema, {name: value}, "here")
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and nothing that goes wrong while saving costs a good one."""
+"""Checkpoints: saved values can be loaded again, and an error during a save never costs a good checkpoint."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 
 class Counter:
-    """Tensors that come into being one by one, and a value."""
+    """An object with a value, and with tensors that are created one by one."""
 
     def __init__(self, count: int = 0) -> None:
         self.tensors = {f"number {index}": torch.full((2,), index) for index in range(count)}
@@ -55,7 +55,7 @@ def names(folder: Path) -> list[str]:
 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file grows beyond ``room`` bytes: to a writer, the same as a disk that is full."""
+    """Let no file grow beyond `room` bytes. For a writer this is the same as a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
@@ -66,7 +66,7 @@ def full_disk(room: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """``folder`` cannot be written to, not even by root."""
+    """Make `folder` read-only, even for root."""
     mount = ["mount", "--bind", str(folder), str(folder)]
     if os.getuid() == 0:
         if subprocess.run(mount, capture_output=True).returncode:

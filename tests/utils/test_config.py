@@ -1,4 +1,4 @@
-"""A configuration is either a checked dataclass instance or one line that says what to mend."""
+"""A configuration is either a checked dataclass instance or one line that says what to correct."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -91,7 +91,7 @@ def test_off_is_a_member_of_an_enum_although_yaml_reads_it_as_a_truth_value(writ
 
 @pytest.mark.parametrize("text", ["1e-3", "a: b", "[unclosed", "no", "x=y", "7", "", "it's"])
 def test_a_text_override_is_taken_as_it_stands(write, text):
-    """A value YAML would read as a number, a list or nothing stays text in a text field."""
+    """In a text field, a value stays text even if YAML would read it as a number, a list or null."""
     assert load_config(Config, write(""), [f"name={text}"]).name == text
 
 

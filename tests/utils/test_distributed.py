@@ -1,4 +1,4 @@
-"""Processes agree where they must and share work without loss; devices and seeds are what was asked for."""
+"""Processes agree on values and divide work completely. Devices and seeds are the requested ones."""
 
 import json
 import os
@@ -198,7 +198,7 @@ def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
 
 @pytest.mark.parametrize(("value", "processes"), [("4", 4), (None, 16), ("", 16), ("many", 16)])
 def test_memory_is_shared_by_the_processes_of_this_machine(monkeypatch, value, processes):
-    """16 processes on 4 machines: each has a quarter of its machine's RAM, not a sixteenth."""
+    """With 16 processes on 4 machines, each process has a quarter of its machine's RAM, not a sixteenth."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if value is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", value)

@@ -1,4 +1,4 @@
-"""Drift is 1 for a video that stays as it is, and each measure finds what it is named after."""
+"""The change is 1 for a video that does not drift, and each measure detects the property in its name."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from utils.drift import MEASURES, measure_drift, summarise_drift
 
 
 def moving(frames: int = 48) -> torch.Tensor:
-    """A pattern that moves steadily, uint8 [F H W 3]."""
+    """Return a pattern that moves at constant speed, uint8 [F H W 3]."""
     picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0))
     return (255 * torch.stack([picture.roll(shift, dims=1) for shift in range(frames)])).byte()
 

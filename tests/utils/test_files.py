@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and any text makes a file name."""
+"""Files appear complete or not at all, and any text can become a file name."""
 
 import logging
 

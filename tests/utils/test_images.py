@@ -1,4 +1,4 @@
-"""Images that people have are read as a viewer shows them, and bad ones are one clear line."""
+"""Usual image files are read as a viewer shows them. Bad ones give one clear line."""
 
 import io
 import struct
@@ -116,7 +116,7 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path):
 
 
 def swapped_profile() -> bytes:
-    """A colour profile whose first channel is blue and whose last is red."""
+    """Return a colour profile whose first channel is blue and whose last channel is red."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for tag, other in ((b"rXYZ", b"bXYZ"), (b"rTRC", b"bTRC")):
         first, second = (data.index(name, 128) + 4 for name in (tag, other))
@@ -221,7 +221,7 @@ def test_what_is_no_image_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("size", [(40_000, 40_000), (12_000, 8_000)])
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, size):
-    """The second size is below Pillow's own limit. Neither has any pixel data: decoding would fail otherwise."""
+    """The second size is below Pillow's own limit. The files have no pixel data, so decoding would fail differently."""
     (tmp_path / "bomb.png").write_bytes(png(*size, 8, 2, b""))
     with pytest.raises(UserError, match="has more than 80,000,000 pixels; make it smaller first"):
         load_image(tmp_path / "bomb.png", 8, 8)

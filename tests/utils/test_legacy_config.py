@@ -1,4 +1,4 @@
-"""YAML files of the official code are answered with the keys to write instead."""
+"""For a YAML file of the official code, the program names the keys to write instead."""
 
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.legacy_config import IN_FILE, NO_KEY, OFFICIAL_KEYS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A value the official configurations give each key of the table, where the value itself says something.
+# Key -> a value from the official configurations, for the keys whose value matters.
 OFFICIAL_VALUES = {
     "real_name": "Wan2.1-T2V-14B",
     "fake_name": "Wan2.1-T2V-1.3B",
@@ -94,7 +94,7 @@ def test_guidance_scale_means_what_the_objective_of_the_file_reads(tmp_path, tra
 
 
 def test_the_windows_and_switches_of_longlive_are_counted(tmp_path):
-    """longlive_train_long.yaml: 240 frames are 13 windows, and 201 is before the twelfth of them."""
+    """In longlive_train_long.yaml, 240 frames are 13 windows, and frame 201 is before the twelfth window."""
     text = "streaming_chunk_size: 21\nstreaming_min_new_frame: 18\nstreaming_max_length: 240\nglobal_sink: false\n"
     lines = answer(f"{text}switch_choices: [21, 39, 201]\n", tmp_path).split("\n")
     assert "  streaming_max_length: long.windows=13, long.overlap=3" in lines

@@ -1,4 +1,4 @@
-"""One process holds a folder; a crash releases it."""
+"""Only one process can lock a folder. A crash releases the lock."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Prompts are extended by a real HTTP server on this machine; nothing else is replaced."""
+"""A real HTTP server on this machine extends prompts. Nothing else is replaced."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ def completion(text: object) -> bytes:
 
 
 class TextModel(ThreadingHTTPServer):
-    """Answers with the scripted (status, body, headers), then with the prompt it was asked about, made longer."""
+    """Answers with the scripted (status, body, headers). After these it answers with a longer form of the prompt."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""Prompt files: their lines in order, and the line that is wrong by its number in the file."""
+"""Prompt files: lines are read in order, and an error names the number of the wrong line."""
 
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def test_the_shipped_first_images_are_small_files_of_the_size_that_is_generated(
 
 
 def test_first_images_are_drawn_by_their_script(tmp_path, monkeypatch):
-    """Drawn small here: coarse averages are those of the shipped ones."""
+    """The images are drawn smaller here. Their coarse averages equal those of the shipped images."""
     from scripts import make_first_images
     from scripts.runs import make_first_images as work
 

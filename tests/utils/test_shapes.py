@@ -1,4 +1,4 @@
-"""The Shapes world keeps its promises, and the detector passes real clips and fails broken ones."""
+"""The Shapes world has the stated properties. Its detector accepts real clips and rejects broken ones."""
 
 import json
 from collections import Counter
@@ -47,7 +47,7 @@ def fractions(measurement: Measurement) -> dict[str, float]:
 
 
 def codec_like(clips: Tensor) -> Tensor:
-    """A 3x3 blur and Gaussian noise of 0.05."""
+    """Return clips with a 3x3 blur and Gaussian noise of 0.05."""
     blurred = F.avg_pool2d(F.pad(clips.flatten(0, 1), (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(clips)
     return (blurred + 0.05 * torch.randn(clips.shape, generator=seeded(1))).clamp(-1, 1)
 
@@ -105,7 +105,7 @@ def test_clips_are_float32_within_range():
 
 
 def test_bounces_are_elastic_and_come_late():
-    """Every axis keeps its speed, turns only at a wall, and moves as prompted for the first frames."""
+    """Along each axis the speed is constant and turns only at a wall. The first frames move as the prompt says."""
     config, scenes = ShapesConfig(), all_scenes()
     centres = trajectories(scenes, 200, seeded(), config)
     low, high = bounds(scenes, config, centres.device)
@@ -121,7 +121,7 @@ def test_bounces_are_elastic_and_come_late():
 
 
 def test_objects_stay_entirely_inside_the_frame():
-    """The drawn area is the same in every frame, so nothing is ever cut off."""
+    """The drawn area is the same in every frame, so no object is ever cut off."""
     for scene in [SCENE, replace(SCENE, shape="circle"), replace(SCENE, shape="square", size="small")]:
         background = render_at([scene], torch.full((1, 1, 2), -100.0))[0]
         ink = (clip_of(scene, 150) - background).abs().sum((1, 2, 3))

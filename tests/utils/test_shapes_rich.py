@@ -1,4 +1,4 @@
-"""The rich Shapes world keeps its promises. Its detector passes real clips and fails broken ones."""
+"""The rich Shapes world has the stated properties. Its detector accepts real clips and rejects broken ones."""
 
 from collections import Counter
 from dataclasses import replace
@@ -42,14 +42,14 @@ COLUMNS = (*FRAME_ATTRIBUTES, "texture")
 def clip_of(
     scene: Scene, *, patterns: tuple[Pattern, ...] = (STRIPES, CHECKS), ground: Pattern = GROUND, speed: float = 1.5
 ) -> Tensor:
-    """A clip in which the objects never touch."""
+    """Return a clip in which the objects never touch."""
     starts = torch.tensor([[10.0, 40.0], [36.0, 12.0]])[: len(scene.things)]
     paths = positions(scene.things, starts, FRAMES, replace(CONFIG, speed=speed))
     return render_patterned(scene, paths, patterns[: len(paths)], ground, CONFIG)
 
 
 def wrong(measurement: Measurement) -> set[str]:
-    """The columns that are right in less than 90 % of the judged frames."""
+    """Return the columns that are right in less than 90 % of the checked frames."""
     return {name for name, values in measurement.columns.items() if values.float().mean() < 0.9}
 
 

@@ -1,4 +1,4 @@
-"""Shards: what was written is read back, a killed writer goes on, nothing half-written counts."""
+"""Shards: written items can be read again, a killed writer can continue, and half-written files do not count."""
 
 import json
 import os

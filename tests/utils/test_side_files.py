@@ -1,4 +1,4 @@
-"""Side files are read with a limit and a schema; damaged lines are set aside and never lost."""
+"""Side files are read with a size limit and a schema. Damaged lines are set aside and never lost."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A first signal is recorded, a second Ctrl-C ends at once."""
+"""The first signal is recorded. A second Ctrl-C ends the program at once."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from utils.signals import StopSignals
 
 @pytest.fixture
 def hangup_is_heard() -> Iterator[None]:
-    """Undo what nohup does to the process that runs the tests."""
+    """Let this process receive SIGHUP, also if it was started with nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

@@ -1,4 +1,4 @@
-"""A run leaves its metrics in a file, and optional backends see the same."""
+"""A run writes its metrics to a file, and optional backends get the same metrics."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb_runs(monkeypatch) -> list[FakeRun]:
-    """A stand-in for wandb, which needs an account; what it was given is what counts."""
+    """Replace wandb, which needs an account. Give the list of its runs with everything that they received."""
     runs = []
 
     def init(**options):

@@ -1,4 +1,4 @@
-"""A copy to a GPU goes through pinned memory and is only queued."""
+"""A copy to a GPU uses pinned memory and does not wait."""
 
 from unittest.mock import Mock
 

@@ -35,7 +35,7 @@ def test_a_pickle_that_unpacks_to_more_than_its_file_is_refused(tmp_path):
 
 
 def rezipped(source, target, compress):
-    """A copy of a torch file whose members are compressed where `compress` says so."""
+    """Write a copy of a torch file. The members that `compress` selects are compressed."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for member in old.infolist():
             kind = zipfile.ZIP_DEFLATED if compress(member.filename) else zipfile.ZIP_STORED
@@ -43,7 +43,7 @@ def rezipped(source, target, compress):
 
 
 def test_compressed_tensors_are_refused_and_never_read_as_values(tmp_path):
-    """Tensors are memory-mapped: the bytes of a compressed one are not its values."""
+    """Tensors are memory-mapped, but the bytes of a compressed tensor are not its values."""
     torch.save({"a": torch.arange(1000.0), "b": torch.rand(50_000)}, tmp_path / "good.pt")
     rezipped(tmp_path / "good.pt", tmp_path / "all.pt", lambda name: "/data/0" in name)
     with pytest.raises(UserError, match="data/0 is compressed"):
@@ -53,7 +53,7 @@ def test_compressed_tensors_are_refused_and_never_read_as_values(tmp_path):
 
 
 def test_a_pickle_whose_size_is_a_lie_costs_no_memory(tmp_path):
-    """The archive says 100 bytes; unpacked it would be 64 MiB."""
+    """The archive declares 100 bytes, but unpacked it would have 64 MiB."""
     torch.save({"a": torch.ones(3)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "lie.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("lie/data.pkl", b"\x80\x02" + b"\0" * 2**26)

@@ -1,4 +1,4 @@
-"""What is written comes back: size, number, order and colours of frames."""
+"""A written video has the same size, number, order and colours of frames when it is read."""
 
 import json
 import math
@@ -28,7 +28,7 @@ COLOURS = torch.tensor([[220, 30, 40], [20, 200, 60], [30, 40, 230], [240, 220, 
 
 
 def moving_squares(num_frames: int, height: int = 48, width: int = 48) -> torch.Tensor:
-    """Squares of several colours on grey, one pixel further right each frame: float [F 3 H W] in [-1, 1]."""
+    """Return squares of several colours on grey that move right by one pixel a frame: float [F 3 H W] in [-1, 1]."""
     frames = torch.full((num_frames, 3, height, width), 0.5)
     for t in range(num_frames):
         for i, colour in enumerate(COLOURS):
@@ -79,7 +79,7 @@ def test_the_video_is_what_every_player_takes(tmp_path):
 
 
 def grainy(count: int) -> torch.Tensor:
-    """Frames with motion and grain, which an encoder has to think about: [F 3 80 80]."""
+    """Return frames [F 3 80 80] with motion and grain, which are hard to encode."""
     noise = torch.randn(count, 3, 80, 80, generator=torch.Generator().manual_seed(0))
     return moving_squares(count, 80, 80) + 0.05 * noise
 
@@ -111,7 +111,7 @@ def test_the_file_is_the_same_on_a_cpu_without_vector_instructions(tmp_path, mon
 
 
 def test_colours_are_kept_without_a_bias(tmp_path):
-    """A flat frame of every level comes back within 2 of 255, and on average within a third of a level."""
+    """Flat frames of every level are read with an error of at most 2 of 255 levels, on average at most a third."""
     levels = torch.arange(0, 256, 5, dtype=torch.uint8)
     with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
         writer.write(levels[:, None, None, None].expand(-1, 16, 16, 3))
@@ -120,7 +120,7 @@ def test_colours_are_kept_without_a_bias(tmp_path):
 
 
 def test_nothing_but_a_video_needs_pyav(tmp_path):
-    """Everything that shows no video can be imported without PyAV, and a video then says what to install."""
+    """Modules can be imported without PyAV. Only a video fails then, and the error says what to install."""
     code = f"""
 import sys
 sys.modules["av"] = None
@@ -146,7 +146,7 @@ def test_odd_sizes_repeat_the_last_row_and_column(tmp_path):
 
 
 def test_what_is_being_written_can_be_watched_already(tmp_path):
-    """As after a power cut: the part holds all but the last second or so."""
+    """As after a power cut, the partial file holds everything except about the last second."""
     with VideoWriter(tmp_path / "clip.mp4", fps=8) as writer:
         for _ in range(20):
             writer.write(moving_squares(8))
@@ -198,7 +198,7 @@ def test_an_error_keeps_what_plays_if_asked_to(tmp_path):
 
 @contextmanager
 def largest_file(limit: int):
-    """Make every write past `limit` bytes of a file fail, as a full disk does."""
+    """Make every write beyond `limit` bytes of a file fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -209,7 +209,7 @@ def largest_file(limit: int):
 
 @pytest.mark.parametrize("limit", [100, 300_000])
 def test_a_full_disk_keeps_what_plays_and_is_one_line(tmp_path, limit):
-    """The whole video has about 1 MB."""
+    """The complete video has about 1 MB."""
     noise = torch.rand(128, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with (
         largest_file(limit),

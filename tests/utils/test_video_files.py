@@ -1,4 +1,4 @@
-"""Videos that people have are read as a player shows them, and bad ones are one clear line."""
+"""Usual video files are read as a player shows them. Bad ones give one clear line."""
 
 import logging
 import struct
@@ -19,12 +19,12 @@ CORNERS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8)
 
 
 def quarters(height=32, width=48) -> np.ndarray:
-    """A picture with red, green over blue, white: uint8 [H W 3]."""
+    """Return a picture uint8 [H W 3] with red and green quarters above blue and white ones."""
     return CORNERS.repeat(height // 2, axis=0).repeat(width // 2, axis=1)
 
 
 def encode(path, images, *, times=None, codec="libx264", pix_fmt="yuv420p", rate=10, aspect=None, **options):
-    """Write images with PyAV alone: `times` in milliseconds, else one every 1 / `rate` seconds."""
+    """Write images with PyAV. Their times are `times` in milliseconds, or one every 1 / `rate` seconds."""
     with av.open(str(path), "w", **options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pix_fmt
@@ -43,7 +43,7 @@ def encode(path, images, *, times=None, codec="libx264", pix_fmt="yuv420p", rate
 
 
 def levels(count: int) -> list[np.ndarray]:
-    """Gray pictures, brighter from one to the next."""
+    """Return gray pictures. Each is brighter than the one before."""
     return [np.full((32, 32, 3), 20 + 200 * index // max(1, count - 1), np.uint8) for index in range(count)]
 
 
@@ -139,7 +139,7 @@ def test_gray_keeps_its_range(tmp_path, pix_fmt):
 
 @pytest.mark.parametrize("transfer", [16, 18])
 def test_hdr_is_neither_washed_out_nor_dark(tmp_path, transfer):
-    """A phone's HDR video: its white is white here, its mid gray a mid gray, its black black."""
+    """Of a phone's HDR video, white stays white, mid gray stays mid gray, and black stays black."""
     white = {16: 0.58, 18: 0.75}[transfer]  # the signals of BT.2408's reference white
     ramp = (np.array([0.0, white / 2, white, 1.0]) * 65535).astype(np.uint16)
     image = np.repeat(np.repeat(ramp[None, :, None], 32, 0), 16, 1).repeat(3, 2)
@@ -180,7 +180,7 @@ def write_sound(path):
 
 
 def bad_files(folder) -> dict[str, str]:
-    """Write files that are no whole video; return what is said about each."""
+    """Write files that are not complete videos. Return the text that the error of each must contain."""
     whole = encode(folder / "whole.mp4", levels(40), container_options={"movflags": "faststart"}).read_bytes()
     write_sound(folder / "sound.mov")
     write_sound(folder / "sound.wav")

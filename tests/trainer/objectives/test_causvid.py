@@ -1,4 +1,4 @@
-"""CausVid: independent chunk timesteps, one causal step from real latents, and the gradient DMD sends through it."""
+"""CausVid: independent timesteps of chunks, one causal step from real latents, and the gradient of DMD through it."""
 
 import torch
 
@@ -47,7 +47,7 @@ def test_pure_noise_hides_the_real_latents():
 
 @torch.no_grad()
 def test_clean_context_shows_a_chunk_the_real_chunks_before_it_without_noise():
-    """At pure noise a chunk depends on the real chunks before it, and on none after it or at its own place."""
+    """At pure noise a chunk depends only on the real chunks before it, not on later ones or on its own real chunk."""
     drawn = {"timesteps": torch.full((2, 4), 1000.0), "noise": NOISE, "block_mask": teacher_forcing_mask(4, 2)}
     first, second = CLEAN.clone(), CLEAN.clone()
     first[:, :2] += 1

@@ -1,4 +1,4 @@
-"""The fixed linear code and how a TinyVAE holds it."""
+"""The fixed linear code, and a TinyVAE that computes it."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Causal distillation with ground-truth context: the target's formula, causality, and agreement with real rollouts."""
+"""Causal distillation with real context: the formula of the target, causality, and agreement with real rollouts."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_trajectory_ends_where_causal_sampling_after_the_clean_chunks_does(guida
 
 
 def test_a_teachers_own_trajectory_is_consistent_where_its_flow_is_straight():
-    """A teacher whose flow is constant (only a bias is left) has x0 = x - sigma v everywhere: nothing to learn."""
+    """If the teacher's flow is constant (only a bias), x0 = x - sigma v everywhere, and there is nothing to learn."""
     teacher = tiny_denoiser()
     with torch.no_grad():
         teacher.transformer.head.head.weight.zero_()
@@ -139,7 +139,7 @@ def test_a_teachers_own_trajectory_is_consistent_where_its_flow_is_straight():
 
 
 def test_students_learn_the_flow_map_by_either_route():
-    """30 steps bring the one-step prediction nearer to the teacher's endpoint, for unseen noise too."""
+    """30 steps bring the one-step prediction nearer to the teacher's endpoint, also for new noise."""
     teacher, grid = tiny_denoiser(seed=2), torch.tensor([1000.0, 750.0, 400.0, 0.0])
     config = SamplingConfig(steps=4, solver=Solver.euler, guidance_scale=1.0)
     unseen = random(2, 4, 4, 4, 4, seed=77)

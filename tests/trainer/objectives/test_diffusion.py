@@ -1,4 +1,4 @@
-"""Diffusion training: noise levels that cover the range, the flow's error, and what context each frame learns from."""
+"""Diffusion training: noise levels cover the range, the loss is the flow's error, and each frame has its context."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def predictions(denoiser, monkeypatch) -> list[Prediction]:
-    """Everything the denoiser predicts."""
+    """Give a list that receives every prediction of the denoiser."""
     made = []
     forward = denoiser.forward
 
@@ -146,7 +146,7 @@ def test_bidirectional_training_sees_the_future(denoiser, batch, predictions):
 
 @torch.no_grad()
 def test_noise_augmentation_noises_the_clean_context_and_tells_the_network_so(denoiser, batch):
-    """The loss of a chunk is that of a pass whose context is noised by hand; at timestep 0 nothing changes."""
+    """The loss of a chunk equals that of a pass whose context is noised by hand. At timestep 0 nothing changes."""
     mask, context = teacher_forcing_mask(4, CHUNK), torch.tensor([[80.0, 80.0, 40.0, 40.0], [10.0, 10.0, 60.0, 60.0]])
     options = {"block_mask": mask, "teacher_forcing": True}
     noised = add_noise(batch["x0"], batch["noise"], context)

@@ -1,4 +1,4 @@
-"""Distribution matching distillation against its formulas, and where its gradient goes."""
+"""Distribution matching distillation agrees with its formulas, and its gradient reaches only the generator."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_score_timesteps_are_shifted_whole_levels_within_bounds():
 
 @pytest.mark.parametrize(("lowest", "highest"), [(250.0, 1000.0), (0.0, 500.0), (500.0, 750.0)])
 def test_score_timesteps_may_be_bounded_before_the_shift(lowest, highest):
-    """ts_schedule and ts_schedule_max: whole levels in [lowest, highest), each with the same probability."""
+    """ts_schedule and ts_schedule_max draw whole levels in [lowest, highest) with equal probability."""
     schedule = FlowMatching(5.0)
     drawn = sample_score_timesteps(4000, schedule, torch.Generator().manual_seed(0), lowest=lowest, highest=highest)
     allowed = schedule.timestep(torch.arange(lowest, highest) / 1000).clamp(20, 980)
@@ -62,7 +62,7 @@ def test_bounds_that_hold_no_timestep_are_refused(lowest, highest):
 
 @pytest.mark.parametrize("loss", [dmd_loss, sid_loss])
 def test_the_fake_score_may_be_guided_too(scores, batch, loss):
-    """A guided fake score is a score whose x0 is ``c + g (c - u)``; without guidance nothing changes."""
+    """A guided fake score has x0 = ``c + g (c - u)``. Without guidance nothing changes."""
 
     class Guided(torch.nn.Module):
         def forward(self, latents, timesteps, prompt_embeds):

@@ -1,4 +1,4 @@
-"""Adversarial losses: formulas, the finite-difference penalty against the exact one, and what gets no gradient."""
+"""Adversarial losses: their formulas, the finite-difference penalty and the exact one, and missing gradients."""
 
 import math
 
@@ -24,7 +24,7 @@ EMBEDS, TIMESTEPS = random(2, 5, 8), torch.tensor([[300.0], [700.0]])
 
 
 class Critic(nn.Module):
-    """A smooth discriminator of two logits, which looks at timesteps and prompts too."""
+    """A smooth discriminator with two logits, which depends on timesteps and prompts too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_each_penalty_looks_at_its_own_videos():
 
 @pytest.mark.parametrize("sigma", [0.01, 0.1])
 def test_finite_differences_approximate_the_exact_gradient_penalty(sigma):
-    """Over 8192 perturbations the estimate of ``|grad D|^2``, averaged over heads, is within 5 %."""
+    """With 8192 perturbations the estimate of ``|grad D|^2``, averaged over heads, is right within 5 %."""
     critic, count = Critic(), 8192
     noisy = noised(FAKE)[:1].requires_grad_()
     timesteps = TIMESTEPS[:1].expand(1, 3)

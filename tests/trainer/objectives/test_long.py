@@ -1,4 +1,4 @@
-"""Windows of long rollouts: what the scores see of them, and where gradient goes."""
+"""Windows of long rollouts: the frames that the scores get, and the frames with gradient."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_no_gradient_passes_the_encoding_nor_what_came_before(codec):
 
 @pytest.mark.parametrize("loss", [dmd_loss, sid_loss])
 def test_a_frame_that_does_not_count_changes_neither_loss_nor_gradient_directly(loss):
-    """The loss over counted frames is the formula's mean over them; a given first frame only conditions the scores."""
+    """The loss is the mean of the formula over the counted frames. A given first frame only conditions the scores."""
     real, fake = tiny_denoiser(seed=1), tiny_denoiser(seed=2)
     x0 = random(2, 3, 4, 4, 4).requires_grad_()
     batch = {
@@ -62,7 +62,7 @@ def test_a_frame_that_does_not_count_changes_neither_loss_nor_gradient_directly(
 
 @pytest.mark.parametrize(("window", "sink"), [(None, 0), (4, 0), (6, 2), (9, 1)])
 def test_the_visible_history_is_all_the_next_chunk_needs(window, sink):
-    """A rollout that goes on from it gives what one gives whose context is the whole history, re-encoded alike."""
+    """A rollout that continues from it equals one whose context is the whole history, encoded in the same way."""
     config = RolloutConfig(frames_per_chunk=2, window=window, sink=sink, warp_denoising_step=False)
     history = random(1, 8, 4, 4, 4)
     visible = visible_history(history, 2, window, sink)
@@ -84,7 +84,7 @@ def test_the_visible_history_is_all_the_next_chunk_needs(window, sink):
 
 
 def test_only_the_window_of_a_long_rollout_carries_gradient(codec):
-    """Frames before it are generated without: the parameters' gradient is that of a rollout given those frames."""
+    """Earlier frames have no gradient. The parameters have the gradient of a rollout with given earlier frames."""
     denoiser, embeds, noise = tiny_denoiser(), random(1, 5, 8), random(1, 6, 4, 4, 4)
     config = RolloutConfig(denoising_steps=[1000.0], frames_per_chunk=2, warp_denoising_step=False)
 

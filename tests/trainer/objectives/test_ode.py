@@ -12,7 +12,7 @@ CHUNKS = [(0, 1), (1, 4), (4, 7)]
 
 
 def marked_trajectory(clips: int) -> torch.Tensor:
-    """[B S F C H W] in which every frame says which clip, state and frame it is: 100 b + 10 s + f."""
+    """Return a trajectory [B S F C H W] whose values name the clip, the state and the frame: 100 b + 10 s + f."""
     b, s, f = torch.meshgrid(torch.arange(clips), torch.arange(5), torch.arange(7), indexing="ij")
     return (100.0 * b + 10 * s + f)[..., None, None, None].expand(-1, -1, -1, 2, 3, 3)
 

@@ -1,4 +1,4 @@
-"""Score identity distillation: its formula and gradient, what stays frozen, and the official recording."""
+"""Score identity distillation: its formula and gradient, the frozen networks, and the official recording."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def scores():
 
 
 def by_hand(x: Tensor, real_score, fake_score, guidance: float, alpha: float, scale: Tensor | None = None) -> Tensor:
-    """The formula of numerics, sample by sample; ``scale`` stands for the normalisers where they are constants."""
+    """Compute the formula for each sample. `scale` replaces the normalisers when they must be constants."""
     losses = []
     for index in range(2):
         one = slice(index, index + 1)
@@ -52,7 +52,7 @@ def test_loss_and_gradient_are_those_of_the_formula(scores, alpha):
 
 
 def test_gradient_passes_through_both_scores(scores):
-    """Holding the scores fixed, as DMD does, would give another gradient, and a wrong slope of the loss."""
+    """With fixed scores, as in DMD, the gradient would differ, and the slope of the loss would be wrong."""
     x, direction, step = X.clone().requires_grad_(), random(*X.shape, seed=9), 1e-2
     loss_of(x, scores).loss.backward()
     slope = (x.grad * direction).sum().item()
