@@ -22,14 +22,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="frame-wise, one seed, fewer updates: at most 40 CPU minutes")
+    add(
+        "--quick", action="store_true", help="frame-wise, one seed, fewer updates: at most 40 CPU minutes; default: off"
+    )
     add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
-    add("--report", metavar="FOLDER", help="where reproduction.md is written; default: FOLDER/report")
+    add("--report", metavar="FOLDER", help="folder for reproduction.md; default: FOLDER/report")
     add(
         "--prompts", type=int, metavar="N", help="held-out prompts that are measured; default: 24 with --quick, else 96"
     )
-    add("--plan", action="store_true", help="print what would run and how long it takes here, and stop")
-    add("overrides", nargs="*", metavar="key=value", help="keys for every training and measurement")
+    add(
+        "--plan",
+        action="store_true",
+        help="print the plan and its estimated time on this machine, and stop; default: off",
+    )
+    add(
+        "overrides", nargs="*", metavar="key=value", help="keys of the configuration for all trainings and measurements"
+    )
     return parser.parse_intermixed_args(arguments)
 
 
