@@ -18,15 +18,18 @@ Point = tuple[int, float | None]
 """(step, value). The value is None if it was not finite."""
 
 
-def chart(name: str, points: Sequence[Point]) -> str:
+def chart(name: str, points: Sequence[Point], words: str = "") -> str:
     """Draw one metric as an SVG: values and moving average, on a log scale if the values span decades.
+
+    ``words`` stand below it.
 
     At values that were not finite, the line has a gap and there is a mark at the bottom.
     """
     finite = [(step, value) for step, value in points if value is not None]
     title = escape(name.replace("_", " "))
+    below = f"<p>{escape(words)}</p>" if words else ""
     if not finite:
-        return f"<figure><figcaption><b>{title}</b> <span>never finite</span></figcaption></figure>"
+        return f"<figure><figcaption><b>{title}</b> <span>never finite</span></figcaption>{below}</figure>"
     lost = [step for step, value in points if value is None]
     raw, smooth = _thin(finite), _thin(_smooth(finite))
     axis = _Axis.around([value for _, value in raw])
@@ -53,7 +56,7 @@ def chart(name: str, points: Sequence[Point]) -> str:
         f"<figure><figcaption><b>{title}</b> <span>{short_number(smooth[-1][1])}</span></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} by step" data-points="{data}">'
         f'<g class="grid">{grid}{steps}</g><path class="raw" d="{path(raw)}"/><path class="smooth" d="{path(smooth)}"/>'
-        f'{marks}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>'
+        f'{marks}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>{below}</figure>'
     )
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from trainer.charts import Point, chart, short_number
 from trainer.report_style import SCRIPT, STYLE
+from trainer.report_words import meaning
 from utils.cli import exit_code
 from utils.errors import UserError
 from utils.files import atomic_path, atomic_write_text
@@ -37,8 +38,8 @@ log = logging.getLogger(__name__)
 
 SECONDS = "seconds"
 PHASE = f"{SECONDS}_"
-SHOWN_STEPS, SHOWN_PROMPTS = 6, 6
-THUMBNAIL_PIXELS = 160
+SHOWN_STEPS, SHOWN_PROMPTS = 8, 6
+THUMBNAIL_PIXELS = 200
 
 
 @dataclass
@@ -158,8 +159,8 @@ def _tiles(run: Run) -> str:
         tiles += [("samples per second", short_number(rate))] if rate else []
         if total and run.step < total:
             tiles.append(("left", duration((total - run.step) * middle)))
-    memory = [value for _, value in run.curves.get("memory_gb", []) if value]
-    tiles += [("peak memory", f"{max(memory):.3g} GB")] if memory else []
+    memory = [value for _, value in run.curves.get("memory_gib", []) if value]
+    tiles += [("peak memory", f"{max(memory):.3g} GiB")] if memory else []
     lost = sum(value is None for points in run.curves.values() for _, value in points)
     tiles += [("values not finite", str(lost))] if lost else []
     if run.updated is not None:
@@ -170,10 +171,30 @@ def _tiles(run: Run) -> str:
 
 def _curves(run: Run) -> str:
     names = sorted((name for name in run.curves if not name.startswith(PHASE)), key=_chart_order)
-    charts = [chart(name, run.curves[name]) for name in names]
-    if not charts:
+    if not names:
         return _section("Curves", "<p>No metrics yet.</p>")
-    return _section("Curves", f'<div class="charts">{"".join(charts)}</div>')
+    moving = [name for name in names if _constant(run.curves[name]) is None]
+    charts = "".join(chart(name, run.curves[name], meaning(name)) for name in moving)
+    return _section("Curves", f'<div class="charts">{charts}</div>{_level([n for n in names if n not in moving], run)}')
+
+
+def _constant(points: Sequence[Point]) -> float | None:
+    """Return the value of a curve of several points that never changed, else None."""
+    values = {value for _, value in points}
+    return values.pop() if len(values) == 1 and len(points) > 1 else None
+
+
+def _level(names: Sequence[str], run: Run) -> str:
+    """Return the curves that never changed, as a closed list."""
+    if not names:
+        return ""
+    rows = "".join(
+        f"<li><b>{escape(name.replace('_', ' '))}</b> {short_number(_constant(run.curves[name]))} "
+        f"<span>{escape(meaning(name))}</span></li>"
+        for name in names
+    )
+    title = "1 curve never changed" if len(names) == 1 else f"{len(names)} curves never changed"
+    return f'<details class="level"><summary>{title}</summary><ul>{rows}</ul></details>'
 
 
 def _chart_order(name: str) -> int:

@@ -31,7 +31,9 @@ svg{display:block;width:100%;height:auto;touch-action:pan-y}svg text{fill:var(--
 .c4{background:var(--c4)}.c5{background:var(--c5)}.c6{background:var(--c6)}.c7{background:var(--c7)}
 .samples p{margin:10px 0 4px}
 .strip{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(104px,1fr);gap:8px;overflow-x:auto}
-.strip li{color:var(--soft);font-size:13px;max-width:240px}
+.strip li{color:var(--soft);font-size:13px}
+figure p{margin:4px 0 4px;color:var(--soft);font-size:13px}
+.level{margin-top:12px}.level li{margin-top:8px}.level span{color:var(--soft);font-size:13px}
 .strip img{display:block;width:100%;height:auto;border-radius:6px;border:1px solid var(--line)}
 summary{cursor:pointer}pre{overflow-x:auto;font-size:13px;margin:8px 0 0}
 """

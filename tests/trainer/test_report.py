@@ -10,6 +10,7 @@ import torch
 
 from trainer import charts, report
 from trainer.report import read_run, render, write_report
+from trainer.report_words import MEANINGS, UNKNOWN, meaning
 from utils.video.write import VideoWriter
 
 VOID = {"meta", "br", "img", "link", "input", "line", "path"}
@@ -60,7 +61,7 @@ def logdir(tmp_path):
             "seconds": 2.0,
             "seconds_rollout": 1.0,
             "seconds_scores": 0.5,
-            "memory_gb": 3.25,
+            "memory_gib": 3.25,
         }
         for step in steps
     ]
@@ -84,10 +85,11 @@ def test_the_page_shows_the_run_and_asks_for_nothing_outside_itself(logdir):
     checked = Checker(page)
     assert all(address.startswith("data:image/webp;base64,") for address in checked.addresses)
     assert checked.counts["img"] == 4 and not re.search(r"https?://|url\(|@import", page)
-    for shown in ("a run & <more>", "40 of 60", "a <red> circle", "step 20", "step 40", "3.25 GB", "generator loss"):
+    for shown in ("a run & <more>", "40 of 60", "a <red> circle", "step 20", "step 40", "3.25 GiB", "generator loss"):
         assert shown in checked.text
     assert "0.5" in checked.text and "rollout" in checked.text and "50%" in checked.text and "other" in checked.text
-    assert checked.counts["svg"] == 3  # generator loss, seconds, memory: phases have a bar of their own
+    assert checked.counts["svg"] == 1  # generator loss; seconds and memory never changed
+    assert "2 curves never changed" in checked.text and "a leak" in checked.text and "judge the samples" in checked.text
     assert 'class="lost"' in page and "values not finite" in checked.text
 
 
@@ -136,3 +138,13 @@ def test_curves_that_hardly_move_or_span_decades_have_round_ticks_inside_the_cha
 def test_a_missing_folder_is_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.endswith("nowhere: no such log folder\n")
+
+
+def test_every_metric_of_a_training_has_its_sentence():
+    """Those with a part's name in front have that of the part; names from elsewhere point to the documentation."""
+    names = {"generator_loss", "critic_gradient_norm", "gradient_norm", "critic_lr", "skipped", "samples_per_second"}
+    told = {name: meaning(name) for name in names}
+    assert len(set(told.values())) == len(names) and UNKNOWN not in told.values()
+    assert meaning("teacher_lr") == meaning("lr")
+    assert meaning("something") == UNKNOWN
+    assert all(text.count(".") >= 1 and text.endswith(".") for text in MEANINGS.values())
