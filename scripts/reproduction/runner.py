@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 # Times as multiples of one forward and backward pass over a batch of 16 clips, which is timed here before the start.
 PER_UPDATE = {
-    "diffusion_forcing": 1.1,
-    "teacher_forcing": 2.2,
+    "diffusion_forcing": 1.3,
+    "teacher_forcing": 2.7,
     "causvid": 2.2,
     "self_forcing_dmd": 2.6,
     "self_forcing_sid": 3.2,
     "self_forcing_gan": 3.2,
     "ode_regression": 1.2,
-    "causal_ode": 2.2,
+    "causal_ode": 2.7,
     "causal_consistency": 2.5,
 }
 PER_LENGTH = 0.08  # for each video, in each training length, the detector included
