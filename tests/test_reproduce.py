@@ -164,11 +164,15 @@ def test_a_run_goes_on_where_it_stopped_and_reports_what_it_has(tmp_path, monkey
     assert first.stat().st_mtime_ns == before
     real = read_measured(measured_file(tmp_path, REAL, 0))
     assert min(real.columns["4x"]["shape"] + real.columns["4x"]["all_right"]) >= 0.99
+    notes = tmp_path / "report" / "reproduction" / "notes.md"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("One row contradicts the paper.", encoding="utf-8")
     check_report(write_reproduction(plan, tmp_path, tmp_path / "report", "scripts/reproduce.sh --quick"))
 
 
 def check_report(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
+    assert "One row contradicts the paper." in text and "python train.py --config_path" in text
     assert "speed at 4x: Self Forcing DMD (" in text and "| Real clips after the codec | 1.000" in text
     links = [part.partition(")")[0] for part in text.split("](")[1:]]
     assert links and all((page.parent / link).is_file() for link in links)

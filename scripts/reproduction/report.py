@@ -1,4 +1,8 @@
-"""Writes reproduction.md from measured rows: tables, plots, contact sheets, and how they were made."""
+"""Writes reproduction.md from measured rows: tables, plots, contact sheets, and how they were made.
+
+What a person has to say about a row, such as why it contradicts the paper, belongs into reproduction/notes.md beside
+the page. The page takes it over.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from scripts.reproduction.measuring import REAL, Measured, measured_file, read_m
 from scripts.reproduction.plan import FORMS, MethodRow, ReproductionPlan
 from scripts.reproduction.plot import line_plot
 from scripts.reproduction.statistics import Interval, frechet_interval, mean_interval
+from scripts.reproduction.training import commands
 from utils.files import atomic_write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,6 +39,7 @@ COLUMNS = {  # column -> title, unit of its plot
 }
 SHOWN = ("shape", "texture", "speed", "smooth", "all_right", "path_error", "flicker", "frechet")
 PLOTTED = ("all_right", "speed", "shape", "path_error", "frechet")
+NOTES = "notes.md"
 CLAIM_LENGTH = 4  # multiples of the training length at which the methods are compared
 LOWER_IS_BETTER = {"path_error", "flicker", "frechet"}
 
@@ -66,7 +72,9 @@ def write_reproduction(plan: ReproductionPlan, folder: Path, target: Path, comma
         if (sheet := sheet_file(folder, name, plan.budget.seeds[0])).is_file():
             shutil.copyfile(sheet, assets / f"{name}.png")
     page = target / "reproduction.md"
-    atomic_write_text(page, _page(plan, entries, real, command))
+    notes = assets / NOTES
+    text = notes.read_text(encoding="utf-8").strip() if notes.is_file() else ""
+    atomic_write_text(page, _page(plan, entries, real, command=command, notes=text))
     return page
 
 
@@ -126,7 +134,9 @@ def _csv(entries: Sequence[MeasuredRow], real: MeasuredRow | None) -> str:
     return text.getvalue()
 
 
-def _page(plan: ReproductionPlan, entries: Sequence[MeasuredRow], real: MeasuredRow | None, command: str) -> str:
+def _page(
+    plan: ReproductionPlan, entries: Sequence[MeasuredRow], real: MeasuredRow | None, *, command: str, notes: str
+) -> str:
     budget = plan.budget
     parts = [
         "# The claim, reproduced in the Shapes world",
@@ -143,7 +153,17 @@ def _page(plan: ReproductionPlan, entries: Sequence[MeasuredRow], real: Measured
     ]
     for form in budget.forms:
         parts += _form_section(form, FORMS[form], [entry for entry in entries if entry.row.form == form], real)
-    return "\n\n".join(parts) + "\n"
+    if notes:
+        parts += ["## Notes", notes]
+    return "\n\n".join([*parts, "## Commands", _commands(plan)]) + "\n"
+
+
+def _commands(plan: ReproductionPlan) -> str:
+    """Return the commands of the trainings with the first seed, as the script ran them."""
+    folder, first = Path("logs") / "reproduction" / plan.budget.name, plan.budget.seeds[0]
+    shown = [commands(training, folder) for training in plan.trainings if training.seed == first]
+    lines = [" ".join(["python", *command]) for made in shown for command in made]
+    return "\n".join(["```bash", *lines, "```"])
 
 
 def _form_section(form: str, chunk: int, entries: Sequence[MeasuredRow], real: MeasuredRow | None) -> list[str]:

@@ -73,7 +73,8 @@ def reproduce(
     measure_real(budget, folder, overrides, longest)
     for row in plan.rows:
         measure_method(row, budget, folder, overrides)
-    command = "scripts/reproduce.sh" + (" --quick" if budget.name == "quick" else "")
+    asked = ["--quick"] if budget.name == "quick" else []
+    command = " ".join(["scripts/reproduce.sh", *asked, f"--prompts {budget.prompts}", *overrides])
     page = write_reproduction(plan, folder, (report or folder / "report").absolute(), command)
     logger.info("the report is %s", page)
 
