@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from scripts import evaluate
-from scripts.runs.vbench import clips, cut_into_clips
+from scripts.runs.vbench import clips, cut_into_clips, lay_out
 from utils.video.file import count_frames
 
 PROMPTS = ["A red circle, moving up."]
@@ -58,6 +59,7 @@ def test_a_second_run_makes_nothing_again_and_vbench_scores_it(folder, capsys, m
 
         def evaluate(self, **options):
             asked.update(options)
+            asked["found"] = sorted(file.name for file in Path(options["videos_path"]).iterdir())
             path = folder / "videos" / "vbench" / "scores_eval_results.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps({"imaging_quality": [0.5, []]}))
@@ -69,6 +71,7 @@ def test_a_second_run_makes_nothing_again_and_vbench_scores_it(folder, capsys, m
     before = {path: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.mp4")}
     assert run(folder, "--dimensions", "imaging_quality") == 0
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.mp4")}
+    assert asked["found"] == sorted(path.name for path in before), "VBench would take a contact sheet for a video"
     assert asked["mode"] == "custom_input" and asked["dimension_list"] == ["imaging_quality"]
     assert "imaging_quality  0.5000" in capsys.readouterr().out
 
@@ -79,6 +82,18 @@ def test_videos_of_other_weights_are_not_scored_under_the_same_names(folder, cap
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{PROMPTS[0]}-0.mp4: is a video of other weights" in error and "another folder" in error
     assert sorted((folder / "videos").iterdir()) == before
+
+
+def test_vbench_long_finds_the_clips_of_these_videos_alone(tmp_path):
+    names = ["a-0", "a-1", "of another prompt-0"]
+    for name in names:
+        (tmp_path / "split_clip" / name).mkdir(parents=True)
+        for file in (tmp_path / f"{name}.mp4", tmp_path / "split_clip" / name / f"{name}_000.mp4"):
+            file.write_bytes(name.encode())
+    for _ in range(2):  # a second run finds the folder of the first
+        laid = lay_out([tmp_path / f"{name}.mp4" for name in names[:2]], tmp_path, long=True)
+    files = {path.relative_to(laid).as_posix() for path in laid.rglob("*") if path.is_file()}
+    assert files == {"a-0.mp4", "a-1.mp4", "split_clip/a-0/a-0_000.mp4", "split_clip/a-1/a-1_000.mp4"}
 
 
 def test_a_clip_that_is_older_than_its_video_is_cut_again(tmp_path):

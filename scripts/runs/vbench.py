@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +29,19 @@ log = logging.getLogger("evaluate")
 SAMPLES = 5  # videos for each prompt, as VBench asks
 CLIP_SECONDS = 2  # length of the clips that VBench-Long scores
 CLIPS = "split_clip"  # VBench-Long's name for the folder of clips
+# What VBench-Long's own program (eval_long.py of vbench 0.1.5) passes by default.
+LONG_OPTIONS = {
+    "use_semantic_splitting": False,
+    "clip_length_config": "clip_length_mix.yaml",
+    "sb_clip2clip_feat_extractor": "dino",
+    "bg_clip2clip_feat_extractor": "clip",
+    "w_inclip": 1.0,
+    "w_clip2clip": 0.0,
+    "num_of_samples_per_prompt": SAMPLES,
+    "static_filter_flag": False,
+    "dev_flag": False,
+    "imaging_quality_preprocessing_mode": "longer",
+}
 CUSTOM_DIMENSIONS = [
     "subject_consistency",
     "background_consistency",
@@ -84,7 +99,7 @@ def _measure(args: Namespace, config: PipelineConfig, videos: list[Path]) -> Non
     report = {"videos": len(videos), "drift": summarise_drift(drifts), "vbench": {}}
     _save(report, folder)
     try:
-        report["vbench"] = _scores(args, config, folder)
+        report["vbench"] = _scores(args, config, folder, videos)
         _save(report, folder)
     finally:
         print(format_scores(report))
@@ -117,7 +132,7 @@ def clips(frames: Tensor, count: int) -> Iterator[Tensor]:
         yield frames[start : start + count]
 
 
-def _scores(args: Namespace, config: PipelineConfig, folder: Path) -> dict[str, float]:
+def _scores(args: Namespace, config: PipelineConfig, folder: Path, videos: Sequence[Path]) -> dict[str, float]:
     """Return VBench's score of each dimension; empty if it is not installed."""
     package = "vbench2_beta_long" if args.long else "vbench"
     if find_spec(package) is None:
@@ -125,15 +140,43 @@ def _scores(args: Namespace, config: PipelineConfig, folder: Path) -> dict[str, 
         return {}
     kind = "long_" if args.long else ""
     standard = args.vbench_info is not None
-    mode = f"{kind}vbench_standard" if standard else f"{kind}custom_input"
-    scorer = _scorer(package)(resolve_device(config.device), args.vbench_info or "", str(folder / "vbench"))
     chosen = args.dimensions.split(",") if args.dimensions else None
-    names = chosen or (None if standard else CUSTOM_DIMENSIONS)
-    scorer.evaluate(videos_path=str(folder), name="scores", dimension_list=names, mode=mode)
+    scorer = _scorer(package)(resolve_device(config.device), args.vbench_info or "", str(folder / "vbench"))
+    scorer.evaluate(
+        videos_path=str(lay_out(videos, folder, long=args.long)),
+        name="scores",
+        dimension_list=chosen or (None if standard else CUSTOM_DIMENSIONS),
+        mode=f"{kind}vbench_standard" if standard else f"{kind}custom_input",
+        **(LONG_OPTIONS if args.long else {}),
+    )
     file = folder / "vbench" / "scores_eval_results.json"
     if not file.is_file():
         raise UserError(f"{file}: {package} has not written its scores there; this program does not know this version")
     return {name: float(values[0]) for name, values in json.loads(file.read_text()).items()}
+
+
+def lay_out(videos: Sequence[Path], folder: Path, *, long: bool) -> Path:
+    """Return a folder ``vbench/videos`` with links to the videos, and to their clips for VBench-Long.
+
+    VBench takes every mp4, gif, jpg and png of a folder for a video, and the ending of its first file for that of all.
+    So the folder holds nothing else.
+    """
+    target = folder / "vbench" / "videos"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for video in videos:
+        _link(video, target / video.name)
+        for clip in sorted((folder / CLIPS / video.stem).glob("*.mp4")) if long else ():
+            _link(clip, target / CLIPS / video.stem / clip.name)
+    return target
+
+
+def _link(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, target)
 
 
 def _scorer(package: str):
