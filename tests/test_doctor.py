@@ -13,6 +13,9 @@ from pipeline.config import load_pipeline_config
 from scripts import doctor
 from scripts.checks import facts, selftest, speed
 from scripts.checks.selftest import Check, CheckFailed, Skipped, perform
+from scripts.measuring import floors, peers, sessions
+from scripts.measuring.figures import GOALS, is_known
+from scripts.runs import doctor as runs
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -110,10 +113,28 @@ def test_the_memory_of_full_size_parts_is_known_without_files():
     assert "weights are not on disk" in facts.memory_profile(config, CPU, torch.bfloat16)
 
 
+def test_the_table_of_speed_is_measured_to_its_end_with_a_tiny_model(monkeypatch, tmp_path, capsys):
+    """Every row of a CPU, with the figures by the names of benchmark.py."""
+    monkeypatch.setattr(selftest, "all_checks", lambda device: [])
+    monkeypatch.setattr(floors, "FLOOR_SIZES", floors.FLOOR_SIZES | {"dim": 24, "ffn_dim": 32, "num_layers": 1})
+    monkeypatch.setattr(floors, "FLOOR_LATENT", (4, 4))
+    monkeypatch.setattr(peers, "PEER_LATENTS", (3, 2, 2))
+    monkeypatch.setattr(sessions, "VIEWERS", (2,))
+    monkeypatch.setattr(speed, "TINY", (*speed.TINY, "video.height=16", "video.width=16", "video.num_frames=3"))
+    rows = [row._replace(repeats=1) for row in speed.rows(CPU)]
+    monkeypatch.setattr(runs, "rows", lambda device: rows)
+    report_file = tmp_path / "doctor.json"
+    assert doctor.main(["--device", "cpu", "--benchmark", "--json", str(report_file)]) == 0
+    measured, printed = json.loads(report_file.read_text())["benchmark"], capsys.readouterr().out
+    assert measured.keys() == {row.title for row in rows} and len(rows) >= 4
+    for row in rows:
+        assert f"{row.title} (benchmark.py {row.name})" in printed
+        assert all(is_known(row.name, figure) and value > 0 for figure, value in measured[row.title].items())
+    assert "goal: at most 1.12" in printed
+
+
 def test_every_goal_is_a_figure_of_a_row(monkeypatch):
     monkeypatch.setattr(speed, "installed", lambda package: "1.0")
-    from scripts.measuring.figures import GOALS, is_known
-
     known = {row.title: row.name for kind in ("cpu", "cuda") for row in speed.rows(torch.device(kind))}
     for goal in GOALS:
         assert goal.row in known and is_known(known[goal.row], goal.figure), goal
