@@ -33,6 +33,8 @@ RENDEZVOUS = timedelta(minutes=30)
 """The time limit for the processes of a job to find each other."""
 UNLIMITED = timedelta(days=365)
 """The time limit of a collective operation. It is very long, because the heartbeat ends a job that hangs."""
+LOST_CONNECTION = ("by peer", "Broken pipe", "remote process exited")
+"""Parts of what gloo and NCCL say of a process that has ended."""
 BARRIER_POLL = 0.2
 """Seconds."""
 
@@ -102,13 +104,20 @@ def shutdown_distributed() -> None:
 
     Without an exception it waits for the other processes first. With one it tells the others, and their heartbeats end
     them with this message.
+
+    Raises:
+        SystemExit: the exception only says that another process has ended. One line says why.
     """
     if not dist.is_initialized():
         return
     error = sys.exc_info()[1]
     if dist.get_world_size() > 1:
         if error is not None:
-            publish_failure(dist.get_rank(), error)
+            first = publish_failure(dist.get_rank(), error)
+            if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_CONNECTION):
+                reason = first or "another process has disappeared"
+                sys.stderr.write(f"error: {reason}; process {dist.get_rank()} ends too\n")
+                raise SystemExit(1) from None  # not with the traceback of the library that noticed it
             return  # a normal exit would wait for processes inside a collective operation
         with suppress(RuntimeError):  # torchrun and its store have ended
             barrier()

@@ -31,13 +31,24 @@ def connect(timeout: timedelta) -> dist.Store:
     return dist.PrefixStore("heartbeat", dist.TCPStore(*address, is_master=False, timeout=timeout))
 
 
-def publish_failure(rank: int, error: BaseException) -> None:
-    """Tell the other processes why this one ends. The first message counts."""
-    text = str(error).strip().partition("\n")[0]
+def publish_failure(rank: int, error: BaseException) -> str | None:
+    """Tell the other processes why this one ends. The first message counts.
+
+    Returns:
+        what another process said first, or None.
+    """
+    text = f"{rank} {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     try:
-        connect(timedelta(seconds=GRACE)).compare_set(FAILURE, "", f"{rank} {type(error).__name__}: {text}")
+        first = connect(timedelta(seconds=GRACE)).compare_set(FAILURE, "", text).decode()
     except RuntimeError:  # the store has ended, so the others have too
-        return
+        return None
+    return None if first == text else failure_message(first)
+
+
+def failure_message(published: str) -> str:
+    """Return what is said of the process that published a failure."""
+    rank, _, message = published.partition(" ")
+    return f"process {rank} failed: {message}"
 
 
 class Heartbeat(threading.Thread):
@@ -71,8 +82,8 @@ class Heartbeat(threading.Thread):
         """Increase the own number and check the others. Returns the problem, or None."""
         self.store.add(f"of/{self.rank}", 1)
         if self.store.check([FAILURE]):
-            rank, _, message = self.store.get(FAILURE).decode().partition(" ")
-            return f"process {rank} failed: {message}" if int(rank) != self.rank else None
+            published = self.store.get(FAILURE).decode()
+            return failure_message(published) if int(published.partition(" ")[0]) != self.rank else None
         beats = self.store.add(f"of/{self.watched}", 0)
         self._missed = 0 if beats != self._last else self._missed + 1
         self._last = beats

@@ -122,6 +122,11 @@ def launch(
         program: one of FOLDERS.
         prepare: a function that each process calls first. It must be importable.
     """
+    return start_ranks(_run, (program, list(arguments), prepare), processes)
+
+
+def start_ranks(work: Callable[..., object], arguments: tuple, processes: int) -> list[BaseProcess]:
+    """Call an importable function in fresh processes. Each has the environment that torchrun would give it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(SLOW_IMPORTS))
     with socket.socket() as probe:
@@ -131,7 +136,7 @@ def launch(
         {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(processes)
     ]
-    group = [context.Process(target=_run, args=(program, list(arguments), place, prepare)) for place in places]
+    group = [context.Process(target=_in_place, args=(place, work, arguments)) for place in places]
     for each in group:
         each.start()
     return group
@@ -179,13 +184,15 @@ def log_file(folder: Path, rank: int = 0) -> Path:
     return folder.with_name(f"{folder.name}.{rank}.log")
 
 
-def _run(
-    program: str, arguments: list[str], environment: dict[str, object], prepare: Callable[[], object] | None
-) -> None:
-    os.environ |= {name: str(value) for name, value in environment.items()}
+def _in_place(place: dict[str, object], work: Callable[..., object], arguments: tuple) -> None:
+    os.environ |= {name: str(value) for name, value in place.items()}
+    work(*arguments)
+
+
+def _run(program: str, arguments: list[str], prepare: Callable[[], object] | None) -> None:
     folder = Path(arguments[arguments.index(FOLDERS[program]) + 1])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with log_file(folder, int(environment["RANK"])).open("ab") as log:
+    with log_file(folder, int(os.environ["RANK"])).open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
     if prepare is not None:
         prepare()

@@ -2,62 +2,19 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
+from scripts.endurance.kills import start_ranks, wait
+from tests.distributed import worker
+
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = """
-import os, sys, time
-from datetime import timedelta
-from pathlib import Path
-import torch
-from utils import heartbeat
-from utils.cli import exit_code
-from utils.distributed import any_process, barrier, broadcast_value, init_distributed, stop_signals
-
-heartbeat.GRACE = 1.0
-folder, what = Path(sys.argv[1]), sys.argv[2]
-
-def work():
-    ranks = init_distributed("cpu")
-    if what == "train":
-        with stop_signals() as stop:
-            (folder / f"{ranks.rank}.pid").write_text(str(os.getpid()))
-            while not any_process(stop.received is not None):
-                time.sleep(0.05)
-        (folder / f"{ranks.rank}.saved").touch()
-    elif what == "wait":
-        group = torch.distributed.distributed_c10d._get_default_group()
-        assert group._get_backend(torch.device("cpu")).options._timeout > timedelta(days=300)
-        torch.distributed.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=1))
-        time.sleep(2 * ranks.rank)
-        assert broadcast_value("here", source=1) == "here"
-        time.sleep(2 * (1 - ranks.rank))
-        barrier()
-    else:
-        heartbeat.LOST_AFTER = 5 if what == "vanish" else heartbeat.LOST_AFTER
-        barrier()
-        if ranks.rank == 1:
-            time.sleep(0.5)
-            if what == "raise":
-                raise RuntimeError("out of luck")
-            os.kill(os.getpid(), 9)
-        time.sleep(60)
-
-sys.exit(exit_code(work))
-"""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def worker(tmp_path) -> list[str]:
-    (tmp_path / "worker.py").write_text(WORKER)
-    return [str(tmp_path / "worker.py"), str(tmp_path)]
 
 
 def wait_for(condition, timeout: float = 100.0) -> None:
@@ -74,21 +31,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def start_without_launcher(worker: list[str], what: str) -> list[subprocess.Popen]:
-    """Start two processes as a Slurm script does, without a launcher that watches them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *worker, what],
-            env=ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def start_without_launcher(folder: Path, what: str) -> list[BaseProcess]:
+    """Two processes as a Slurm script starts them: nobody watches over them."""
+    return start_ranks(worker.run, (folder, what), 2)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +41,10 @@ def start_without_launcher(worker: list[str], what: str) -> list[subprocess.Pope
     [("torchrun", signal.SIGTERM), ("the terminal", signal.SIGINT), ("torchrun", signal.SIGKILL)],
     ids=["SIGTERM to torchrun", "Ctrl-C in the terminal", "SIGKILL to torchrun"],
 )
-def test_whoever_gets_the_signal_all_processes_save_and_none_stays(worker, tmp_path, whom, number):
+def test_whoever_gets_the_signal_all_processes_save_and_none_stays(tmp_path, whom, number):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     job = subprocess.Popen(
-        [*torchrun, *worker, "train"],
+        [*torchrun, worker.__file__, str(tmp_path), "train"],
         env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -116,20 +61,19 @@ def test_whoever_gets_the_signal_all_processes_save_and_none_stays(worker, tmp_p
     assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
 
 
-def test_a_process_waits_for_another_that_works_longer_than_any_limit(worker):
-    group = start_without_launcher(worker, "wait")
-    assert [process.communicate(timeout=100)[1] for process in group] == ["", ""]
-    assert [process.returncode for process in group] == [0, 0]
+def test_a_process_waits_for_another_that_works_longer_than_any_limit(tmp_path):
+    wait(start_without_launcher(tmp_path, "wait"), timeout=100)
+    assert [worker.errors_file(tmp_path, rank).read_text() for rank in range(2)] == ["", ""]
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [("raise", "process 1 failed: RuntimeError: out of luck"), ("vanish", "process 1 has given no sign of life")],
 )
-def test_a_process_that_fails_or_vanishes_ends_the_other_within_seconds(worker, what, message):
-    first, second = start_without_launcher(worker, what)
-    second.communicate(timeout=100)
+def test_a_process_that_fails_or_vanishes_ends_the_other_within_seconds(tmp_path, what, message):
+    first, second = start_without_launcher(tmp_path, what)
+    second.join(100)
     ended = time.monotonic()
-    errors = first.communicate(timeout=100)[1]
-    assert time.monotonic() - ended < 20 and first.returncode != 0
-    assert message in errors
+    first.join(100)
+    assert time.monotonic() - ended < 20 and first.exitcode not in (0, None)
+    assert message in worker.errors_file(tmp_path, 0).read_text()

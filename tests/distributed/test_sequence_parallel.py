@@ -1,9 +1,6 @@
-"""Two processes that share the tokens of one stream give the result of one. torchrun runs this file as a worker."""
+"""Two processes that share the tokens of one stream give what one gives."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from model.denoiser import Denoiser
 from model.kv_cache import KVCache
 from pipeline.optimize import OptimizeConfig, optimize
 from pipeline.rollout import RolloutConfig, rollout
+from scripts.endurance.kills import start_ranks, wait
 from tests.parity import random, relative_error, tiny_denoiser
 from utils.distributed import init_distributed, shutdown_distributed
 
@@ -48,17 +46,8 @@ def work(folder: Path) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    wait(start_ranks(work, (tmp_path,), 2), timeout=240)
     for rank in range(2):
         noted = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(noted["errors"]) == len(CASES) + 1 and max(noted["errors"]) <= 1e-5
         assert noted["cached"] == [1, 24, 1, 16]  # all tokens, half the heads
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

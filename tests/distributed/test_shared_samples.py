@@ -1,14 +1,12 @@
-"""Two processes make the sample videos of a training together. torchrun runs this file as a worker."""
+"""Two processes make the sample videos of training together."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts.endurance.kills import start_ranks, wait
 from trainer.samples import make_together, shared_rounds
 from utils.distributed import Ranks, init_distributed, shutdown_distributed
 
@@ -39,17 +37,7 @@ def work(folder: Path) -> None:
 
 
 def test_two_processes_share_the_work_and_the_main_one_gets_all(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, __file__, str(tmp_path)], capture_output=True, text=True, timeout=240, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    wait(start_ranks(work, (tmp_path,), 2), timeout=240)
     main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (main["made"], other["made"]) == ([0, 1, 4, 5], [2, 3, 6, 0])
     assert main["got"] == [[index, 2, 3, 4, 5] for index in range(COUNT)] and other["got"] == []
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

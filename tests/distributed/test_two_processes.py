@@ -3,17 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from scripts.endurance.kills import compare, kill_often, launch, repeated_metrics, step_reached, wait
+from scripts.endurance.kills import compare, kill_often, launch, log_file, repeated_metrics, step_reached, wait
+from tests.distributed import unlucky
 from utils.checkpoint import read_about
 from utils.checkpoint_search import latest_checkpoint
+from utils.errors import UserError
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -110,7 +110,7 @@ def test_killed_runs_end_as_one_left_alone_to_the_last_bit(train, release, tmp_p
     assert len(repeated_metrics(whole)) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # all four: test_distributed.py
 def test_a_signal_to_one_process_ends_all_well_with_a_checkpoint(release, tmp_path, number):
     logdir = tmp_path / "run"
     group = launch(flags(release, logdir, "trainer.steps=100000", "trainer.batch_size=1", *DMD), 2)
@@ -122,58 +122,30 @@ def test_a_signal_to_one_process_ends_all_well_with_a_checkpoint(release, tmp_pa
     assert not (logdir / "model.pt").exists()
 
 
-UNLUCKY = """
-import os, sys, time
-sys.path.insert(0, {repository!r})
-import train
-from trainer.self_forcing import SelfForcingTrainer
-from trainer.trainer import Trainer
-
-report, critic_loss = Trainer.report, SelfForcingTrainer.critic_loss
-
-def poisoned(self, *arguments):
-    loss = critic_loss(self, *arguments)
-    bad = float("nan") if self.step == 1 else 1
-    return loss._replace(total=loss.total * bad, metrics={{name: bad * value for name, value in loss.metrics.items()}})
-
-def dying(self, *arguments, **options):
-    report(self, *arguments, **options)
-    if self.step == 3:
-        print(f"died at {{time.time()}}", flush=True)
-        raise RuntimeError("rank 1 is out of luck")
-
-if os.environ["RANK"] == "1":
-    SelfForcingTrainer.critic_loss, Trainer.report = poisoned, dying
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-
 @pytest.fixture(scope="module")
-def unlucky(release, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
-    """Give a finished torchrun job. One of its processes has a bad loss in the second step and dies in the third."""
-    folder = tmp_path_factory.mktemp("unlucky")
-    (folder / "unlucky.py").write_text(UNLUCKY.format(repository=str(REPOSITORY)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    options = flags(release, folder / "run", "trainer.steps=100000", "trainer.batch_size=1", *DMD)
-    done = subprocess.run(
-        [*torchrun, str(folder / "unlucky.py"), *options], capture_output=True, text=True, timeout=240
-    )
-    return folder / "run", done, time.time()
+def unlucky_run(release, tmp_path_factory) -> tuple[Path, float]:
+    """A job in whose second step one process has a bad loss, and after whose third it dies; and the time of its end."""
+    folder = tmp_path_factory.mktemp("unlucky") / "run"
+    options = flags(release, folder, "trainer.steps=100000", "trainer.batch_size=1", *DMD)
+    with pytest.raises(UserError, match="ended with"):
+        wait(launch(options, 2, prepare=unlucky.prepare), timeout=120)
+    return folder, time.time()
 
 
-def test_a_process_that_dies_ends_the_job_with_its_message_within_seconds(unlucky):
-    _, done, ended = unlucky
-    assert done.returncode != 0 and "rank 1 is out of luck" in done.stderr
-    assert ended - float(done.stdout.partition("died at ")[2].split()[0]) < 20
+def test_a_process_that_dies_ends_the_job_with_its_message_within_seconds(unlucky_run):
+    logdir, ended = unlucky_run
+    main, other = (log_file(logdir, rank).read_text() for rank in range(2))
+    assert "process 1 failed: RuntimeError: rank 1 is out of luck" in main
+    assert ended - float(other.partition("died at ")[2].split()[0]) < 20
 
 
-def test_a_bad_loss_of_one_process_skips_the_step_of_all(unlucky):
-    logdir, done, _ = unlucky
+def test_a_bad_loss_of_one_process_skips_the_step_of_all(unlucky_run):
+    logdir, _ = unlucky_run
     lines = repeated_metrics(logdir)
     assert [line["skipped"] for line in lines[:3]] == [0, 1, 1]
     assert lines[1]["critic_loss"] is None and lines[2]["critic_loss"] > 0
     record = json.loads((logdir / "skipped" / "step_00000002.json").read_text())
-    assert len(record["prompts"]) == 2 and "step 2 was skipped" in done.stderr
+    assert len(record["prompts"]) == 2 and "step 2 was skipped" in log_file(logdir).read_text()
 
 
 def test_bfloat16_passes_train_close_to_float32(train):

@@ -62,7 +62,7 @@ def test_what_a_client_sends_is_no_traceback(serve, caplog, data):
     for _ in range(3):
         try:
             line = site.line(data=data)
-            line.settimeout(PATIENCE)
+            line.settimeout(2)  # some get no answer before the server's own limit
             line.recv(1000)
         except OSError:
             pass

@@ -30,13 +30,14 @@ def open_page(chromium) -> Iterator[Callable]:
 
     def open_page(address: str, **options):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: faults.append(request.url) if leaves(request.url, address) else None)
         page.on("websocket", lambda socket: faults.append(socket.url) if leaves(socket.url, address) else None)
         page.goto(address)
-        page.wait_for_selector(".demo[data-state=ready]", timeout=1000 * PATIENCE)
+        page.wait_for_selector(".demo[data-state=ready]")
         return page
 
     yield open_page

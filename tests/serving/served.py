@@ -23,7 +23,7 @@ from pipeline.serving.server import Server
 from tests.serving.browser import wait_until
 from tests.serving.synthetic import SyntheticModel, synthetic_server
 
-PATIENCE = 10
+PATIENCE = 60
 
 
 class Site:

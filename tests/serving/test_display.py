@@ -40,7 +40,7 @@ def playing(synthetic, open_page):
     page.evaluate(SPY)
     page.fill("#prompt", "numbers")
     page.press("#prompt", "Enter")
-    page.wait_for_function("selfForcing.player.shown > 24", timeout=20_000)
+    page.wait_for_function("selfForcing.player.shown > 24")
     return page
 
 

@@ -13,7 +13,7 @@ from pipeline.serving.spec import PromptChange, StreamSpec
 from tests.serving.synthetic import CHUNK_FRAMES, SyntheticModel, SyntheticSession
 
 SPEC = StreamSpec("numbers", 48, 48, fps=24)
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 class Client:

@@ -100,9 +100,9 @@ def test_the_demo_works_below_a_path_of_a_tls_proxy(behind, open_page, certifica
         page = open_page(proxy.address, ignore_https_errors=True)
         page.fill("#prompt", "a large red circle moving up and right on a navy background")
         page.press("#prompt", "Enter")
-        page.wait_for_function("selfForcing.player.shown >= 3", timeout=30_000)
+        page.wait_for_function("selfForcing.player.shown >= 3")
         page.click("#stop")
         page.wait_for_selector(".clip")
-        page.wait_for_function("document.querySelector('.clip video').readyState >= 2", timeout=20_000)
+        page.wait_for_function("document.querySelector('.clip video').readyState >= 2")
     finally:
         proxy.close()
