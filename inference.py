@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.inference.options import InferenceOptions
+from pipeline.inference.options import STRENGTH, InferenceOptions
 from utils.checkout import find_shipped
 from utils.cli import exit_code, merged_overrides
 
@@ -102,9 +102,8 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--strength",
         type=float,
-        default=0.6,
         metavar="X",
-        help="how much --v2v may differ from its video: above 0, at most 1; default: %(default)s",
+        help=f"how much --v2v may differ from its video: above 0, at most 1; default: {STRENGTH}",
     )
 
 

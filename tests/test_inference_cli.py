@@ -19,6 +19,7 @@ from PIL import Image
 import inference
 from model.weights import load_state_dict, weights_hash
 from pipeline.config import load_pipeline_config
+from pipeline.inference.options import FILES
 from pipeline.loading import load_codec
 from pipeline.memory import GB, PROFILES, measured_sizes, need
 from scripts.endurance.kills import launch, log_file
@@ -256,6 +257,7 @@ BAD_INPUT = {
         f"two values of {key}": ([f"--{option}", "8", f"{key}=9"], f"--{option} 8 and {key}=9 give one key two values")
         for option, key in inference.KEYS.items() if option != "output_folder"
     },
+    **{f"nothing for {option}": ([f"--{option}", ""], f"--{option} is empty") for option in inference.KEYS},
     "negative seed": (["--seed", "-5"], "seed=-5 must be at least 0, or -1 to draw one"),
     "a video that no disk holds": (["--num_output_frames", "999999999999"], "choose another --output_folder or fewer"),
     "a rate that is no number": (["--fps", "nan"], "video.fps='nan' is not of type"),
@@ -282,6 +284,10 @@ BAD_INPUT = {
     "non-multiple override": (["video.num_frames=7"], "num_frames=7"),
     "non-multiple i2v": (["--i2v", "--num_output_frames", "9"], "video.num_frames=9"),
     "unknown device": (["--device", "gpu"], "unknown device 'gpu': choose auto, cpu"),
+    **{f"nothing for {name}": ([f"--{name}", ""], f"--{name} is empty") for name in FILES},
+    "strength of nothing": (["--strength", "0.5"], "--strength says nothing without --v2v"),
+    "a folder whose name is no UTF-8": (["--output_folder", "caf\udce9"], "is not text in UTF-8; rename what it names"),
+    "a second CPU": (["--device", "cpu:9"], "device 'cpu:9' does not exist"),
     "missing device": (["--device", "xpu:99"], "device 'xpu:99' is not available"),
     "bad dtype": (["--dtype", "fp8"], "unknown dtype 'fp8': choose auto, float32, bfloat16, float16"),
     "unwritable folder": (["--output_folder", "{tmp}/a_file"], "cannot write to the folder {tmp}/a_file"),

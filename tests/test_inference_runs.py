@@ -238,7 +238,15 @@ def test_a_rate_that_is_no_whole_number_reaches_the_file(make):
         )
 
 
-def test_a_folder_name_is_not_interpolated(make):
+@pytest.mark.parametrize("name", ["${video.height} ${nothing", "~", "null", "#1", "1e3", "a: b", "%s", "[x]", "a=b"])
+def test_a_folder_name_is_taken_as_it_stands(release, tmp_path, monkeypatch, name):
+    made = []
+    monkeypatch.setattr("pipeline.inference.run.run", lambda config, _: made.append(config.inference.output_folder))
+    assert inference.main(["--config_path", release.config_path, "--output_folder", name]) == 0
+    assert made == [name]
+
+
+def test_a_video_is_made_in_a_folder_with_an_odd_name(make):
     folder = make("--prompt", "a cat", *SHORT, folder="${video.height} ${nothing")
     assert videos(folder) == ["a cat-0.mp4"]
 

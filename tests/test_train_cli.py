@@ -1,9 +1,6 @@
 """train.py from the command line: every objective trains, samples, saves and writes a model that inference.py loads."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +13,11 @@ import train
 from model.transformer import WanTransformer
 from model.weights import load_into, load_state_dict
 from scripts import make_ode_pairs
-from scripts.endurance.kills import repeated_metrics
+from scripts.endurance.kills import launch, log_file, repeated_metrics, wait
 from tests.made_once import made_once
 from tests.shapes_parts import SIZES
 from trainer.config import Config
+from trainer.trainer import Trainer
 from utils.checkpoint_search import latest_checkpoint
 from utils.config import from_dict, load_config
 from utils.video.read import read_video
@@ -209,32 +207,26 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(release, tmp_path, cap
     assert "does not fit this run" in capsys.readouterr().err.splitlines()[-1]
 
 
+def fill_disk() -> None:
+    """In a process of its own: no file may grow beyond 20 kB while the second checkpoint is written."""
+    import resource
+
+    save = Trainer.save
+
+    def full(self, checkpoints):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if self.step == 2 else limits[0], limits[1]))
+        save(self, checkpoints)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    Trainer.save = full
+
+
 def test_a_disk_that_is_full_ends_no_training(release, tmp_path):
-    """A new process trains. No file may grow beyond 20 kB while it writes the second checkpoint."""
-    script = (
-        "import resource, sys\n"
-        "sys.path.insert(0, sys.argv.pop(1))\n"
-        "import train\n"
-        "from trainer.trainer import Trainer\n"
-        "save = Trainer.save\n"
-        "def full(self, checkpoints):\n"
-        "    limits = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if self.step == 2 else limits[0], limits[1]))\n"
-        "    save(self, checkpoints)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, limits)\n"
-        "Trainer.save = full\n"
-        "sys.exit(train.main(sys.argv[1:]))\n"
-    )
     flags = ["--config_path", release.config_path, "--no_visualize", "--logdir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(REPOSITORY), *flags, "objective=autoencoder", "trainer.save_every=1"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint of step 2 could not be written" in done.stderr and "step_00000001 is still good" in done.stderr
+    wait(launch([*flags, "objective=autoencoder", "trainer.save_every=1"], prepare=fill_disk), timeout=240)
+    said = log_file(tmp_path / "run").read_text()
+    assert "checkpoint of step 2 could not be written" in said and "step_00000001 is still good" in said
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000001", "step_00000003"]
 
@@ -298,16 +290,10 @@ def test_a_logdir_that_is_a_file_is_refused(release, tmp_path, capsys):
     assert f"cannot write to the folder {tmp_path / 'file'}" in capsys.readouterr().err
 
 
-def test_a_real_process_trains(release, tmp_path):
-    command = [sys.executable, "train.py", "--config_path", release.config_path, "--logdir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*command, "objective=autoencoder", "trainer.steps=1"],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 1/1  loss" in done.stderr and done.stdout == ""
+def test_a_run_speaks_on_stderr_alone(release, tmp_path, capfd):
+    """As a program of its own it runs in tests/test_readme.py."""
+    flags = ["--config_path", release.config_path, "--logdir", str(tmp_path / "run")]
+    assert train.main([*flags, "objective=autoencoder", "trainer.steps=1"]) == 0
+    out, err = capfd.readouterr()
+    assert "step 1/1  loss" in err and out == ""
     assert (tmp_path / "run" / "model" / "codec" / "model.safetensors").is_file()

@@ -50,11 +50,13 @@ def merged_overrides(args: argparse.Namespace, keys: Mapping[str, str]) -> list[
         keys: option -> the key of the configuration that it sets.
 
     Raises:
-        UserError: an option and an override give one key different values.
+        UserError: an option has no value, or it and an override give one key different values.
     """
     written = {text.partition("=")[0]: text.partition("=")[2] for text in args.overrides}
     given = {name: str(getattr(args, name)) for name in keys if getattr(args, name) is not None}
     for name, value in given.items():
+        if not value.strip():
+            raise UserError(f"--{name} is empty; give a value or leave the option out")
         other = written.get(keys[name], value)
         if other != value:
             raise UserError(f"--{name} {value} and {keys[name]}={other} give one key two values; leave one of them out")

@@ -35,6 +35,8 @@ INPUTS = frozenset(
     ["weights", "tokenizer", "data_path", "path", "switch_path", "embeddings", "sample_prompts", "pairs"]
 )
 """The last parts of the keys that name files to read."""
+NONE = ("null", "~")
+"""How YAML writes None."""
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
@@ -164,7 +166,10 @@ def _parse_override(schema: type, text: str) -> dict[str, Any]:
     if match is None:
         raise UserError(f"{COMMAND_LINE}: {text!r} is not an override of the form section.key=value")
     key, raw = match.groups()
-    is_text = _without_none(_hint_at(schema, key)) is str
+    if not raw.isascii() and any("\ud800" <= character <= "\udfff" for character in raw):
+        raise UserError(f"{COMMAND_LINE}: {key}={raw!a}: is not text in UTF-8; rename what it names")
+    hint = _hint_at(schema, key)
+    is_text = _without_none(hint) is str
     text = _literal(raw) if is_text else raw
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
@@ -172,7 +177,8 @@ def _parse_override(schema: type, text: str) -> dict[str, Any]:
         if not is_text:
             raise UserError(f"{COMMAND_LINE}: {key}={raw}: the value is not valid YAML") from error
         value = text
-    if is_text and (not raw.strip() or value == text.strip() or not isinstance(value, str | None)):
+    is_none = value is None and hint is not str and raw.strip().lower() in NONE
+    if is_text and not is_none and (not raw.strip() or value == text.strip() or not isinstance(value, str)):
         value = text
     for part in reversed(key.split(".")):
         value = {part: value}

@@ -227,6 +227,8 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"unknown device {name!r}: {choices}") from error
     if device.type not in available:
         raise UserError(f"device {name!r} is not available on this machine: {choices}")
+    if device.type != "cuda" and device.index:
+        raise UserError(f"device {name!r} does not exist: there is one {device.type}, without a number")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
     if device.type == "cuda" and device.index is not None:

@@ -150,6 +150,7 @@ def ensure_writable_folder(path: str | Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {path}: {error.strerror or error}; choose another") from error
+    except (OSError, ValueError) as error:  # ValueError: characters that no file system has in a name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to the folder {path}: {reason}; choose another") from error
     return path

@@ -158,7 +158,8 @@ def _json_lines(text: str, path: Path, *, needs: Sequence[str]) -> Iterator[tupl
 
 
 def _csv_prompts(text: str, path: Path) -> Iterator[tuple[int, str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = {name.strip().lower(): name for name in reader.fieldnames or []}
         if PROMPT_COLUMN not in columns:
@@ -167,7 +168,10 @@ def _csv_prompts(text: str, path: Path) -> Iterator[tuple[int, str]]:
                 "give one of them this name"
             )
         for number, row in enumerate(reader, start=1):
-            yield number, row[columns[PROMPT_COLUMN]] or ""
+            prompt = (row[columns[PROMPT_COLUMN]] or "").strip()
+            if not prompt and any(row.values()):
+                raise UserError(f"{path}, record {number}: has no prompt; write one or take the record out")
+            yield number, prompt
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: is not CSV ({error})") from None
 
@@ -177,7 +181,10 @@ READERS: dict[str, Callable[[str, Path], Iterator[tuple[int, str]]]] = {
     ".csv": _csv_prompts,
     ".tsv": _csv_prompts,
 }
-UNREADABLE = (".json", ".yaml", ".yml", ".parquet", ".xlsx", ".xls")
+UNREADABLE = (
+    *(".json", ".yaml", ".yml", ".toml", ".xml", ".html", ".htm"),
+    *(".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".docx", ".doc", ".odt", ".rtf", ".pdf", ".zip", ".gz"),
+)
 
 
 def _read_text(path: Path) -> str:

@@ -114,7 +114,7 @@ def warn_of_long_and_unknown(tokenizer: Tokenizer, prompts: Sequence[str], lengt
             other_forms.append(prompt)
     if unknown:
         known = f"; it knows: {', '.join(words)}" if len(words) <= LISTED_WORDS else ""
-        log.warning("the model does not know: %s%s", ", ".join(list(unknown)[:LISTED_WORDS]), known)
+        log.warning("the model does not know: %s%s", ", ".join(map(_shorten, list(unknown)[:LISTED_WORDS])), known)
     if other_forms:
         example, number = all_scenes()[0].prompt, len(other_forms)
         log.warning("%d of the prompts, such as %r, %s not have the form that the Shapes model knows; write it like %r",

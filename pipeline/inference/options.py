@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from utils.errors import UserError
 
+STRENGTH = 0.6
+FILES = ("extended_prompt_path", "extend", "v2v", "storyboard")
 HYPHENATED = {"prompt_extend": "prompt-extend"}
 
 
@@ -27,8 +29,8 @@ class InferenceOptions:
     """A video to continue."""
     v2v: str | None = None
     """A video to follow."""
-    strength: float = 0.6
-    """How much a video may differ from the one that it follows, in (0, 1]."""
+    strength: float | None = None
+    """How much a video may differ from the one that it follows, in (0, 1]; None is STRENGTH."""
     switch: list[str] | None = None
     """Prompts to switch to, each written as ``"12s: a cat"``."""
     switch_style: str | None = None
@@ -53,7 +55,11 @@ class InferenceOptions:
         starts = self.given("i2v", "extend", "v2v")
         if len(starts) > 1:
             raise UserError(f"{' and '.join(starts)} each say how a video starts; use one of them")
-        if not 0 < self.strength <= 1:
+        if empty := [name for name in FILES if getattr(self, name) is not None and not getattr(self, name).strip()]:
+            raise UserError(f"--{empty[0]} is empty; give a file or leave the option out")
+        if self.strength is not None and not self.v2v:
+            raise UserError("--strength says nothing without --v2v")
+        if self.strength is not None and not 0 < self.strength <= 1:
             raise UserError(f"--strength {self.strength:g} must be above 0 and at most 1")
         if self.prompt and self.i2v:
             raise UserError("--prompt cannot be used with --i2v; list images and prompts in --data_path")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import PipelineConfig, Sampler
-from pipeline.inference.options import InferenceOptions
+from pipeline.inference.options import STRENGTH, InferenceOptions
 from pipeline.inference.recipe import Recipe, deciding_settings, file_hash
 from pipeline.sizes import codec_sizes
 from pipeline.storyboard import TimedPrompt, check_cues, parse_style, parse_switch, read_storyboard
@@ -68,8 +68,8 @@ def plan_jobs(config: PipelineConfig, options: InferenceOptions, dtype: torch.dt
         image=None,
         extends=file_hash(extends),
         follows=file_hash(follows),
-        strength=None if follows is None else options.strength,
-        switches=tuple((cue.seconds, cue.style.value, cue.prompt, *cue.settings) for cue in cues),
+        strength=None if follows is None else options.strength or STRENGTH,
+        switches=tuple((cue.seconds, cue.style.value, cue.prompt) for cue in cues),
         weights={},
         settings=deciding_settings(config, dtype),
     )

@@ -14,28 +14,40 @@ import sys
 from pathlib import Path
 from torch import nn
 from utils.checkpoint import Checkpoints, KeepPolicy
-checkpoints = Checkpoints(sys.argv[1], KeepPolicy(1), background=sys.argv[2] == "background")
-for step in (1, 2):
-    Path(sys.argv[1] + f"/begin_{step}").unlink(missing_ok=True)
-    checkpoints.save(step, {"net": nn.Linear(4, 4)}, {})
-    checkpoints.finish()
+for how in sys.argv[2:]:
+    folder = Path(sys.argv[1]) / how
+    folder.mkdir()
+    checkpoints = Checkpoints(folder, KeepPolicy(1), background=how == "background")
+    for step in (1, 2):
+        (folder / f"begin_{step}").unlink(missing_ok=True)
+        checkpoints.save(step, {"net": nn.Linear(4, 4)}, {})
+        checkpoints.finish()
 """
+WAYS = ("foreground", "background")
 CALLS = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir"
 
 
-def trace(folder: Path, tmp_path: Path, how: str) -> list[str]:
-    """Return the system calls below a folder as `sync NAME`, `rename OLD NEW` and `delete NAME`."""
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A folder with a folder of checkpoints for each way to save, and the calls that made them, as strace has them."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
-    output = tmp_path / "trace"
+    base = tmp_path_factory.mktemp("power")
+    folder, output = base / "checkpoints", base / "trace"
+    folder.mkdir()
     command = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(output)]
-    command += [sys.executable, "-c", SAVE, str(folder), how]
+    command += [sys.executable, "-c", SAVE, str(folder), *WAYS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     if "ptrace" in done.stderr and done.returncode:
         pytest.skip(f"strace may not trace here: {done.stderr.splitlines()[0]}")
     assert done.returncode == 0, done.stderr
+    return folder, output.read_text().splitlines()
+
+
+def calls_below(folder: Path, lines: list[str]) -> list[str]:
+    """The calls that sync, rename and delete below a folder, as `sync NAME`, `rename OLD NEW` and `delete NAME`."""
     calls = []
-    for line in output.read_text().splitlines():
+    for line in lines:
         if str(folder) not in line or "= -1" in line or "resumed>" in line:
             continue
         call = re.search(r"(\w+)\(", line)[1]
@@ -52,11 +64,10 @@ def trace(folder: Path, tmp_path: Path, how: str) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("how", ["foreground", "background"])
-def test_everything_is_on_the_disk_before_latest_names_it_and_nothing_goes_before(tmp_path, how):
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    calls = trace(folder, tmp_path, how)
+@pytest.mark.parametrize("how", WAYS)
+def test_everything_is_on_the_disk_before_latest_names_it_and_nothing_goes_before(traced, how):
+    folder = traced[0] / how
+    calls = calls_below(folder, traced[1])
     assert calls.count("rename temporary latest") == 2
     second = calls[calls.index("rename temporary latest") + 1 :]
     named = second.index("rename temporary latest")

@@ -3,19 +3,20 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts.endurance.kills import start_ranks, wait
 from utils.distributed import (
     Ranks,
+    all_processes,
     all_reduce_mean,
     any_process,
     barrier,
     broadcast_value,
+    device_mesh,
     gather_values,
     init_distributed,
     processes_here,
@@ -33,49 +34,38 @@ ROOT = Path(__file__).parents[2]
 PLACE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 HOST = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
-WORKER = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-from utils.distributed import (
-    all_processes, all_reduce_mean, any_process, barrier, broadcast_value, device_mesh, gather_values,
-    init_distributed, share, shutdown_distributed, stop_signals,
-)
 MESHES = [((2,), ("shard",)), ((2, 1), ("replicate", "shard"))]
-ranks = init_distributed("cpu")
-folder = Path(sys.argv[1])
-if ranks.rank == 1:
-    (folder / "before").write_text("")
-barrier()
-values = torch.tensor([float(ranks.rank), 10.0])
-result = {
-    "ranks": [ranks.rank, ranks.world_size, ranks.local_rank, ranks.is_main],
-    "seen": (folder / "before").exists(),
-    "object": broadcast_value({"from": ranks.rank}, source=1),
-    "gathered": gather_values([None, "日" * 100] if ranks.rank else {}),
-    "mean": all_reduce_mean(values).tolist(),
-    "unchanged": values.tolist(),
-    "share": share(list(range(5)), ranks.rank, ranks.world_size),
-    "any": [any_process(ranks.rank == 1), any_process(False)],
-    "all": [all_processes(ranks.rank == 1), all_processes(True)],
-    "mesh": [list(device_mesh(torch.device("cpu"), shape, names).shape) for shape, names in MESHES],
-}
-with stop_signals() as stop:
+
+
+def work(folder: Path) -> None:
+    """In each of two processes: note what they tell each other."""
+    ranks = init_distributed("cpu")
     if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    result["stop"] = any_process(stop.received is not None)
-(folder / f"{ranks.rank}.json").write_text(json.dumps(result))
-shutdown_distributed()
-"""
+        (folder / "before").write_text("")
+    barrier()
+    values = torch.tensor([float(ranks.rank), 10.0])
+    result = {
+        "ranks": [ranks.rank, ranks.world_size, ranks.local_rank, ranks.is_main],
+        "seen": (folder / "before").exists(),
+        "object": broadcast_value({"from": ranks.rank}, source=1),
+        "gathered": gather_values([None, "日" * 100] if ranks.rank else {}),
+        "mean": all_reduce_mean(values).tolist(),
+        "unchanged": values.tolist(),
+        "share": share(list(range(5)), ranks.rank, ranks.world_size),
+        "any": [any_process(ranks.rank == 1), any_process(False)],
+        "all": [all_processes(ranks.rank == 1), all_processes(True)],
+        "mesh": [list(device_mesh(torch.device("cpu"), shape, names).shape) for shape, names in MESHES],
+    }
+    with stop_signals() as stop:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        result["stop"] = any_process(stop.received is not None)
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(result))
+    shutdown_distributed()
 
 
 def test_two_processes_agree(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "worker.py"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    wait(start_ranks(work, (tmp_path,), 2), timeout=120)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["ranks"] == [0, 2, 0, True] and second["ranks"] == [1, 2, 1, False]
     assert first["seen"] and second["seen"]

@@ -60,6 +60,14 @@ def test_the_prompt_column_of_json_lines_and_csv_is_read(tmp_path, name, content
         ("p.jsonl", '{"prompt": "a cat"}\n{"text": "a dog"}\n', r'line 2: is not {"prompt": ...}'),
         ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a d', "line 2: is not"),
         ("p.jsonl", "[" * 100_000, "line 1: is not"),
+        (
+            "p.csv",
+            "id,prompt\n1,a cat\n2\n3,a dog\n",
+            "p.csv, record 2: has no prompt; write one or take the record out",
+        ),
+        ("p.csv", 'prompt,id\n" ",2\n', "record 1: has no prompt"),
+        ("p.csv", 'prompt\n"a cat\na dog\n', "line 3: is not CSV .unexpected end of data"),
+        ("p.HTML", "<p>a cat</p>", "a .html file cannot be read as prompts"),
         ("p.json", '["a cat"]', "a .json file cannot be read as prompts; give a .txt, .jsonl or .csv file"),
     ],
 )

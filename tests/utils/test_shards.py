@@ -1,21 +1,15 @@
 """Shards: written items can be read again, a killed writer can continue, and half-written files do not count."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts.endurance.kills import start_ranks, wait
 from utils.errors import UserError
 from utils.shards import Shards, ShardWriter
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def tensors(item: int) -> dict[str, torch.Tensor]:
@@ -82,24 +76,25 @@ def test_an_empty_folder_and_a_damaged_file_are_named_with_the_remedy(tmp_path):
         read(tmp_path)
 
 
+def write_400(folder: Path) -> None:
+    """In a process of its own: write what is missing of 400 items."""
+    with ShardWriter(folder, {}, shard_size=4) as writer:
+        (folder / "ready").touch()
+        for item in writer.remaining(range(400)):
+            writer.add(item, {"item": item}, {"x": torch.full((1000,), item)})
+
+
 def test_a_writer_killed_again_and_again_ends_with_every_item(tmp_path):
-    code = """
-        import sys, torch
-        from utils.shards import ShardWriter
-        with ShardWriter(sys.argv[1], {}, shard_size=4) as writer:
-            print("ready", flush=True)
-            for item in writer.remaining(range(400)):
-                writer.add(item, {"item": item}, {"x": torch.full((1000,), item)})
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
     for delay in (0.01, 0.04):
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, env=os.environ)
-        assert process.stdout.readline()
+        (tmp_path / "ready").unlink(missing_ok=True)
+        (process,) = start_ranks(write_400, (tmp_path,), 1)
+        while not (tmp_path / "ready").exists():
+            assert process.is_alive()
+            time.sleep(0.001)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+        process.kill()
+        process.join()
+    wait(start_ranks(write_400, (tmp_path,), 1), timeout=100)
     shards = read(tmp_path)
     assert [record["item"] for record in shards.records] == list(range(400))
     assert all(bool((shards.read(item, "x") == item).all()) for item in range(400))
