@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.measuring import MEASURES
 from utils.checkout import find_shipped
-from utils.cli import exit_code
+from utils.cli import count, exit_code
 from utils.errors import UserError
 
 
@@ -33,9 +33,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="YAML file; default: %(default)s",
     )
     add("--random-weights", action="store_true", help="use random weights, so that no files are needed; default: off")
-    add("--frames", type=int, help="latent frames of a video; default: video.num_frames")
-    add("--repeats", type=int, default=5, help="number of measured videos, passes or steps; default: %(default)s")
-    add("--threads", type=int, help="CPU threads of torch; default: torch's choice")
+    add("--frames", type=count, help="latent frames of a video; default: video.num_frames")
+    add("--repeats", type=count, default=5, help="number of measured videos, passes or steps; default: %(default)s")
+    add("--threads", type=count, help="CPU threads of torch; default: torch's choice")
     add(
         "--clock",
         choices=("wall", "cpu"),

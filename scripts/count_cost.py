@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import exit_code
+from utils.cli import count, exit_code
 from utils.errors import UserError
 
 
@@ -29,14 +29,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PRESET",
         help="sizes of the teacher (real score); default: %(default)s",
     )
-    add("--frames", type=int, default=21, help="latent frames of a video; default: %(default)s")
-    add("--height", type=int, default=480, help="pixels; default: %(default)s")
-    add("--width", type=int, default=832, help="pixels; default: %(default)s")
-    add("--batch", type=int, default=64, help="videos of one update on all GPUs together; default: %(default)s")
-    add("--iterations", type=int, default=600,
+    add("--frames", type=count, default=21, help="latent frames of a video; default: %(default)s")
+    add("--height", type=count, default=480, help="pixels; default: %(default)s")
+    add("--width", type=count, default=832, help="pixels; default: %(default)s")
+    add("--batch", type=count, default=64, help="videos of one update on all GPUs together; default: %(default)s")
+    add("--iterations", type=count, default=600,
         help="iterations as the official code counts them: each trains the critic; default: %(default)s")  # fmt: skip
-    add("--critic_updates", type=int, default=5, help="critic updates for each generator update; default: %(default)s")
-    add("--gpus", type=int, nargs="+", default=[8, 64], help="numbers of GPUs; default: %(default)s")
+    add(
+        "--critic_updates", type=count, default=5, help="critic updates for each generator update; default: %(default)s"
+    )
+    add("--gpus", type=count, nargs="+", default=[8, 64], help="numbers of GPUs; default: %(default)s")
     add("--utilisation", type=float, nargs="+", default=[0.3, 0.4, 0.5],
         help="assumed shares of the GPU's peak speed, above 0, at most 1; default: %(default)s")  # fmt: skip
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import exit_code
+from utils.cli import exit_code, finite, positive
 from utils.errors import UserError
 
 FORMATS = {
@@ -37,16 +37,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lora", help="LoRA to merge first: PATH[:SCALE], or '[PATH:SCALE, ...]'; default: none")
     add(
         "--lora_scale",
-        type=float,
+        type=finite,
         default=1.0,
         help="factor of all LoRA scales; 1 is as trained; default: %(default)s",
     )
     add("--parts", help="folder with the other parts of a diffusers pipeline; default: IN")
-    add("--shift", type=float, default=5.0, help="timestep shift of a diffusers pipeline; default: %(default)s")
+    add("--shift", type=positive, default=5.0, help="timestep shift of a diffusers pipeline; default: %(default)s")
     add(
         "--preset", default="wan2.1-t2v-1.3b", help="preset to try first if IN has no config.json; default: %(default)s"
     )
-    add("--shard_gb", type=float, default=10.0, help="largest file of a folder, in gigabytes; default: %(default)s")
+    add("--shard_gb", type=positive, default=10.0, help="largest file of a folder, in gigabytes; default: %(default)s")
     add("--overwrite", action="store_true", help="replace OUT if it exists; default: off")
     return parser.parse_args(arguments)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import inference
+from utils.cli import USER_ERROR, count
 
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1_000_000))"
 """A program that keeps one core busy until the program that started it ends."""
@@ -29,9 +30,13 @@ BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(rang
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read --runs and --busy. `options` holds the other arguments, for inference.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10, help="how many times to make the videos; default: %(default)s")
+    parser.add_argument(
+        "--runs", type=count, default=10, help="how many times to make the videos; default: %(default)s"
+    )
     parser.add_argument("--busy", type=int, default=0, help="number of cores to keep busy; default: %(default)s")
     args, options = parser.parse_known_args(arguments)
+    if args.busy < 0:
+        parser.error(f"argument --busy: {args.busy} must be at least 0")
     args.options = options
     return args
 
@@ -51,14 +56,17 @@ def repeat(runs: int, options: list[str]) -> int:
                 return code
             for path in Path(folder).glob("*.mp4"):
                 found[path.name].add(hashlib.sha256(path.read_bytes()).hexdigest())
+        if not found:
+            print("error: no video was made; leave --dry-run out", file=sys.stderr)
+            return USER_ERROR
         print(f"run {run} of {runs}: at most {max(map(len, found.values()))} different files of a video")
     return int(any(len(hashes) > 1 for hashes in found.values()))
 
 
 @contextmanager
-def busy_cores(count: int) -> Iterator[list[subprocess.Popen]]:
-    """Run `count` processes that only compute, each on its own core."""
-    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+def busy_cores(cores: int) -> Iterator[list[subprocess.Popen]]:
+    """Run `cores` processes that only compute, each on its own core."""
+    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores)]
     try:
         yield loops
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import exit_code
+from utils.cli import count, exit_code
 
 EPILOG = """\
 It trains, then measures, then writes REPORT/reproduction.md with a table, plots and a contact sheet for each method.
@@ -28,7 +28,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
     add("--report", metavar="FOLDER", help="folder for reproduction.md; default: FOLDER/report")
     add(
-        "--prompts", type=int, metavar="N", help="held-out prompts that are measured; default: 24 with --quick, else 96"
+        "--prompts",
+        type=count,
+        metavar="N",
+        help="held-out prompts that are measured; default: 24 with --quick, else 96",
     )
     add(
         "--plan",

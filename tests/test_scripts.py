@@ -1,6 +1,7 @@
 """evaluate.py measures and saves a table; make_ode_pairs.py stores the states from which a student learns."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from model.flow_matching import FlowMatching
 from pipeline.loading import load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver, trajectory
-from scripts import evaluate, make_ode_pairs
+from scripts import evaluate, export, make_ode_pairs, repeat
 from scripts.runs import shapes_table
 from scripts.runs.make_ode_pairs import kept_states
 from trainer.draws import Draw
@@ -132,3 +133,37 @@ def test_a_mistake_in_making_pairs_is_one_line(release, tmp_path, capsys, argume
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+WHOLE = {
+    "benchmark": (["session"], "--frames", "--repeats", "--threads"),
+    "count_cost": ([], "--frames", "--height", "--width", "--batch", "--iterations", "--critic_updates", "--gpus"),
+    "evaluate": (["--checkpoint", "x"], "--prompts", "--lengths", "--batch"),
+    "make_ode_pairs": ([], "--count", "--batch", "--solver_steps", "--shard_size"),
+    "repeat": ([], "--runs"),
+    "reproduce": ([], "--prompts"),
+}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "", "1.5", "1e3", "many"])
+@pytest.mark.parametrize(("script", "option"), [(name, each) for name, (_, *all) in WHOLE.items() for each in all])
+def test_a_number_of_things_is_a_whole_one_of_at_least_1(script, option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"scripts.{script}").parse_arguments([*WHOLE[script][0], f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"argument {option}: {value!r} is not a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "values"), [("--shift", "0 -1 nan inf x"), ("--shard_gb", "0 -1 nan"), ("--lora_scale", "nan inf x")]
+)
+def test_a_number_of_export_is_finite_and_within_its_bound(option, values, capsys):
+    for value in values.split():
+        with pytest.raises(SystemExit) as ended:
+            export.parse_arguments(["in", "out", "--format", "wan", f"{option}={value}"])
+        assert ended.value.code == 2 and f"argument {option}: {value!r} is not" in capsys.readouterr().err
+
+
+def test_no_video_to_repeat_is_no_success(release, capsys):
+    assert repeat.main(["--config_path", release.config_path, "--dry-run"]) == 2
+    assert "no video was made" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping
 
@@ -40,6 +41,33 @@ def exit_code(command: Callable[[], None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def count(text: str) -> int:
+    """Read a whole number of at least 1; a `type` of argparse, whose error names the option and the value."""
+    number = int(text) if text.strip().isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def positive(text: str) -> float:
+    """Read a finite number above 0, as :func:`count` reads whole ones."""
+    number = finite(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return number
+
+
+def finite(text: str) -> float:
+    """Read a number that is neither NaN nor infinite, as :func:`count` reads whole ones."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
 
 
 def merged_overrides(args: argparse.Namespace, keys: Mapping[str, str]) -> list[str]:
