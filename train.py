@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", help="any key of the configuration, such as trainer.steps=20")
     args = parser.parse_intermixed_args(arguments)
-    if args.logdir is None and not args.dry_run:
+    if not (args.logdir or "").strip() and not args.dry_run:
         parser.error("the following arguments are required: --logdir")
     return args
 

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkout import find_shipped
-from utils.cli import count, exit_code
+from utils.cli import exit_code
 from utils.errors import UserError
 
 VBENCH_OPTIONS = ("data_path", "extended_prompt_path", "vbench_info", "dimensions", "long")
@@ -34,11 +34,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="rollout",
         help="rollout: few steps, chunk by chunk; teacher: many bidirectional steps; default: %(default)s",
     )
-    add("--prompts", type=count, default=96, help="number of held-out prompts; default: %(default)s")
-    add("--lengths", type=count, nargs="+", default=[1, 4],
+    add("--prompts", type=int, default=96, help="number of held-out prompts; default: %(default)s")
+    add("--lengths", type=int, nargs="+", default=[1, 4],
         help="lengths of the videos, as multiples of the training length; default: %(default)s")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the noise; default: %(default)s")
-    add("--batch", type=count, default=16, help="videos made at the same time; default: %(default)s")
+    add("--batch", type=int, default=16, help="videos made at the same time; default: %(default)s")
     add("--output_folder", default="logs/evaluate",
         help="folder for the JSON table and the contact sheets; default: %(default)s")  # fmt: skip
     add("overrides", nargs="*", metavar="key=value", help="any key of the configuration, such as rollout.window=9")

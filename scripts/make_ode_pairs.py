@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.shard_arguments import parse, shard_parser
-from utils.cli import count, exit_code
+from utils.cli import exit_code
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -21,11 +21,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = shard_parser(__doc__, config=config, items="trajectories", shard_size=32)
     add = parser.add_argument
     add("--causal", action="store_true", help="the teacher is causal and gets clean context; default: off")
-    add("--count", type=count, default=512, metavar="N", help="number of trajectories; default: %(default)s")
-    add("--batch", type=count, default=16, metavar="N", help="trajectories solved together; default: %(default)s")
+    add("--count", type=int, default=512, metavar="N", help="number of trajectories; default: %(default)s")
+    add("--batch", type=int, default=16, metavar="N", help="trajectories solved together; default: %(default)s")
     add(
         "--solver_steps",
-        type=count,
+        type=int,
         default=48,
         metavar="N",
         help="Euler steps; rollout.denoising_steps must be among their timesteps; default: %(default)s",

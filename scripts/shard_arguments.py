@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from utils.checkout import find_shipped
-from utils.cli import count
 
 
 def shard_parser(description: str, *, config: str, items: str, shard_size: int) -> argparse.ArgumentParser:
@@ -23,7 +22,7 @@ def shard_parser(description: str, *, config: str, items: str, shard_size: int) 
     )
     parser.add_argument(
         "--shard_size",
-        type=count,
+        type=int,
         default=shard_size,
         metavar="N",
         help=f"{items} in one file; an interruption loses at most this many; default: %(default)s",

@@ -51,6 +51,10 @@ def test_a_missing_file_is_named(refuse):
     assert "weights.pt" in refuse("--checkpoint_path", "weights.pt")
 
 
+def test_a_folder_without_a_name_is_refused(refuse):
+    assert "the name of the folder to write to is empty" in refuse("--clips_folder", "")
+
+
 def test_one_key_has_one_value(refuse):
     error = refuse("--checkpoint_path", "config.yaml", "generator.weights=other.pt")
     assert "--checkpoint_path config.yaml and generator.weights=other.pt give one key two values" in error

@@ -287,6 +287,7 @@ BAD_INPUT = {
     **{f"nothing for {name}": ([f"--{name}", ""], f"--{name} is empty") for name in FILES},
     "strength of nothing": (["--strength", "0.5"], "--strength says nothing without --v2v"),
     "a folder whose name is no UTF-8": (["--output_folder", "caf\udce9"], "is not text in UTF-8; rename what it names"),
+    "an empty cache": (["text_encoder.cache="], "text_encoder.cache is empty; give a path, or leave it out"),
     "a second CPU": (["--device", "cpu:9"], "device 'cpu:9' does not exist"),
     "missing device": (["--device", "xpu:99"], "device 'xpu:99' is not available"),
     "bad dtype": (["--dtype", "fp8"], "unknown dtype 'fp8': choose auto, float32, bfloat16, float16"),

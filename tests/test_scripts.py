@@ -138,8 +138,6 @@ def test_a_mistake_in_making_pairs_is_one_line(release, tmp_path, capsys, argume
 WHOLE = {
     "benchmark": (["session"], "--frames", "--repeats", "--threads"),
     "count_cost": ([], "--frames", "--height", "--width", "--batch", "--iterations", "--critic_updates", "--gpus"),
-    "evaluate": (["--checkpoint", "x"], "--prompts", "--lengths", "--batch"),
-    "make_ode_pairs": ([], "--count", "--batch", "--solver_steps", "--shard_size"),
     "repeat": ([], "--runs"),
     "reproduce": ([], "--prompts"),
 }

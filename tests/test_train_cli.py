@@ -243,6 +243,11 @@ BAD_INPUT = {
     "override typo": (["trainer.step=7"], "unknown key trainer.step=7; did you mean trainer.steps?"),
     "wrong type": (["optimizer.lr=fast"], "optimizer.lr='fast' is not of type float"),
     "unknown objective": (["objective=dmd"], "objective='dmd' is not one of"),
+    "a world that does not divide": (
+        ["objective=autoencoder", "data.shapes.resolution=50"],
+        "data.shapes.resolution=50 is not a multiple of 4, the side of the codec's blocks",
+    ),
+    "an empty path": (["codec.weights="], "codec.weights is empty; give a path, or leave it out"),
     "no steps": (["trainer.steps=0"], "trainer: steps=0 must be at least 1"),
     "unknown device": (["device=gpu"], "unknown device 'gpu'"),
     "missing student": (["student.weights={tmp}/nowhere"], "{tmp}/nowhere: no such file"),
@@ -282,6 +287,12 @@ def test_a_mistake_ends_before_the_first_step(release, tmp_path, capsys, overrid
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and message.format(**names) in last
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or metrics(tmp_path / "run") == []
+
+
+def test_an_empty_logdir_is_refused(release, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--config_path", release.config_path, "--logdir", ""])
+    assert ended.value.code == 2 and "required: --logdir" in capsys.readouterr().err
 
 
 def test_a_logdir_that_is_a_file_is_refused(release, tmp_path, capsys):

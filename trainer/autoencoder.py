@@ -11,7 +11,7 @@ from torch import Tensor
 from model.tiny_vae import TinyVAE
 from model.tiny_vae_config import TINY_VAE_PRESETS
 from trainer.config import Config
-from trainer.data import Contents, training_data
+from trainer.data import Contents, DataKind, training_data
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.codec import decoder_loss, disturb, fit_linear_code, psnr, random_window
 from trainer.trainer import RunContext, Trainer
@@ -36,6 +36,11 @@ class AutoencoderTrainer(Trainer):
             check_prompt(prompt, config.data.shapes.world)  # now, not after the training
         torch.manual_seed(config.trainer.seed)
         self.codec = self._first_codec().to(self.device)
+        block, side = self.codec.spatial_scale, config.data.shapes.resolution
+        if config.data.kind is DataKind.shapes and side % block:
+            raise UserError(
+                f"data.shapes.resolution={side} is not a multiple of {block}, the side of the codec's blocks"
+            )
         self.data = training_data(
             config.data, Contents.clips, seed=self.seed("data"), video=config.video, codec=self.codec
         )

@@ -37,6 +37,8 @@ INPUTS = frozenset(
 """The last parts of the keys that name files to read."""
 NONE = ("null", "~")
 """How YAML writes None."""
+PATHS = INPUTS | {"output_folder", "cache", "lora"}
+"""The last parts of the keys that name files and folders."""
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
@@ -217,6 +219,8 @@ def _merge(
                 config[name] = OmegaConf.structured(kind)
             _merge(config[name], kind, value, origin, known, prefix=f"{key}.")
             continue
+        if name in PATHS and isinstance(value, str) and not value.strip():
+            raise UserError(f"{origin}: {key} is empty; give a path, or leave it out")
         try:
             if kind is bool and not isinstance(value, bool | str | None):  # omegaconf would take any number
                 raise TypeError

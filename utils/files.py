@@ -145,6 +145,8 @@ def safe_stem(text: str, max_length: int = 80) -> str:
 
 def ensure_writable_folder(path: str | Path) -> Path:
     """Make the folder if it is missing, and test it with a file. UserError if it is a file or cannot be written to."""
+    if not str(path).strip():
+        raise UserError("the name of the folder to write to is empty; give one")
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

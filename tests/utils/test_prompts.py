@@ -66,7 +66,7 @@ def test_the_prompt_column_of_json_lines_and_csv_is_read(tmp_path, name, content
             "p.csv, record 2: has no prompt; write one or take the record out",
         ),
         ("p.csv", 'prompt,id\n" ",2\n', "record 1: has no prompt"),
-        ("p.csv", 'prompt\n"a cat\na dog\n', "line 3: is not CSV .unexpected end of data"),
+        ("p.csv", 'prompt\n"a cat\na dog\n', "is not CSV .unexpected end of data"),
         ("p.HTML", "<p>a cat</p>", "a .html file cannot be read as prompts"),
         ("p.json", '["a cat"]', "a .json file cannot be read as prompts; give a .txt, .jsonl or .csv file"),
     ],
