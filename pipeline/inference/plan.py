@@ -69,7 +69,7 @@ def plan_jobs(config: PipelineConfig, options: InferenceOptions, dtype: torch.dt
         extends=file_hash(extends),
         follows=file_hash(follows),
         strength=None if follows is None else options.strength or STRENGTH,
-        switches=tuple((cue.seconds, cue.style.value, cue.prompt) for cue in cues),
+        switches=tuple((cue.seconds, cue.style.value, cue.prompt, *cue.settings) for cue in cues),
         weights={},
         settings=deciding_settings(config, dtype),
     )
