@@ -15,7 +15,7 @@ h2{font-size:17px;margin:28px 0 10px}ul{list-style:none;margin:0;padding:0}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(136px,1fr));gap:10px;margin:18px 0 0}
 .tiles div,figure,.samples,details,.legend{background:var(--card);border:1px solid var(--line);border-radius:10px}
 .tiles div,.legend,.samples,details{padding:10px 14px}
-dt{color:var(--soft);font-size:13px}dd{margin:0;font-size:20px;font-variant-numeric:tabular-nums}
+dt{color:var(--soft);font-size:13px}dd{margin:0;font-size:18px;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:12px}
 figure{margin:0;padding:10px 12px 6px}figcaption{display:flex;justify-content:space-between;gap:8px}
 figcaption span,.legend span{color:var(--soft);font-variant-numeric:tabular-nums}

@@ -9,8 +9,8 @@ MEANINGS = {
         "Loss of the generator against both scores. It hovers rather than falls: judge the samples instead."
     ),
     "critic_loss": (
-        "Loss of fake_score on the generator's videos. It falls early, then follows the generator; a steady rise "
-        "is a warning."
+        "Loss of fake_score on the generator's videos. It rises while the generator changes quickly, and then levels "
+        "off. A rise without end is a warning."
     ),
     "score_gradient": (
         "Mean size of the difference between fake_score and real_score. It shrinks as the videos come to match."

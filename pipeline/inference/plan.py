@@ -132,7 +132,13 @@ def _storyboard(config: PipelineConfig, options: InferenceOptions) -> tuple[str 
         cues = read_storyboard(options.storyboard, style)
     if cues and config.sampler is not Sampler.rollout:
         raise UserError(f"prompts cannot change with sampler={config.sampler.value}; use sampler=rollout")
-    opening = cues.pop(0).prompt if options.storyboard and cues[0].seconds == 0 else None
+    first = cues.pop(0) if options.storyboard and cues[0].seconds == 0 else None
+    if first is not None and first.settings:
+        raise UserError(
+            f"{options.storyboard}: the entry at 0s has {first.settings[0][0]}; the video begins with --seed and the "
+            "steps of the configuration, so give it there"
+        )
+    opening = None if first is None else first.prompt
     if opening is not None and (others := options.given("prompt", "data_path", "i2v", "prompt_extend")):
         raise UserError(
             f"{options.storyboard}: the prompt at 0s is the video's first, and {others[0]} "

@@ -19,7 +19,7 @@ PROMPTS = ("a large red circle moving up and right on a navy background",
            "a large green triangle moving down and left on a black background")  # fmt: skip
 # In the page: switch at a phase of a chunk, and wait for the first frame whose chunk has the new prompt.
 SWITCH = """async ([prompt, style, phase]) => {
-    const page = window.selfForcing, { player } = page, shown = player.onFrame;
+    const page = window.selfForcing, { player } = page, shown = player.onFrame, seen = [];
     const frames = (done) => new Promise((resolve) => {
         player.onFrame = (frame) => { shown(frame); if (done(frame)) resolve(); };
     });
@@ -31,10 +31,14 @@ SWITCH = """async ([prompt, style, phase]) => {
     document.querySelector("#prompt").value = prompt;
     const start = performance.now(), enter = { key: "Enter", bubbles: true, cancelable: true };
     document.querySelector("#prompt").dispatchEvent(new KeyboardEvent("keydown", enter));
-    const isNew = (each, frame) => each.chunk === frame.chunk && each.chunk > known && each.prompt === prompt;
-    await frames((frame) => page.chunks.some((each) => isNew(each, frame)));
+    let first;  // a chunk is described after its frames were sent
+    await frames(({ index }) => {
+        seen.push([index, performance.now()]);
+        first = page.chunks.find((each) => each.chunk > known && each.prompt === prompt)?.first_frame;
+        return first !== undefined && index >= first;
+    });
     player.onFrame = shown;
-    return (performance.now() - start) / 1000;
+    return (seen.find(([index]) => index >= first)[1] - start) / 1000;
 }"""
 HEADER = "| style | switches | median s | middle half s | longest s | the page's median s | left out | late |"
 

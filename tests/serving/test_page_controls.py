@@ -102,9 +102,10 @@ def test_the_exported_timeline_is_what_inference_reads(demo, open_page, tmp_path
     page.wait_for_function("selfForcing.timeline.rows.some(({ done, prompt }) => done && prompt.startsWith('a '))")
     board = download(page, "#timeline .export", tmp_path / "storyboard.yaml")
     cues = read_storyboard(board, SwitchStyle.cut)
-    check_cues(cues, 1000.0)
+    check_cues(cues[1:], 1000.0)
+    assert (cues[0].seconds, cues[0].prompt) == (0, RED_CIRCLE.prompt)
     rows = page.evaluate("selfForcing.timeline.rows.map(({ at, prompt, style }) => [at, prompt, style])")
-    assert [[cue.seconds, cue.prompt, cue.style.value] for cue in cues] == rows
+    assert [[cue.seconds, cue.prompt, cue.style.value] for cue in cues[1:]] == rows
     assert len(rows) == 3 and rows[2][1] == "übermorgen 明天 🙂"
 
 

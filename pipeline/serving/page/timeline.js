@@ -32,7 +32,7 @@ export class Timeline {
 
   // A video begins. The prompts of before are forgotten unless they are to be played again.
   begin(prompt) {
-    this.opening = prompt;
+    this.opening = oneLine(prompt);
     this.now = 0;
     this.rows = this.replay ? this.rows.map((row) => ({ ...row, done: false, sent: false })) : [];
     this.draw();
@@ -93,10 +93,11 @@ export class Timeline {
     return item;
   }
 
-  // The storyboard that `python inference.py --storyboard FILE` reads. The opening prompt belongs to --prompt.
+  // The storyboard that `python inference.py --storyboard FILE` reads.
   storyboard() {
     const rows = this.rows.filter(({ prompt }) => prompt).sort((a, b) => a.at - b.at);
-    const lines = [`# python inference.py --prompt ${quoted(this.opening)} --storyboard FILE`];
+    const lines = ["# python inference.py --storyboard FILE"];
+    if (this.opening) lines.push("- at: 0s", `  prompt: ${quoted(this.opening)}`);
     let before = 0;
     for (const { at, prompt, style, settings } of rows) {
       before = at > before ? at : round(before + 0.001); // times must ascend
