@@ -262,7 +262,7 @@ BAD_INPUT = {
     "negative seed": (["--seed", "-5"], "seed=-5 must be at least 0, or -1 to draw one"),
     "a video that no disk holds": (["--num_output_frames", "999999999999"], "choose another --output_folder or fewer"),
     "a rate that is no number": (["--fps", "nan"], "video.fps='nan' is not of type"),
-    "storyboard that begins with a seed": (["--storyboard", "{tmp}/seeded.yaml"], "seeded.yaml: the entry at 0s has seed"),
+    "a seed at 0s": (["--storyboard", "{tmp}/seeded.yaml"], "seeded.yaml: the entry at 0s has seed"),
     "storyboard without a beginning": (["--storyboard", "{tmp}/later.yaml"], "later.yaml: has no prompt at 0s"),
     "prompts in JSON": (["--data_path", "{tmp}/list.json"], "list.json: a .json file cannot be read as prompts"),
     **{
