@@ -196,7 +196,7 @@ def sizes(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Sizes:
-    """Sizes of everything, from the configuration and the shapes of the weights; ``encoder`` is empty if not needed."""
+    """Compute all sizes from the configuration and the shapes of the weights. `encoder` is empty if not needed."""
     cache, work = generator_bytes(config, transformer, dtype)
     decoder, tiled_decoder, tiles = decoder_bytes(config, codec, device, dtype)
     return Sizes(

@@ -39,7 +39,7 @@ class RemoteFile:
     size: int
     """Bytes."""
     sha256: str | None
-    """Of the content. The hub says it of large files."""
+    """The hash of the content. The hub states it for large files."""
 
     @classmethod
     def of(cls, info: ModelInfo, entry: RepoSibling) -> RemoteFile:

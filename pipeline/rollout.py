@@ -73,7 +73,11 @@ class RolloutConfig:
             raise ValueError(f"recompute=true needs a window and sink=0, not window={self.window} and sink={self.sink}")
 
     def chunks(self, num_frames: int, context_frames: int = 0) -> list[tuple[int, int]]:
-        """Frame ranges of the generated chunks, after ``context_frames`` given ones; ValueError if they do not fit."""
+        """Return the frame ranges of the generated chunks, after `context_frames` given frames.
+
+        Raises:
+            ValueError: the frames do not divide into chunks.
+        """
         alone = self.independent_first_frame and context_frames == 0
         ranges = chunk_ranges(num_frames, self.frames_per_chunk, alone)
         return [(start + context_frames, end + context_frames) for start, end in ranges]

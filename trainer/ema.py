@@ -75,7 +75,7 @@ class EMA:
             average.copy_(trained)
 
     def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Averages and parameters; of sharded ones, the part that this process holds."""
+        """Return the averages and the parameters. Of sharded ones, return the part that this process holds."""
         named = dict(self.module.named_parameters())
         averages = [local_part(average) for average in self.average.values()]
         return averages, [local_part(named[name].detach()) for name in self.average]

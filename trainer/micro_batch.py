@@ -51,11 +51,11 @@ class MicroBatch:
         return whole[self.start : self.start + self.size]
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A generator for numbers that are drawn once for the global batch; the same in all its micro-batches."""
+        """Return a generator for numbers that are drawn once for a global batch. All its micro-batches get the same."""
         return random_stream(self.seed, purpose)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """One generator for each sample."""
+        """Return one generator for each sample."""
         places = range(self.start, self.start + self.size)
         return [random_stream(self.seed, purpose, place) for place in places]
 
@@ -69,7 +69,7 @@ class MicroBatch:
         return torch.cat([draw(sample, generator) for sample, generator in pairs])
 
     def weight(self, counted: Tensor) -> float:
-        """Factor for the mean over the counted entries of this micro-batch.
+        """Return the factor for the mean over the counted entries of this micro-batch.
 
         Micro-batches are averaged with equal weights, although they may hold different numbers of counted entries.
         With this factor the average is the mean over all counted entries of the global batch.

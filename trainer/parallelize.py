@@ -177,7 +177,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard_rows(rows: Tensor) -> Tensor:
-    """The rows [b ...] of this process as one part of the rows [B ...] of all; unchanged in a single process."""
+    """Return this process's rows [b ...] as a part of the rows [B ...] of all. A single process gets them unchanged."""
     if not dist.is_initialized():
         return rows
     mesh = device_mesh(rows.device, (dist.get_world_size(),), ("rows",))

@@ -149,7 +149,7 @@ class Trainer(ABC):
         }
 
     def micro_batches(self, batch: range | None = None) -> list[MicroBatch]:
-        """The passes of this process in the next update, with new random numbers and, by default, new data.
+        """Return the passes of this process in the next update, with new random numbers and, by default, new data.
 
         Args:
             batch: the data indices of an earlier global batch.
@@ -275,7 +275,7 @@ class Trainer(ABC):
         self.health.step_skipped(self.step, batch, prompts, metrics)
 
     def due(self, every: int) -> bool:
-        """Whether this step is a multiple of ``every``, or the last one."""
+        """Return whether this step is a multiple of `every`, or the last one."""
         return self.step == self.config.trainer.steps or (every > 0 and self.step % every == 0)
 
     def report(self, metrics: dict[str, float], seconds: float, *, said: bool = False) -> None:

@@ -76,7 +76,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a tensor [N ...] that one process holds. Of a scalar, every process holds the whole."""
+    """The rows of a tensor [N ...] that one process holds. For a scalar, every process holds the whole tensor."""
 
     local: Tensor
     """Rows [n ...]."""

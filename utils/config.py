@@ -76,7 +76,7 @@ def load_config(
 
 
 def from_dict(schema: type[T], values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> T:
-    """The inverse of `to_dict`, with overrides as in `load_config`. Text is used literally.
+    """Build a configuration from the result of `to_dict`, with overrides as in `load_config`. Text is used literally.
 
     Raises UserError. It names `source`.
     """

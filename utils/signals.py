@@ -80,7 +80,7 @@ class Stopper:
         self._end()
 
     def ends(self, end: Callable[[], None]) -> None:
-        """What to call from now on."""
+        """Set the function that ends the program. It is called at once if the end was asked for already."""
         self._end = end
         if self.asked:
             end()

@@ -39,7 +39,7 @@ def load_state_dict(path: str | Path, *, use_ema: bool | None = None) -> StateDi
     `PackedTensor`s, which are unpacked when they are used.
 
     Args:
-        path: a file or a folder. docs/weights.md lists the formats. Of a diffusers pipeline the transformer is read.
+        path: a file or a folder. docs/weights.md lists the formats. From a diffusers pipeline, the transformer is read.
         use_ema: which generator of a training checkpoint to take: the averaged one, the raw one, or (None) the averaged
             one if there is one. Formats with a single set of weights ignore it.
 

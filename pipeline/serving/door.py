@@ -229,7 +229,7 @@ class TimedHTTP(_Stalls, H11Protocol):
         super().on_response_complete()
 
     def overdue(self, now: float) -> bool:
-        """Whether the connection has had its time."""
+        """Return whether the connection has exceeded a time limit."""
         limits = self._door.limits
         if not self._let_in:
             return now - self._waiting_since > REFUSED_SECONDS
@@ -283,5 +283,5 @@ class TimedWebSocket(_Stalls, WebSocketsSansIOProtocol):
         super().data_received(b"".join(held))
 
     def overdue(self, now: float) -> bool:
-        """Whether the connection has had its time."""
+        """Return whether the connection has exceeded a time limit."""
         return self._stuck(now, self._door.limits)

@@ -1,17 +1,17 @@
-"""Frames of a live source, on their way from the connection of a client to the thread that makes its stream."""
+"""A queue for the frames of a live source, from the connection of a client to the thread that makes its stream."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 
-MOST_WAITING = 12  # frames; of more, the oldest are dropped, so that the stream follows what is seen now
+MOST_WAITING = 12  # frames; beyond that the oldest are dropped, so that the stream follows the present
 
 
 class LiveSource:
-    """Frames on their way from a client to its stream. One thread pushes them, another one iterates.
+    """A queue of frames from a client to its stream. One thread pushes frames, another one iterates over them.
 
-    Iterating gives a frame, RGB row by row, or None if no frame waits.
+    An item is a frame (RGB, row by row), or None if no frame waits.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -27,7 +27,7 @@ class LiveSource:
                 self._frames.append(pixels)
 
     def end(self) -> None:
-        """No more frames follow."""
+        """End the source: no more frames follow."""
         with self._lock:
             self._ended = True
 

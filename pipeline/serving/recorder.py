@@ -155,7 +155,7 @@ class Recorders:
         track.latents = end
 
     def finish(self, viewer: Viewer) -> None:
-        """The stream is over: finish the viewer's clip, if it has one."""
+        """Finish the viewer's clip, if it has one, because its stream is over."""
         self._end_clip(viewer)
         self._tracks.pop(viewer, None)
 

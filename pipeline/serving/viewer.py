@@ -101,7 +101,7 @@ class Viewer:
         self._changed()
 
     def look_again(self) -> None:
-        """A frame of the source is there, or the source has ended."""
+        """Check again, because the source has a new frame or has ended."""
         self._changed()
 
     def record(self, on: bool) -> None:

@@ -1,8 +1,8 @@
-"""Kernels and bytes of one layer in the code that torch's compiler writes for a Hopper GPU. No GPU is needed.
+"""Count the kernels and bytes of one layer in the code that torch's compiler writes for a Hopper GPU, without a GPU.
 
-The layer is traced with tensors without values, its graph is moved to an imagined GPU, and inductor generates the code
-and stops before it compiles it. It needs Linux with triton, and reaches into torch's private modules, so a new release
-of torch may need changes here. Nothing else depends on it.
+The layer is traced with tensors without values. Its graph is moved to a simulated GPU. inductor generates the code and
+stops before compiling it. This needs Linux with triton. It uses private modules of torch, so a new release of torch may
+need changes here. Nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class Kernel(NamedTuple):
 
     name: str
     bytes: float
-    """Read and written."""
+    """Bytes that the kernel reads and writes."""
 
 
 class _Captured(Exception):
-    """The code is generated; compiling it would need a GPU."""
+    """Stops the compiler after it has generated the code, because compiling it needs a GPU."""
 
 
 def measure_graph(bench: Bench) -> Figures:
-    """Kernels beside products and attention, and their bytes: compiled, and compiled with the Triton kernels.
+    """Count the kernels besides products and attention, and their bytes, with and without the Triton kernels.
 
     A pass reads or writes the hidden states of a chunk once.
     """
@@ -78,7 +78,11 @@ def measure_graph(bench: Bench) -> Figures:
 
 
 def layer_kernels(sizes: WanConfig, frames: int, tokens: int, clip: int, *, fused: bool) -> list[Kernel]:
-    """The kernels of one layer beside its products and attention, in bfloat16. ``fused``: with the Triton kernels."""
+    """Return the kernels of one layer besides its products and attention, in bfloat16.
+
+    Args:
+        fused: use the Triton kernels.
+    """
     block = _layer(sizes, fused)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         graph, inputs = _traced(block, sizes, frames, tokens, clip)
@@ -110,7 +114,7 @@ def layer_kernels(sizes: WanConfig, frames: int, tokens: int, clip: int, *, fuse
 
 
 def _layer(sizes: WanConfig, fused: bool) -> Block:
-    """A layer without values, as it is prepared for inference."""
+    """Return a layer without values, prepared for inference."""
     with torch.device("meta"):
         block = Block(sizes.dim, sizes.ffn_dim, sizes.num_heads, sizes.eps).bfloat16().requires_grad_(False)
         block.self_attn.fuse()
@@ -119,7 +123,7 @@ def _layer(sizes: WanConfig, fused: bool) -> Block:
 
 
 def _traced(block: Block, sizes: WanConfig, frames: int, tokens: int, clip: int) -> tuple[GraphModule, list[Any]]:
-    """The graph of a layer over its cache, in operations that inductor lowers, and its inputs."""
+    """Return the graph of a layer with its cache, in operations that inductor lowers, and its inputs."""
     block = block.to_empty(device="cpu")
     head_dim = sizes.dim // sizes.num_heads
     prompt = torch.empty(1, sizes.text_len, sizes.num_heads, head_dim, dtype=torch.bfloat16)
@@ -155,14 +159,14 @@ def _on_cuda(x: Tensor) -> Tensor:
 
 
 def _name(node: BaseSchedulerNode) -> str:
-    """The function that a kernel calls, or the operations that it computes; "" if it only names an output."""
+    """Return the function that a kernel calls, or the operations that it computes; "" if it only names an output."""
     if not node.is_extern():
         return node.get_name()
     return getattr(node.node, "python_kernel_name", None) or ""
 
 
 def _bytes(name: str, node: BaseSchedulerNode) -> float:
-    """Bytes that a kernel reads and writes. Buffers that live only inside it do not count."""
+    """Return the bytes that a kernel reads and writes. Buffers inside the kernel do not count."""
     mutated = {other for out in node.get_outputs() for other in out.get_mutations()}
     several = [out for out in getattr(node.node, "outputs", []) if isinstance(out, MultiOutput)] if name else []
     total = float(sum(int(out.get_numel()) * out.get_dtype().itemsize for out in several))
@@ -173,12 +177,12 @@ def _bytes(name: str, node: BaseSchedulerNode) -> float:
             touched[dep.name] = touched.get(dep.name, 0) + _numel(dep)
     for other, numel in touched.items():  # an element that is read twice comes from the cache of the processor
         total += min(numel, int(V.graph.get_numel(other))) * V.graph.get_dtype(other).itemsize
-    # Of the cache it writes as many keys and values as it returns queries; their sizes are not in the graph.
+    # It writes as many keys and values to the cache as it returns queries. Their sizes are not in the graph.
     return total * 6 / 4 if "split_qkv" in name else total
 
 
 def _numel(dep: Any) -> int:
-    """How many elements a kernel touches in the turns of its loop; all of a buffer if that is not known."""
+    """Return the number of elements that a kernel reads or writes; the size of the buffer if it is not known."""
     if not isinstance(dep, MemoryDep):
         return int(V.graph.get_numel(dep.name))
     used = dep.var_names if dep.is_indirect() else [name for name in dep.var_names if name in dep.index.free_symbols]
@@ -187,7 +191,7 @@ def _numel(dep: Any) -> int:
 
 @contextmanager
 def _imagined_gpu() -> Iterator[None]:
-    """Let inductor believe in an H100. It asks for properties of the device and computes nothing on it."""
+    """Simulate an H100 for inductor, which reads the properties of the device and computes nothing on it."""
     properties = {
         "multi_processor_count": 132,
         "major": 9,

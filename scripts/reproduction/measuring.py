@@ -47,7 +47,7 @@ class Measured:
     features: dict[str, Tensor]
     """Length -> the codec's features of the last training length of each video, [prompts, N, D]."""
     frames_per_second: float | None
-    """Of one stream, at the training length. None for real clips."""
+    """Speed of one stream at the training length. None for real clips."""
 
 
 def measured_file(folder: Path, row: str, seed: int) -> Path:

@@ -30,7 +30,7 @@ class LinearCode:
     """Divisor of each latent channel [C]."""
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames [B F 3 H W] in [-1, 1] -> latents [B f C h w]."""
+        """Encode frames [B F 3 H W] in [-1, 1] as latents [B f C h w]."""
         code = (_blocks(frames, self.config) - self.mean) @ (self.basis / self.scale[:, None]).T
         return rearrange(code, "b f h w c -> b f c h w")
 
