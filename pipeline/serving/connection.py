@@ -115,7 +115,9 @@ class Connection:
             return
         text = event["text"]
         if len(text) > messages.LONGEST_TEXT:
-            raise UserError(f"a text message has {len(text):,} characters; at most {messages.LONGEST_TEXT:,} are taken")
+            raise UserError(
+                f"a text message has {len(text):,} characters; at most {messages.LONGEST_TEXT:,} are allowed"
+            )
         await asyncio.sleep(self._server.text_bytes.spend(self._visitor, len(text)))
         await self._obey(messages.CLIENT_MESSAGE.validate_json(text))
 
@@ -172,7 +174,7 @@ class Connection:
     def _open_feed(self, spec: StreamSpec) -> StreamSpec:
         """Return the request with a source whose frames this client sends."""
         if not self._server.sources.enter(self._visitor):
-            raise UserError("too many cameras, screens and videos are followed at the moment; try again later")
+            raise UserError("too many viewers use a camera, a screen or a video now; try again later")
         source = LiveSource(spec.height, spec.width)
         self._feed = live.Feed(source, spec.fps)
         return replace(spec, source=source)

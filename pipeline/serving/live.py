@@ -61,7 +61,7 @@ class Feed:
 
     async def _decoded(self, data: bytes) -> bytes:
         if len(data) > MOST_FRAME_BYTES:
-            raise UserError(f"a frame of the source has {len(data):,} bytes; at most {MOST_FRAME_BYTES:,} are taken")
+            raise UserError(f"a frame of the source has {len(data):,} bytes; at most {MOST_FRAME_BYTES:,} are allowed")
         if self._child is None:
             size = str(self.source.height), str(self.source.width)
             self._child = await limited_child("pipeline.serving.live_frames", *size, seconds=CHILD_SECONDS)

@@ -64,7 +64,7 @@ export class Fields {
     field.value = field.value !== "" && Number.isFinite(nearest) ? Number(nearest.toFixed(3)) : field.defaultValue || field.min;
   }
 
-  // What a start asks for; `given` latent frames come from an image.
+  // Return the settings of a start. `given` latent frames come from an image.
   request(given) {
     const [height, width] = this.get("size").value.split("x").map(Number);
     const length = this.get("length").value;
@@ -88,7 +88,7 @@ export class Fields {
     return `${location.origin}${location.pathname}#${values}`;
   }
 
-  // Takes over what a link says, as far as it is on offer here. Returns its prompt.
+  // Use the settings of a link that this server offers. Return its prompt.
   takeLink(fragment) {
     const values = new URLSearchParams(fragment.slice(0, 8 * this.options.longest_prompt).replace(/^#/, ""));
     for (const name of [...SHARED, "style"]) {

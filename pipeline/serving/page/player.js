@@ -37,7 +37,7 @@ export class Player {
     this.late = 0; // times that the picture stood still for more than a frame
     this.overdue = 0; // frames that came after their time
     this.dry = false; // no frame was left at the last tick
-    this.hurried = null; // the frames before a new prompt are to be over at `until`; `first` is its first frame
+    this.hurried = null; // the frames before a new prompt must end at `until`; `first` is the first frame of the prompt
     this.jump = null; // frames before this one are not shown any more
     this.ticked = 0;
     this.times = [];
@@ -64,7 +64,7 @@ export class Player {
     this.origin = null;
   }
 
-  // Plays the frames that wait faster, so that they are over at the time `until` if a new prompt follows them.
+  // Play waiting frames faster, so that they end at the time `until`, when a new prompt follows.
   hurry(until) {
     this.hurried = { until, first: null };
   }
@@ -133,7 +133,7 @@ export class Player {
     if (frame) this.show(frame, now);
   }
 
-  // If the stream was late, not the display, every frame is shown, from now on.
+  // If the stream was late and not the display, show every frame, beginning now.
   catchUp(behind) {
     if (behind > STALL_MS || (behind > 0 && this.dry)) {
       if (behind <= STALL_MS && this.shown > 0) {
@@ -155,7 +155,7 @@ export class Player {
     this.reported = 0;
   }
 
-  // The speed at which the frames before a new prompt are over in time. Without its first frame some are kept.
+  // Return the speed at which the frames before a new prompt end in time. Some are kept until its first frame is here.
   rate(now) {
     const { until, first } = this.hurried;
     const left = (first ?? this.frames.at(-1).index + 1) - ((now - this.origin) * this.fps) / 1000;

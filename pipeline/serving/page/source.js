@@ -4,7 +4,7 @@ const RAW = 0;
 const JPEG = 1;
 const MOST_RAW_PIXELS = 128 * 128; // as the server sends frames
 const QUALITIES = [0.85, 0.6, 0.35, 0.15]; // the first whose file is small enough
-const MOST_WAITING = 512 * 1024; // bytes that the network has not taken; with more, frames are left out
+const MOST_WAITING = 512 * 1024; // bytes that wait for the network; beyond that, frames are skipped
 const HTTPS = "Browsers give a camera or the screen only to pages on https or on localhost. A video file works everywhere.";
 
 export class Source {
@@ -56,7 +56,7 @@ export class Source {
     this.onChange();
   }
 
-  // Lets the camera, the screen or the file go.
+  // Release the camera, the screen or the file.
   drop() {
     const was = this.armed;
     if (this.timer) this.end(true);

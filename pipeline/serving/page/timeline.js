@@ -30,7 +30,7 @@ export class Timeline {
     this.draw();
   }
 
-  // A video begins. The prompts of before are forgotten unless they are to be played again.
+  // A video begins. Earlier prompts are removed, unless they will be played again.
   begin(prompt) {
     this.opening = oneLine(prompt);
     this.now = 0;
