@@ -96,8 +96,11 @@ def end(process: BaseProcess, folder: Path, seconds: float = 60) -> tuple[int, s
     return process.exitcode, log_file(folder).read_text()
 
 
-def wait_for(process: BaseProcess, folder: Path, condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds. The process of :func:`start` must run until then."""
+def wait_for(process: BaseProcess, folder: Path, condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until a process of :func:`start` has come so far. A process that does not come so far is killed."""
+    limit = time.monotonic() + seconds
     while not condition():
-        assert process.is_alive(), log_file(folder).read_text()
+        if not process.is_alive() or time.monotonic() > limit:
+            process.kill()
+            raise AssertionError(log_file(folder).read_text())
         time.sleep(0.02)

@@ -49,15 +49,18 @@ def test_whoever_gets_the_signal_all_processes_save_and_none_stays(tmp_path, who
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    files = [tmp_path / f"{rank}.pid" for rank in range(2)]
-    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
-    pids = [int(file.read_text()) for file in files]
-    if whom == "the terminal":
-        os.killpg(job.pid, number)
-    else:
-        os.kill(job.pid, number)
-    wait_for(lambda: not any(map(is_alive, pids)), timeout=30)
-    job.wait(30)
+    try:
+        files = [tmp_path / f"{rank}.pid" for rank in range(2)]
+        wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+        pids = [int(file.read_text()) for file in files]
+        if whom == "the terminal":
+            os.killpg(job.pid, number)
+        else:
+            os.kill(job.pid, number)
+        wait_for(lambda: not any(map(is_alive, pids)), timeout=30)
+        job.wait(30)
+    finally:
+        job.kill()
     assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
 
 

@@ -114,9 +114,13 @@ def test_killed_runs_end_as_one_left_alone_to_the_last_bit(train, release, tmp_p
 def test_a_signal_to_one_process_ends_all_well_with_a_checkpoint(release, tmp_path, number):
     logdir = tmp_path / "run"
     group = launch(flags(release, logdir, "trainer.steps=100000", "trainer.batch_size=1", *DMD), 2)
-    wait_for(lambda: (logdir / "metrics.jsonl").exists() and len(repeated_metrics(logdir)) >= 2)
-    os.kill(group[1].pid, number)
-    wait(group, timeout=60)
+    try:
+        wait_for(lambda: (logdir / "metrics.jsonl").exists() and len(repeated_metrics(logdir)) >= 2)
+        os.kill(group[1].pid, number)
+        wait(group, timeout=60)
+    finally:  # a failure leaves no training behind
+        for process in group:
+            process.kill()
     step = read_about(latest_checkpoint(logdir / "checkpoints"))["step"]
     assert step == step_reached(logdir / "checkpoints") == repeated_metrics(logdir)[-1]["step"] >= 2
     assert not (logdir / "model.pt").exists()
