@@ -169,7 +169,7 @@ def _parse_override(schema: type, text: str) -> dict[str, Any]:
         raise UserError(f"{COMMAND_LINE}: {text!r} is not an override of the form section.key=value")
     key, raw = match.groups()
     if not raw.isascii() and any("\ud800" <= character <= "\udfff" for character in raw):
-        raise UserError(f"{COMMAND_LINE}: {key}={raw!a}: is not text in UTF-8; rename what it names")
+        raise UserError(f"{COMMAND_LINE}: {key}={raw!a}: is not text in UTF-8; rename the file that it names")
     hint = _hint_at(schema, key)
     is_text = _without_none(hint) is str
     text = _literal(raw) if is_text else raw

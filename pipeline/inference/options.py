@@ -58,7 +58,7 @@ class InferenceOptions:
         if empty := [name for name in FILES if getattr(self, name) is not None and not getattr(self, name).strip()]:
             raise UserError(f"--{empty[0]} is empty; give a file or leave the option out")
         if self.strength is not None and not self.v2v:
-            raise UserError("--strength says nothing without --v2v")
+            raise UserError("--strength has no effect without --v2v")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise UserError(f"--strength {self.strength:g} must be above 0 and at most 1")
         if self.prompt and self.i2v:
