@@ -29,7 +29,7 @@ PIECE = 2**24  # bytes that are hashed at once
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub describes it. ``into`` is the folder that stands for its repository on this machine."""
+    """A file as the hub describes it. `into` is the local folder that mirrors its repository."""
 
     repository: str
     revision: str

@@ -52,7 +52,7 @@ class RolloutConfig:
     cache_dtype: CacheDtype = CacheDtype.auto
     """How keys and values are stored: auto or fp8."""
     recache_sink: bool = True
-    """A prompt switch with recache encodes the sink anew too; false keeps the sink of the first prompt."""
+    """Whether a prompt switch with recache encodes the sink again too. If false, the sink keeps the first prompt."""
     recompute: bool = False
     """Before every chunk, encode the visible frames again, as a clip that begins with its own image latent
     (krea-ai/realtime-video). It needs a window without a sink. Training rollouts ignore it."""

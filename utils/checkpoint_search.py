@@ -100,7 +100,7 @@ def find_good_checkpoint(folder: str | Path, ranks: Ranks = ALONE) -> Path | Non
 
 
 def put_away(folder: str | Path) -> None:
-    """Rename a folder of checkpoints, so that a run starts anew without losing what is there."""
+    """Rename a folder of checkpoints, so that a run can start from the beginning without losing it."""
     folder, number = Path(folder), 1
     if not folder.exists():
         return

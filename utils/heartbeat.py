@@ -46,7 +46,7 @@ def publish_failure(rank: int, error: BaseException) -> str | None:
 
 
 def failure_message(published: str) -> str:
-    """Return what is said of the process that published a failure."""
+    """Return the message about the process that published a failure."""
     rank, _, message = published.partition(" ")
     return f"process {rank} failed: {message}"
 

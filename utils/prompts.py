@@ -47,7 +47,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def read_prompt_lines(path: str | Path) -> list[PromptLine]:
-    r"""Return the prompts of a UTF-8 file in order, with their line numbers. Empty lines are left out.
+    r"""Return the prompts of a UTF-8 file in order, with their line numbers. Empty lines are ignored.
 
     The ending of the name decides how it is read: `.jsonl` holds one JSON object a line and `.csv` (or `.tsv`) a
     header, both with a column "prompt". Any other file holds one prompt a line. Only `\n`, `\r\n` and `\r` end a line;

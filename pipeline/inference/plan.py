@@ -96,7 +96,7 @@ def _name(config: PipelineConfig, options: InferenceOptions, title: str, index: 
 def _prompt_lines(
     config: PipelineConfig, options: InferenceOptions, opening: str | None
 ) -> tuple[list[PromptLine], str]:
-    """Return the prompts that name the videos, and where they come from."""
+    """Return the prompts that name the videos, and the name of their source."""
     if opening is not None:
         return [PromptLine(1, opening)], f"{options.storyboard}"
     if options.prompt:

@@ -38,7 +38,7 @@ class Track:
     """The changes of the prompt."""
 
     def note(self, change: PromptChange, fps: float) -> None:
-        """Add a change of the prompt that takes effect with the next frame. Settings of a source are left out."""
+        """Add a change of the prompt that takes effect with the next frame. Settings of a source are ignored."""
         at = math.floor(1000 * self.frames / fps) / 1000  # rounded down, so that it is not after the frame
         settings = {name: value for name, value in change.settings.items() if name != "strength"}
         self.cues.append(Cue(at, change.prompt, change.style, settings))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, as the command line said it."""
+    """The source of a model, as the command line names it."""
 
     config_path: str
     """The YAML file."""
@@ -21,7 +21,7 @@ class ModelSource:
     settings: tuple[str, ...] = ()
     """Keys that replace those of the file, each as ``key=value``."""
     use_ema: bool = False
-    """Averaged weights if a checkpoint holds both."""
+    """Use averaged weights if a checkpoint holds both."""
     download: bool = False
     """Fetch the published weights that are missing first."""
     tiny_decoder: Path | None = None

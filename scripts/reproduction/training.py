@@ -85,7 +85,7 @@ def run_program(command: list[str], name: str) -> None:
             process.terminate()
 
     with StopSignals(on_signal=pass_on) as stop:
-        # In a session of its own, so that Ctrl-C in a terminal reaches it once: from here.
+        # The program gets its own session, so that Ctrl-C in a terminal reaches it only once, through this process.
         process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, start_new_session=True)
         if stop.received:
             process.terminate()
