@@ -140,6 +140,14 @@ def test_every_goal_is_a_figure_of_a_row(monkeypatch):
         assert goal.row in known and is_known(known[goal.row], goal.figure), goal
 
 
+def test_the_page_of_performance_shows_every_goal():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    shown = {(row[0].strip("`"), row[1].strip("`"), row[3]) for row in rows if len(row) == 5}
+    for goal in GOALS:
+        assert (goal.row, goal.figure, str(goal)) in shown, goal
+
+
 def test_the_table_of_speed_uses_the_names_of_benchmark_py(monkeypatch):
     """Each row is a measurement of benchmark.py whose configuration loads."""
     from scripts.benchmark import MEASURES

@@ -41,7 +41,6 @@ def rows(device: torch.device) -> Iterator[Row]:
         yield Row("session, Wan VAE, compiled", "session", FULL, COMPILED)
         yield Row("session, TAEHV", "session", FULL, TAEHV)
         yield Row("session, TAEHV, compiled", "session", FULL, (*COMPILED, *TAEHV))
-        yield Row("several viewers, TAEHV", "viewers", FULL, TAEHV, repeats=1)
         yield Row("Wan VAE, 81 frames", "codec", FULL)
         yield Row("TAEHV, 81 frames", "codec", FULL, TAEHV)
     else:
