@@ -39,6 +39,8 @@ NONE = ("null", "~")
 """How YAML writes None."""
 PATHS = INPUTS | {"output_folder", "cache", "lora"}
 """The last parts of the keys that name files and folders."""
+LEAST_INT, MOST_INT = -(2**63), 2**64 - 1
+"""Whole numbers that PyTorch takes, as a size or as a seed."""
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
@@ -228,14 +230,18 @@ def _merge(
                 config.merge_with({name: _enum_member(kind, value)})
         except (OmegaConfBaseException, TypeError):
             raise UserError(f"{origin}: {key}={_show(value)} is not {_describe(hints[name], value)}") from None
-        if not OmegaConf.is_interpolation(config, name) and _has_infinity(OmegaConf.to_container(config)[name]):
+        if OmegaConf.is_interpolation(config, name):
+            continue
+        numbers = _numbers(OmegaConf.to_container(config)[name])
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             raise UserError(f"{origin}: {key}={_show(value)} must be finite; give a number")
+        if not all(LEAST_INT <= number <= MOST_INT for number in numbers if isinstance(number, int)):
+            raise UserError(f"{origin}: {key}={_show(value)} does not fit into 64 bits; give a smaller number")
 
 
-def _has_infinity(value: Any) -> bool:
-    """Return whether a value contains nan or an infinity. They are not valid for any key."""
-    numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return any(isinstance(number, float) and not math.isfinite(number) for number in numbers)
+def _numbers(value: Any) -> list[Any]:
+    """Return a value, or the items of a list. Text has none."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def _literal(value: Any) -> Any:

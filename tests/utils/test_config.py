@@ -130,6 +130,14 @@ def test_saved_configuration_reads_back_equal(write, tmp_path):
         ("zzzzzz=1", "unknown key zzzzzz=1"),
         ("rollout.window=nine", "rollout.window='nine' is not of type int | None"),
         ("rollout.sink=1.5", "rollout.sink=1.5 is not of type int"),
+        (
+            "rollout.sink=99999999999999999999",
+            "rollout.sink=99999999999999999999 does not fit into 64 bits; give a smaller number",
+        ),
+        (
+            "rollout.steps=[4,-9223372036854775809]",
+            "rollout.steps=[4, -9223372036854775809] does not fit into 64 bits; give a smaller number",
+        ),
         ("rollout.sink=null", "rollout.sink=None is not of type int"),
         ("rollout.steps=4", "rollout.steps=4 is not of type list[int]"),
         ("rollout.steps=[1,x]", "rollout.steps=[1, 'x'] is not of type list[int]"),
