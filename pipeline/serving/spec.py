@@ -10,6 +10,16 @@ if TYPE_CHECKING:
     from pipeline.serving.live_source import LiveSource
 
 
+KEYS_OF_A_CLIP = (
+    "inference.seed",
+    "inference.data_path",
+    "inference.output_folder",
+    "video.num_frames",
+    "video.fps",
+)
+"""Keys that the command of a clip sets with options of its own."""
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """The source of a model, as the command line names it."""
@@ -35,9 +45,10 @@ class ModelSource:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments with which inference.py loads the same model."""
+        """The arguments with which inference.py loads the same model, without what each clip says of itself."""
         weights = [] if self.checkpoint_path is None else [f"--checkpoint_path={self.checkpoint_path}"]
-        return [f"--config_path={self.config_path}", *weights, *(["--use_ema"] if self.use_ema else []), *self.settings]
+        settings = [text for text in self.settings if text.partition("=")[0] not in KEYS_OF_A_CLIP]
+        return [f"--config_path={self.config_path}", *weights, *(["--use_ema"] if self.use_ema else []), *settings]
 
 
 @dataclass(frozen=True)

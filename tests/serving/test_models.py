@@ -3,6 +3,7 @@
 import importlib.util
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipeline.serving.models import Models
 from pipeline.serving.spec import ModelSource
 from pipeline.steps import even_steps
 from pipeline.storyboard import read_storyboard
+from utils.cli import merged_overrides
 from utils.errors import UserError
 
 pytest_plugins = ["tests.shapes_parts"]
@@ -105,6 +107,15 @@ def test_commands_say_what_is_not_usual(models, fields, expected):
     assert (python, script) == ("python", "inference.py")
     assert set(expected) <= set(arguments)
     inference.parse_arguments(arguments)
+
+
+def test_a_command_gives_no_key_two_values(models, monkeypatch):
+    """The settings of the demo are in the command, but for those that the clip has a value of its own for."""
+    settings = ("rollout.window=9", "video.fps=8", "video.num_frames=21", "inference.seed=3")
+    monkeypatch.setattr(models, "_source", replace(models._source, settings=settings))
+    args = inference.parse_arguments(command_of(models)[2:])
+    assert args.overrides == ["rollout.window=9"]
+    assert "video.fps=12" in merged_overrides(args, inference.KEYS)
 
 
 def test_storyboards_are_those_that_inference_reads(tmp_path):
