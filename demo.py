@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,22 +15,38 @@ from utils.signals import Stopper, StopSignals
 
 log = logging.getLogger("demo")
 
+DEFAULT_CONFIG = "configs/shapes/self_forcing_dmd.yaml"
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_server_arguments(parser)
+    add_server_arguments(parser, configs="+")
     add = parser.add_argument
     add("--download", action="store_true", help="first download missing published weights; default: off")
     add("--share", action="store_true", help="also make a public https address through Gradio's servers; default: off")
     add("--no-browser", action="store_true", help="do not open a browser window; default: open one on a desktop")
-    return parser.parse_intermixed_args(arguments)
+    add("--visitors-choose", action="store_true", help="let visitors from other machines choose among several "
+        "configurations; it ends every running video; default: only this machine may choose")  # fmt: skip
+    args = parser.parse_intermixed_args(arguments)
+    named = [args.config_path] if isinstance(args.config_path, str) else args.config_path
+    args.config_path = [text for text in named if os.path.exists(text) or not OVERRIDE.match(text)]
+    args.overrides = [text for text in named if text not in args.config_path] + args.overrides
+    if not args.config_path:
+        parser.error("argument --config_path: give a file")
+    return args
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every server of the page needs: the model, access, and clips."""
+def add_server_arguments(parser: argparse.ArgumentParser, *, configs: str | None = None) -> None:
+    """Add the options that every server of the page needs: the model, access, and clips.
+
+    Args:
+        configs: how many configurations may be named, as ``nargs`` of argparse. None: one.
+    """
     add = parser.add_argument
-    add("--config_path", type=find_shipped, default="configs/shapes/self_forcing_dmd.yaml",
-        help="YAML file with the settings; default: %(default)s")  # fmt: skip
+    several = "; the page offers a choice if you give several, and begins with the first" if configs == "+" else ""
+    add("--config_path", type=find_shipped, nargs=configs, default=DEFAULT_CONFIG, metavar="FILE",
+        help=f"YAML file with the settings{several}; default: %(default)s")  # fmt: skip
     add("--checkpoint_path", type=find_shipped,
         help="weights of the generator: folder, .safetensors or .pt; default: generator.weights")  # fmt: skip
     add("--use_ema", action="store_true", help="use the averaged weights if a checkpoint holds both; "

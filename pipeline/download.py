@@ -48,7 +48,7 @@ def download_weights(config: PipelineConfig) -> None:
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # otherwise it logs every request
     sources = _sources(config)
-    if constants.HF_HUB_OFFLINE and all(Path(path).exists() for path in _paths(config)):
+    if constants.HF_HUB_OFFLINE and all(Path(path).exists() for path in weight_paths(config)):
         log.info("download: HF_HUB_OFFLINE is set; the files that are here are used as they are")
         return
     fetches = [fetch for source in sources if (fetch := _plan(source)).files]
@@ -67,7 +67,7 @@ def download_weights(config: PipelineConfig) -> None:
 def _sources(config: PipelineConfig) -> list[Published]:
     """Return one entry for each repository and folder, with the patterns of all its paths in the configuration."""
     found: dict[tuple[str, Path], Published] = {}
-    for path in _paths(config):
+    for path in weight_paths(config):
         source = published(path)
         if source is not None:
             key = source.repository, source.into
@@ -78,7 +78,7 @@ def _sources(config: PipelineConfig) -> list[Published]:
     return list(found.values())
 
 
-def _paths(config: PipelineConfig) -> list[str]:
+def weight_paths(config: PipelineConfig) -> list[str]:
     """Return the paths of weights that a configuration names."""
     text = config.text_encoder
     return [path for path in (config.generator.weights, config.codec.weights, text.weights, text.tokenizer) if path]

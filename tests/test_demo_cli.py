@@ -51,6 +51,52 @@ def test_a_missing_file_is_named(refuse):
     assert "weights.pt" in refuse("--checkpoint_path", "weights.pt")
 
 
+def test_several_configurations_can_be_named_before_overrides():
+    args = demo.parse_arguments(["--config_path", "a.yaml", "b.yaml", "rollout.window=9", "--batch", "video.fps=8"])
+    assert args.config_path == ["a.yaml", "b.yaml"] and args.overrides == ["rollout.window=9", "video.fps=8"]
+
+
+def test_weights_belong_to_one_configuration(refuse):
+    arguments = ("--config_path", "config.yaml", "config.yaml")
+    assert "--config_path names 2" in refuse(*arguments, "--checkpoint_path", "config.yaml")
+    assert "--config_path names 2" in refuse(*arguments, "generator.weights=other.pt")
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [("{nonsense: 1}", "nonsense"), ("{generator: {weights: nowhere}}", "nowhere"), (None, "named twice")],
+)
+def test_a_mistake_in_any_configuration_is_told_before_the_server_starts(
+    release, tmp_path, monkeypatch, capsys, second, reason
+):
+    def start(*_) -> None:
+        raise AssertionError("the server starts")
+
+    monkeypatch.setattr(run, "make_runner", start)
+    other = tmp_path / "other.yaml"
+    other.write_text(second or "{}")
+    named = [release.config_path, release.config_path if second is None else str(other)]
+    assert demo.main(["--config_path", *named, "--port", "0", "--clips_folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and reason in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "private"),
+    [
+        ([], True),
+        (["--auth", "me:secret"], True),
+        (["--host", "0.0.0.0", "--insecure"], False),
+        (["--share", "--insecure"], False),
+        (["--trusted-proxy", "127.0.0.1"], False),
+        (["--allowed-host", "films.example"], False),
+        (["--root-path", "/wan"], False),
+    ],
+)
+def test_a_server_that_others_can_reach_is_not_private(arguments, private):
+    assert run.is_private(demo.parse_arguments(arguments)) is private
+
+
 def test_a_folder_without_a_name_is_refused(refuse):
     assert "the name of the folder to write to is empty" in refuse("--clips_folder", "")
 
@@ -79,7 +125,7 @@ def test_a_model_that_does_not_load_ends_the_program_with_its_reason(tmp_path, m
         def load(self, report) -> None:
             raise UserError("nowhere/model: no such file or folder")
 
-    monkeypatch.setattr(run, "build_server", lambda args: synthetic_server(tmp_path, Missing()))
+    monkeypatch.setattr(run, "build_server", lambda args, **_: synthetic_server(tmp_path, Missing()))
     monkeypatch.setattr("pipeline.serving.site.gradio_page", lambda root_path: FastAPI())
     with ThreadPoolExecutor() as pool:  # as its event loop needs a thread of its own
         code = pool.submit(demo.main, ["--port", "0", "--clips_folder", str(tmp_path), "--no-browser"]).result(60)

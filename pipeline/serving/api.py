@@ -21,6 +21,7 @@ from pipeline.serving.server import Server
 from pipeline.serving.status import metrics_text
 from pipeline.serving.visitors import BrowserSession
 from pipeline.serving.workers import Busy
+from utils.errors import UserError
 from utils.files import is_own_file
 
 PAGE = Path(__file__).parent / "page"
@@ -39,6 +40,7 @@ def create_app(server: Server, lifespan: Callable | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     _add_status_routes(app, server)
+    _add_model_route(app, server)
     _add_image_routes(app, server)
     _add_clip_routes(app, server)
     app.mount("/page", StaticFiles(directory=PAGE))
@@ -72,6 +74,19 @@ def _add_status_routes(app: FastAPI, server: Server) -> None:
         if server.state != "ready":
             raise HTTPException(503, f"the model is not ready: {server.stage}", SOON)
         return server.model.options()
+
+
+def _add_model_route(app: FastAPI, server: Server) -> None:
+    @app.put("/api/v1/model", summary="Load another model in place of this one; every stream ends", status_code=202)
+    async def choose_model(name: str, request: Request) -> None:
+        if not server.may_choose:
+            raise HTTPException(403, "only the machine of the server may choose the model; see --visitors-choose")
+        if name not in server.model.names:
+            raise HTTPException(404, f"no such model; choose from {', '.join(server.model.names)}")
+        try:
+            await server.choose(name, _visitor(request))
+        except UserError as error:
+            raise HTTPException(409, str(error)) from error
 
 
 def _add_image_routes(app: FastAPI, server: Server) -> None:

@@ -156,6 +156,7 @@ class Connection:
         server = self._server
         if server.state != "ready":
             raise UserError("the model is still loading; try again in a few seconds")
+        loads = server.loads
         image = self._session.image if message.image else None
         if message.image and image is None:
             raise UserError("image=true, but no image was uploaded; upload one first")
@@ -163,10 +164,13 @@ class Connection:
             raise UserError("image=true and source=true: a video follows a source or starts from an image; choose one")
         spec = server.model.spec(message, image)
         await server.take_start(self._visitor)
+        server.check_same(loads)
         if self._viewer is not None:
             self._viewer.stop()
         await self._close_feed()
+        server.check_same(loads)
         await server.prepare(spec, self._visitor)
+        server.check_same(loads)
         if message.source:
             spec = self._open_feed(spec)
         self._viewer = server.hub.submit(spec, self._outbox.put, self._visitor, self._session.id)
@@ -210,15 +214,15 @@ class Connection:
             self._viewer.frame_sent()
 
     async def _report(self) -> None:
-        """Send the status when it changes or the memory figure is old, the place in line, and once the options."""
+        """Send the status when it changes or the memory figure is old, the place in line, and each model's options."""
         told: dict[str, Any] = {}
-        place, since, offered = None, 0.0, False
+        place, since, offered = None, 0.0, -1
         while True:
             status = self._server.status()
             news = {key: value for key, value in status.items() if key != "memory"}
             if news != told or since > MEMORY_SECONDS:
-                if self._server.state == "ready" and not offered:
-                    status, offered = status | {"options": self._server.model.options()}, True
+                if self._server.state == "ready" and offered != self._server.loads:
+                    status, offered = status | {"options": self._server.model.options()}, self._server.loads
                 self._outbox.put(status)
                 told, since = news, 0.0
             place = self._tell_place(place)

@@ -166,6 +166,16 @@ class Hub:
             self._fill_seats()
         return viewer
 
+    def end_all(self, notice: str) -> None:
+        """End every stream with a notice, and wait until the clips are finished. No stream may begin meanwhile."""
+        with self._wake:
+            viewers = [*self._seats.taken, *self._seats.line]
+        for viewer in viewers:
+            viewer.deliver({"type": "notice", "stream": viewer.number, "message": notice})
+            viewer.stop()
+        for viewer in viewers:
+            viewer.wait_until_closed()
+
     def close(self) -> None:
         """Stop every stream, finish the clips, and end the threads."""
         with self._wake:

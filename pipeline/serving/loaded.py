@@ -5,21 +5,24 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
+from model.weights import not_found
 from pipeline import memory
-from pipeline.config import CodecConfig, CodecKind, load_pipeline_config
-from pipeline.download import download_weights
+from pipeline.config import CodecConfig, CodecKind, PipelineConfig, load_pipeline_config
+from pipeline.download import download_weights, weight_paths
 from pipeline.loading import load_codec, load_denoiser
 from pipeline.optimize import FP8_CAPABILITY, CompileMode, Quantization, optimize
 from pipeline.request import StreamRequest
@@ -51,6 +54,9 @@ class LoadedModel:
             UserError: a file is missing or damaged.
         """
         report("reading the configuration", 0.4)
+        gc.collect()  # an earlier model may be part of a circle of references
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         config = load_pipeline_config(source.config_path, source.overrides)
         if source.download:
             download_weights(config)
@@ -163,6 +169,21 @@ class LoadedModel:
         session = self.open(spec)
         session.decode(session.denoise())
         session.stop()
+
+
+def check_source(source: ModelSource) -> PipelineConfig:
+    """Return the configuration of a model, without loading the model.
+
+    Raises:
+        UserError: the configuration has a mistake, its prompts cannot be read, or its weights are missing and are not
+            downloaded first.
+    """
+    config = load_pipeline_config(source.config_path, source.overrides)
+    read_prompts(config.inference.data_path)
+    for path in [] if source.download else weight_paths(config):
+        if not Path(path).exists():
+            raise UserError(f"{source.config_path}: {not_found(path)}")
+    return config
 
 
 def offered_precisions(device: torch.device) -> list[str]:

@@ -1,10 +1,14 @@
-"""The model as the server uses it: its choices, its sessions, and the commands of clips. It does not import torch."""
+"""The models as the server uses them: their choices, their sessions, and the commands of clips.
+
+One model is in memory at a time. This module does not import torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.serving.clips import Cue
@@ -18,7 +22,7 @@ from pipeline.serving.messages import (
     MOST_SEED,
     Start,
 )
-from pipeline.serving.spec import ModelSource, StreamSpec
+from pipeline.serving.spec import ModelSource, StreamSpec, short_names
 from pipeline.steps import even_steps, most_steps
 from utils.errors import UserError
 
@@ -38,18 +42,44 @@ STYLES = {  # style of a prompt switch -> its text on the page
 
 
 class Models:
-    """The choices that a model offers, and the commands that repeat its clips. :meth:`load` loads the model itself."""
+    """The choices that a model offers, and the commands that repeat its clips. :meth:`load` loads the model itself.
 
-    def __init__(self, source: ModelSource) -> None:
-        self._source = source
-        self._loaded: LoadedModel
+    Args:
+        sources: the models among which visitors may choose. The first one is the default.
+
+    Raises:
+        UserError: two sources have the same configuration.
+    """
+
+    def __init__(self, *sources: ModelSource) -> None:
+        names = short_names([source.config_path for source in sources])
+        self._sources = dict(zip(names, sources, strict=True))
+        self._source, self._chosen = sources[0], names[0]
+        self._loaded: LoadedModel | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the models, the default first."""
+        return list(self._sources)
+
+    @property
+    def chosen(self) -> str:
+        """The name of the model that is loaded or will be."""
+        return self._chosen
+
+    def check(self, name: str) -> None:
+        """Raise UserError if the configuration of a model has a mistake or its files are missing."""
+        loaded_module().check_source(self._sources[name])
+
+    def choose(self, name: str) -> None:
+        """Drop the loaded model. :meth:`load` then loads the one of this name."""
+        self._loaded = None
+        self._source, self._chosen = self._sources[name], name
 
     def load(self, report: Callable[[str, float], None]) -> None:
         """Import, load and warm up the model. Raises UserError if a file is missing or damaged."""
         report("importing torch", 0.1)
-        from pipeline.serving.loaded import LoadedModel
-
-        self._loaded = LoadedModel(self._source, report)
+        self._loaded = loaded_module().LoadedModel(self._source, report)
 
     def options(self) -> dict[str, Any]:
         """Return the choices of a stream, as docs/api.md lists them."""
@@ -156,6 +186,13 @@ class Models:
         if min(height, width) >= 2 * SMALLEST_HALF:
             wanted += [(height // 2, width // 2), (width // 2, height // 2)]
         return list(dict.fromkeys((h // rows * rows, w // columns * columns) for h, w in wanted))
+
+
+def loaded_module() -> ModuleType:
+    """Return ``pipeline.serving.loaded``. It imports torch, which takes seconds."""
+    from pipeline.serving import loaded
+
+    return loaded
 
 
 def switch_arguments(cues: Sequence[Cue], storyboard: Path) -> list[str]:

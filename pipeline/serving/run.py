@@ -63,15 +63,11 @@ def check(args: argparse.Namespace) -> Access:
         raise UserError(f"{asked} lets others use the demo: add --auth user:password, or --insecure to allow anyone")
     if not all(all(account.partition(":")) for account in args.auth or []):
         raise UserError("--auth must be of the form user:password")
-    merged_overrides(args, KEYS)
     if args.max_viewers < 1:
         raise UserError(f"--max-viewers {args.max_viewers} must be at least 1")
     if not 0 < args.longest_clip < float("inf"):
         raise UserError(f"--longest_clip {args.longest_clip} must be above 0 and finite")
-    for flag in ("config_path", "checkpoint_path", "tiny_decoder"):
-        path = getattr(args, flag)
-        if path is not None and not Path(path).exists():
-            raise UserError(f"--{flag} {path}: no such file")
+    check_files(args)
     for proxy in args.trusted_proxy:
         try:
             ipaddress.ip_network(proxy, strict=False)
@@ -83,6 +79,30 @@ def check(args: argparse.Namespace) -> Access:
     names = tuple(name.lower() for name in args.allowed_host)
     hosts = None if open_to_others and not names else (*LOOPBACK, args.host, *names)
     return Access(hosts, names, tuple(args.auth or ()), root_path)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise UserError if a file of the command line is missing, or weights are given for several models."""
+    named = [("config_path", path) for path in config_paths(args)]
+    for flag, path in [*named, ("checkpoint_path", args.checkpoint_path), ("tiny_decoder", args.tiny_decoder)]:
+        if path is not None and not Path(path).exists():
+            raise UserError(f"--{flag} {path}: no such file")
+    overrides = merged_overrides(args, KEYS)
+    if len(named) > 1 and any(text.startswith("generator.weights=") for text in overrides):
+        raise UserError(
+            f"--checkpoint_path belongs to one model, and --config_path names {len(named)}; write generator.weights "
+            "into each file"
+        )
+
+
+def config_paths(args: argparse.Namespace) -> list[str]:
+    """Return the configurations of a command line. A program that takes one of them has a string."""
+    return [args.config_path] if isinstance(args.config_path, str) else args.config_path
+
+
+def is_private(args: argparse.Namespace) -> bool:
+    """Return whether only this machine can reach the server: no other address, no public one, and no proxy."""
+    return args.host in LOOPBACK and not (args.share or args.root_path or args.allowed_host or args.trusted_proxy)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -101,7 +121,7 @@ def serve(args: argparse.Namespace, access: Access, listener: socket.socket, sto
         runner.should_exit = True  # asks uvicorn to end
 
     address = listener.getsockname()[:2]
-    server = build_server(args)
+    server = build_server(args, may_choose=is_private(args) or args.visitors_choose)
     site = Site(
         server,
         started=lambda: announce(args, address),
@@ -145,15 +165,22 @@ def make_runner(app: ASGIApp, door: Door, proxies: list[str]) -> uvicorn.Server:
     )
 
 
-def build_server(args: argparse.Namespace, *, greeting: str = "") -> Server:
-    """Return the server with its model (not loaded yet), hub and gallery. `greeting`: a notice for each new client."""
-    source = ModelSource(
-        args.config_path, args.checkpoint_path, tuple(args.overrides), args.use_ema, args.download, args.tiny_decoder
-    )
-    models = Models(source)
+def build_server(args: argparse.Namespace, *, greeting: str = "", may_choose: bool = False) -> Server:
+    """Return the server with its models (not loaded yet), hub and gallery.
+
+    Args:
+        greeting, may_choose: see :class:`Server`.
+
+    Raises:
+        UserError: one of several configurations cannot be used.
+    """
+    rest = args.checkpoint_path, tuple(args.overrides), args.use_ema, args.download, args.tiny_decoder
+    models = Models(*(ModelSource(path, *rest) for path in config_paths(args)))
+    for name in models.names if len(models.names) > 1 else ():  # loading checks a single one
+        models.check(name)
     gallery = Gallery(Path(args.clips_folder), models.command, longest=args.longest_clip)
     hub = Hub(args.max_viewers, gallery, models.denoise_batch if args.batch else None)
-    return Server(models, hub, gallery, greeting=greeting)
+    return Server(models, hub, gallery, greeting=greeting, may_choose=may_choose)
 
 
 def announce(args: argparse.Namespace, address: tuple[str, int]) -> None:

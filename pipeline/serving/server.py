@@ -28,6 +28,24 @@ LONGEST_START_WAIT = 10.0  # seconds; a start that would have to wait longer is 
 class Model(Protocol):
     """The interface of a model to serve. The demo uses ``pipeline.serving.models.Models``."""
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the models among which visitors may choose, the default first."""
+        ...
+
+    @property
+    def chosen(self) -> str:
+        """The name of the model that is loaded or will be."""
+        ...
+
+    def check(self, name: str) -> None:
+        """Raise UserError if a model cannot be loaded for a reason that shows without loading it."""
+        ...
+
+    def choose(self, name: str) -> None:
+        """Drop the loaded model. :meth:`load` then loads the one of this name."""
+        ...
+
     def load(self, report: Callable[[str, float], None]) -> None:
         """Load the model. `report` gets the stage as text and the finished share in [0, 1]. Raises UserError."""
         ...
@@ -61,13 +79,25 @@ class Server:
         hub, gallery: see their modules.
         limits: how much visitors may use.
         greeting: text for a client that comes with a session of another server. It gets none if this is empty.
+        may_choose: whether visitors may choose among the models. A choice ends every running stream.
     """
 
     def __init__(
-        self, model: Model, hub: Hub, gallery: Gallery, limits: Limits | None = None, *, greeting: str = ""
+        self,
+        model: Model,
+        hub: Hub,
+        gallery: Gallery,
+        limits: Limits | None = None,
+        *,
+        greeting: str = "",
+        may_choose: bool = False,
     ) -> None:
         limits = limits or Limits()
-        self.greeting = greeting
+        self.greeting, self.may_choose = greeting, may_choose
+        self.loads = 0
+        """How many times another model was chosen."""
+        self.problem = ""
+        """Why the model that was chosen last was not loaded."""
         self.model, self.hub, self.gallery, self.limits = model, hub, gallery, limits
         self.stage, self.progress, self.state = "starting", 0.0, "loading"
         self.error: UserError | None = None
@@ -92,6 +122,47 @@ class Server:
         """Stop counting a WebSocket that was closed."""
         self.connections -= 1
 
+    async def choose(self, name: str, visitor: str) -> None:
+        """Begin to load another model in place of this one. Every stream ends with a notice.
+
+        Raises:
+            UserError: a model is being loaded, this one cannot be, or the visitor asks too often.
+        """
+        if name == self.model.chosen and self.state == "ready":
+            return
+        self._check_not_loading()
+        if self._precisions.try_spend(visitor) is None:
+            raise UserError("the model was changed too often from your address; wait a minute")
+        await asyncio.get_running_loop().run_in_executor(self._loader, self.model.check, name)
+        self._check_not_loading()
+        self.loads += 1
+        self.state, self.error, self.problem = "loading", None, ""
+        self.report("ending the videos that run", 0.02)
+        self._loader.submit(self._exchange, name)
+
+    def check_same(self, loads: int) -> None:
+        """Raise UserError if another model was chosen since `loads` was read."""
+        if self.state != "ready" or self.loads != loads:
+            raise UserError("another model was chosen meanwhile; start again when it is loaded")
+
+    def _check_not_loading(self) -> None:
+        if self.state == "loading":
+            raise UserError("a model is being loaded; wait until it is ready")
+
+    def _exchange(self, name: str) -> None:
+        """Load another model in place of this one. If that fails, load this one again and tell why."""
+        before = self.model.chosen
+        self.hub.end_all(f"This video was ended because another model was chosen: {name}.")
+        self.model.choose(name)
+        try:
+            self.model.load(self.report)
+        except Exception as error:
+            self.problem = f"{name} cannot be loaded: {_known(error)}. {before} is used again."
+            self.model.choose(before)
+            self.load()
+        else:
+            self._loaded()
+
     def load(self) -> None:
         """Load the model, unless it is loaded. An error is shown on the page and kept in `error`."""
         if self.state == "ready":
@@ -102,15 +173,16 @@ class Server:
         except Exception as error:
             self.fail(error)
             return
+        self._loaded()
+
+    def _loaded(self) -> None:
         self.report("ready", 1.0)
         self.state = "ready"
         self.hub.ready(self.model.open)
 
     def fail(self, error: Exception) -> None:
         """Record why the server cannot serve. The page shows the reason, and `error` keeps it."""
-        self.error = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
-        if not isinstance(error, UserError):
-            log.error("the model did not load", exc_info=error)
+        self.error = _known(error)
         self.state, self.stage = "failed", str(self.error)
 
     def report(self, stage: str, progress: float) -> None:
@@ -142,8 +214,20 @@ class Server:
         return {
             "type": "status",
             "model": {"state": self.state, "stage": self.stage, "progress": round(self.progress, 3)},
+            "models": self.model.names,
+            "chosen": self.model.chosen,
+            "may_choose": self.may_choose,
+            "problem": self.problem,
             "viewers": self.hub.viewers,
             "waiting": self.hub.waiting,
             "max_viewers": self.hub.max_viewers,
             "memory": self.memory(),
         }
+
+
+def _known(error: Exception) -> UserError:
+    """Return an error as one that a person can read. The log gets the whole error."""
+    if isinstance(error, UserError):
+        return error
+    log.error("the model did not load", exc_info=error)
+    return UserError(f"{type(error).__name__}: {error}")

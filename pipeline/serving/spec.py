@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.serving.live_source import LiveSource
@@ -49,6 +52,23 @@ class ModelSource:
         weights = [] if self.checkpoint_path is None else [f"--checkpoint_path={self.checkpoint_path}"]
         settings = [text for text in self.settings if text.partition("=")[0] not in KEYS_OF_A_CLIP]
         return [f"--config_path={self.config_path}", *weights, *(["--use_ema"] if self.use_ema else []), *settings]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return a name for each file: its last parts without the suffix, as few parts as tell the files apart.
+
+    Raises:
+        UserError: a file is named twice.
+    """
+    whole = [Path(path).resolve() for path in paths]
+    for path, file in zip(paths, whole, strict=True):
+        if whole.count(file) > 1:
+            raise UserError(f"--config_path {path}: this file is named twice; name it once")
+    for depth in range(1, max(len(file.parts) for file in whole)):
+        names = ["/".join(file.with_suffix("").parts[-depth:]) for file in whole]
+        if len(set(names)) == len(names):
+            return names
+    return list(map(str, paths))
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Viewer:
         self._deliver: Callable[[Message], None] | None = deliver
         self._changed = changed
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._session: Session | None = None
         self._paused = self._stopped = False
         self._prompt = spec.prompt
@@ -241,6 +242,11 @@ class Viewer:
     def close(self) -> None:
         """Drop the client. No message is sent to it any more."""
         self._deliver = None
+        self._closed.set()
+
+    def wait_until_closed(self) -> None:
+        """Wait until the stream has ended and its clip is finished."""
+        self._closed.wait()
 
     def _command(self, command: Callable[[Session], None], *, paused: bool) -> None:
         with self._lock:

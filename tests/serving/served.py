@@ -112,10 +112,11 @@ def serve(tmp_path):
         proxies: Sequence[str] = (),
         clips: int = 200,
         greeting: str = "",
+        may_choose: bool = False,
     ) -> Site:
         limits = limits or Limits()
         options = {"max_viewers": max_viewers, "limits": limits, "clips": clips, "greeting": greeting}
-        server = synthetic_server(tmp_path, model or SyntheticModel(), **options)
+        server = synthetic_server(tmp_path, model or SyntheticModel(), may_choose=may_choose, **options)
         server.load()
         listener = socket.create_server(("127.0.0.1", 0))
         app = Guard(create_app(server), access or Access(LOOPBACK), limits)

@@ -9,7 +9,7 @@ import argparse
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +127,16 @@ class SyntheticModel:
     fps: int = 24
     seconds: float = 0.0
     """The time that a chunk takes."""
+    names: list[str] = field(default_factory=lambda: ["synthetic"])
+
+    def __post_init__(self) -> None:
+        self.chosen = self.names[0]
+
+    def check(self, name: str) -> None:
+        pass
+
+    def choose(self, name: str) -> None:
+        self.chosen = name
 
     def load(self, report: Callable[[str, float], None]) -> None:
         report("pretending", 0.5)
@@ -180,10 +190,12 @@ def synthetic_server(
     limits: Limits | None = None,
     clips: int = 200,
     greeting: str = "",
+    may_choose: bool = False,
 ) -> Server:
     """Return a server without a socket."""
     gallery = Gallery(folder, model.command, most=clips)
-    return Server(model, Hub(max_viewers, gallery, limits=limits), gallery, limits, greeting=greeting)
+    hub = Hub(max_viewers, gallery, limits=limits)
+    return Server(model, hub, gallery, limits, greeting=greeting, may_choose=may_choose)
 
 
 def main() -> None:
@@ -198,12 +210,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--max-viewers", type=int, default=2)
+    parser.add_argument("--names", nargs="+", default=["synthetic"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = SyntheticModel(args.height, args.width, seconds=args.seconds)
-    site = Site(
-        synthetic_server(args.folder, model, max_viewers=args.max_viewers), started=lambda: None, failed=lambda: None
-    )
+    model = SyntheticModel(args.height, args.width, seconds=args.seconds, names=args.names)
+    server = synthetic_server(args.folder, model, max_viewers=args.max_viewers, may_choose=True)
+    site = Site(server, started=lambda: None, failed=lambda: None)
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"open http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     limits = Limits()

@@ -3,6 +3,7 @@
 import importlib.util
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.serving.hub import Hub
 from pipeline.serving.loaded import offered_precisions
 from pipeline.serving.messages import Start
 from pipeline.serving.models import Models
-from pipeline.serving.spec import ModelSource
+from pipeline.serving.spec import ModelSource, short_names
 from pipeline.steps import even_steps
 from pipeline.storyboard import read_storyboard
 from utils.cli import merged_overrides
@@ -116,6 +117,33 @@ def test_a_command_gives_no_key_two_values(models, monkeypatch):
     args = inference.parse_arguments(command_of(models)[2:])
     assert args.overrides == ["rollout.window=9"]
     assert "video.fps=12" in merged_overrides(args, inference.KEYS)
+
+
+def test_one_of_two_models_is_in_memory(release, tmp_path):
+    """Another model is loaded after the first one is freed, without a garbage collection by chance."""
+    other = tmp_path / "other.yaml"
+    other.write_text(f"{{defaults: [{release.config_path}], video: {{fps: 8}}}}")
+    models = Models(ModelSource(release.config_path), ModelSource(str(other)))
+    assert models.names == ["config", "other"] and models.chosen == "config"
+    models.load(lambda *_: None)
+    session = models.open(models.spec(start(), None))
+    session.denoise()
+    first = weakref.ref(session.pipeline.denoiser.transformer)
+    del session
+    left = []
+    models.choose("other")
+    models.load(lambda stage, _: left.append(first()) if stage == "loading the weights" else None)
+    assert left == [None]
+    assert models.chosen == "other" and models.options()["fps"] == 8
+    assert f"--config_path={other}" in command_of(models)
+
+
+def test_names_of_models_are_short_and_different(tmp_path):
+    assert short_names(["configs/a/base.yaml", "configs/b/base.yaml"]) == ["a/base", "b/base"]
+    assert short_names(["configs/wan2.1.yaml", "other/b.yaml"]) == ["wan2.1", "b"]
+    assert len(set(short_names(["a/base.yaml", "a/base.yml"]))) == 2
+    with pytest.raises(UserError, match="named twice"):
+        short_names(["a.yaml", "b/../a.yaml"])
 
 
 def test_storyboards_are_those_that_inference_reads(tmp_path):

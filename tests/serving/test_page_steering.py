@@ -1,4 +1,7 @@
-"""How soon a new prompt is seen. The source takes a fraction of a chunk's time, as the shipped model does."""
+"""How soon a new prompt is seen, and the choice of a model.
+
+The source takes a fraction of a chunk's time, as the shipped model does.
+"""
 
 import statistics
 
@@ -15,7 +18,8 @@ SHARES = {"keep": 0.75, "cut": 0.4}  # of a chunk, in the middle of a few switch
 def source(tmp_path_factory):
     """Chunks of a second, a tenth of a second in the making."""
     folder = tmp_path_factory.mktemp("clips")
-    with running("tests/serving/synthetic.py", folder, "--seconds=0.1", "--height=96", "--width=96") as address:
+    options = ("--seconds=0.1", "--height=96", "--width=96", "--names", "first", "second")
+    with running("tests/serving/synthetic.py", folder, *options) as address:
         yield address
 
 
@@ -44,3 +48,17 @@ def test_a_new_prompt_is_seen_before_the_frames_in_hand_would_be_over(source, op
         if statistics.median(seconds) > share * CHUNK_SECONDS:
             skip_where_busy(f"new prompts after {seconds} seconds")
         assert statistics.median(seconds) <= share * CHUNK_SECONDS, style
+
+
+def test_the_page_offers_the_models(source, open_page):
+    """Choosing one ends the video and says why. The next video comes from the other model."""
+    page = open_page(source)
+    assert page.locator("#models option").all_text_contents() == ["first", "second"]
+    page.press("#prompt", "Enter")
+    page.wait_for_function("selfForcing.player.shown >= 3")
+    page.select_option("#models", "second")
+    page.wait_for_selector("#notice:has-text('another model was chosen: second')")
+    page.wait_for_selector(".clip")
+    page.wait_for_function("selfForcing.state === 'ready' && selfForcing.get('models').value === 'second'")
+    page.press("#prompt", "Enter")
+    page.wait_for_function("selfForcing.state === 'running' && selfForcing.player.shown >= 3")

@@ -6,6 +6,7 @@ import { listenForDrops } from "./drops.js";
 import { drawFigures, makingSeconds } from "./figures.js";
 import { Gallery } from "./gallery.js";
 import { History } from "./history.js";
+import { Models } from "./models.js";
 import { Player } from "./player.js";
 import { openSource } from "./source_panel.js";
 import { matchTheme, toggleTheme } from "./theme.js";
@@ -53,6 +54,7 @@ class Page {
     this.history = new History(this.get("history-open"), this.get("history"), (prompt) => this.takePrompt(prompt));
     this.timeline = new Timeline(this.get("timeline"), this.get("timeline-row"), (...row) => this.switchTo(...row));
     this.source = openSource(this);
+    this.models = new Models(this);
     this.listen();
     this.get("settings").open = !matchMedia(NARROW).matches;
     setInterval(() => drawFigures(this), 500);
@@ -225,6 +227,7 @@ class Page {
 
   on_status(status) {
     this.status = status;
+    this.models.show(status);
     if (status.options) this.offer(status.options);
     if (status.model.state === "ready" && this.state === "loading") {
       this.setState("ready");
@@ -243,8 +246,7 @@ class Page {
 
   on_seated({ stream }) {
     this.stream = stream;
-    this.chunks = [];
-    this.total = null;
+    [this.chunks, this.total] = [[], null];
     this.get("caption").textContent = "";
     this.player.reset(stream, this.request.fps);
     this.recording = this.request.record;
@@ -342,9 +344,11 @@ class Page {
   }
 
   offer(options) {
+    const another = this.fields.model !== this.status.chosen;
+    if (another && this.options?.examples.includes(this.get("prompt").value)) this.get("prompt").value = "";
     this.options = options;
     const focus = this.get("prompt").value === "" || document.activeElement === document.body;
-    this.fields.offer(options);
+    this.fields.offer(options, this.status.chosen);
     this.timeline.offer(Object.keys(options.styles));
     this.get("model").textContent = options.model;
     this.get("styles").replaceChildren(...Object.entries(options.styles).flatMap(([name, text]) => {

@@ -47,6 +47,11 @@ export class Connection {
     return answer.json();
   }
 
+  async chooseModel(name) {
+    const answer = await fetch(new URL(`model?${new URLSearchParams({ name })}`, API), { method: "PUT" });
+    if (!answer.ok) throw new Error(await reason(answer));
+  }
+
   async deleteClip(name) {
     const answer = await fetch(new URL(`sessions/${this.session}/clips/${name}`, API), { method: "DELETE" });
     if (!answer.ok) throw new Error(await reason(answer));

@@ -33,8 +33,10 @@ export class Fields {
     if (entries.some(([value]) => String(value) === before)) this.get(id).value = before;
   }
 
-  offer(options) {
-    const first = this.options === null;
+  // Offer what a model can do. Another model brings its own rate and steps.
+  offer(options, model) {
+    const fresh = this.model !== model;
+    this.model = model;
     this.options = options;
     const same = (names) => names.map((name) => [name, name]);
     const seconds = (frames) => `${(this.pixelFrames(frames) / options.fps).toFixed(1)} s`;
@@ -51,7 +53,7 @@ export class Fields {
     Object.assign(this.get("fps"), { max: options.most_fps });
     Object.assign(this.get("steps"), { max: options.most_steps });
     Object.assign(this.get("seed"), { max: options.most_seed });
-    if (first) for (const name of ["fps", "steps"]) this.get(name).value = options[name];
+    if (fresh) for (const name of ["fps", "steps"]) this.get(name).value = options[name];
   }
 
   // A number outside its range becomes the nearest one that is allowed.
