@@ -10,6 +10,7 @@ from model.denoiser import Denoiser
 from model.kv_cache import KVCache
 from pipeline.optimize import compile_blocks
 from tests.parity import TINY, random, relative_error, tiny_denoiser
+from trainer import parallelize
 from trainer.parallelize import ParallelConfig, Parallelism, whole
 from utils.distributed import Ranks, shutdown_distributed
 
@@ -61,9 +62,7 @@ def test_sharded_blocks_are_compiled_in_one_graph_a_kind_of_pass(monkeypatch, ch
 
 def test_sharding_converts_weights_block_by_block(monkeypatch):
     """A process that shares its machine with others never has a whole model in float32 in memory."""
-    import torch.distributed.fsdp as fsdp
-
-    shard, converted = fsdp.fully_shard, []
+    shard, converted = parallelize.fully_shard, []
     denoiser = tiny_denoiser(replace(TINY, num_layers=4)).bfloat16()
     blocks = list(denoiser.transformer.blocks)
 
@@ -71,7 +70,7 @@ def test_sharding_converts_weights_block_by_block(monkeypatch):
         converted.append(sum(block.ffn[0].weight.dtype is torch.float32 for block in blocks))
         return shard(module, **options)
 
-    monkeypatch.setattr(fsdp, "fully_shard", watched)
+    monkeypatch.setattr(parallelize, "fully_shard", watched)
     parallelism = Parallelism(ParallelConfig(precision="bfloat16"), torch.device("cpu"), Ranks())
     assert parallelism.loading_dtype(torch.float32, merges=False) is None
     assert parallelism.loading_dtype(torch.float32, merges=True) is torch.float32
