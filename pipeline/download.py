@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 GB = 10**9
+UNFINISHED = ".unfinished-download"  # in the folder of a release until all of its wanted files are there
+REPORT_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -37,21 +41,32 @@ class Fetch:
         """The bytes that are still to come; earlier attempts may have left a part."""
         return sum(file.size - file.bytes_here(self.source.into) for file in self.files)
 
+    def download(self) -> None:
+        """Download the files, with progress on a terminal. Raises UserError."""
+        mark = self.source.into / UNFINISHED
+        if self.source.file is None:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        for file in self.files:
+            _ask(self.source, partial(file.download, self.source.into))
+        mark.unlink(missing_ok=True)
 
-def download_weights(config: PipelineConfig) -> None:
+
+def download_weights(config: PipelineConfig, report: Callable[[str, float], None] | None = None) -> None:
     """Download the missing files of a configuration. Prints the sizes first, then shows progress.
 
     An interrupted download is continued. The environment variables HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are used.
 
+    Args:
+        report: gets the progress a few times a second, as text and as the finished share in [0, 1].
+
     Raises:
         UserError: a missing path that is not published, a hub that cannot be reached, or a disk that is too small.
     """
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # otherwise it logs every request
-    sources = _sources(config)
     if constants.HF_HUB_OFFLINE and all(Path(path).exists() for path in weight_paths(config)):
         log.info("download: HF_HUB_OFFLINE is set; the files that are here are used as they are")
         return
-    fetches = [fetch for source in sources if (fetch := _plan(source)).files]
+    fetches = plan_download(config)
     if not fetches:
         log.info("download: every file is here already")
         return
@@ -59,9 +74,47 @@ def download_weights(config: PipelineConfig) -> None:
         count, size = len(fetch.files), fetch.missing_bytes / GB
         log.info("download: %s: %d files, %.2f GB into %s", fetch.source.repository, count, size, fetch.source.into)
     _check_disk(fetches)
-    for fetch in fetches:
-        for file in fetch.files:
-            _ask(fetch.source, partial(file.download, fetch.source.into))
+    with _reported(fetches, report):
+        for fetch in fetches:
+            fetch.download()
+
+
+def plan_download(config: PipelineConfig) -> list[Fetch]:
+    """Ask the hub which files of a configuration are missing here. Raises UserError as :func:`download_weights`."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # otherwise it logs every request
+    return [fetch for source in _sources(config) if (fetch := _plan(source)).files]
+
+
+def missing_weights(config: PipelineConfig) -> list[str]:
+    """Return the paths of a configuration whose weights are not here, or whose download has not finished."""
+    return [path for path in weight_paths(config) if not Path(path).exists() or _is_unfinished(path)]
+
+
+def _is_unfinished(path: str) -> bool:
+    source = published(path)
+    return source is not None and source.file is None and (source.into / UNFINISHED).exists()
+
+
+@contextmanager
+def _reported(fetches: Sequence[Fetch], report: Callable[[str, float], None] | None) -> Iterator[None]:
+    """Report the progress of downloads on a thread."""
+    ended = threading.Event()
+    total = sum(file.size for fetch in fetches for file in fetch.files)
+
+    def watch() -> None:
+        while not ended.wait(REPORT_SECONDS):
+            done = total - sum(fetch.missing_bytes for fetch in fetches)
+            report(f"downloading: {done / GB:.2f} of {total / GB:.2f} GB", done / max(total, 1))
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    if report is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if report is not None:
+            thread.join()  # so that no report follows the end
 
 
 def _sources(config: PipelineConfig) -> list[Published]:

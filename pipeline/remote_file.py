@@ -58,7 +58,9 @@ class RemoteFile:
         return path.is_file() and path.stat().st_size == self.size
 
     def bytes_here(self, into: Path) -> int:
-        """Return the number of bytes that earlier attempts have left."""
+        """Return how many bytes of the file are here: all, or those that earlier attempts have left."""
+        if self.is_here(into):
+            return self.size
         part = self._part(into)
         return min(part.stat().st_size, self.size) if part.is_file() else 0
 

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from pipeline.serving.clips import Clip
 from pipeline.serving.connection import VERSION, Connection
+from pipeline.serving.guard import LOOPBACK
 from pipeline.serving.images import MOST_BYTES, Refused
 from pipeline.serving.server import Server
 from pipeline.serving.status import metrics_text
@@ -26,6 +27,7 @@ from utils.files import is_own_file
 
 PAGE = Path(__file__).parent / "page"
 SOON = {"retry-after": "2"}
+PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
 
 
 def create_app(server: Server, lifespan: Callable | None = None) -> FastAPI:
@@ -87,6 +89,21 @@ def _add_model_route(app: FastAPI, server: Server) -> None:
             await server.choose(name, _visitor(request))
         except UserError as error:
             raise HTTPException(409, str(error)) from error
+
+    @app.post("/api/v1/download", summary="Download the missing weights, then load the model", status_code=202)
+    async def download_weights(request: Request) -> None:
+        if not _is_from_here(request):
+            raise HTTPException(403, "only the person at the server's machine may download weights")
+        try:
+            server.download()
+        except UserError as error:
+            raise HTTPException(409, str(error)) from error
+
+
+def _is_from_here(request: Request) -> bool:
+    """Return whether a request comes from this machine, and no proxy has passed it on."""
+    here = request.client is not None and request.client.host in LOOPBACK
+    return here and not any(name in request.headers for name in PROXY_HEADERS)
 
 
 def _add_image_routes(app: FastAPI, server: Server) -> None:

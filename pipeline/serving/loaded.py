@@ -19,15 +19,16 @@ from torch import Tensor
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
-from model.weights import not_found
+from model.weights.published import not_found, published
 from pipeline import memory
 from pipeline.config import CodecConfig, CodecKind, PipelineConfig, load_pipeline_config
-from pipeline.download import download_weights, weight_paths
+from pipeline.download import GB, download_weights, missing_weights, plan_download
 from pipeline.loading import load_codec, load_denoiser
 from pipeline.optimize import FP8_CAPABILITY, CompileMode, Quantization, optimize
 from pipeline.request import StreamRequest
 from pipeline.serving.live_source import LiveSource
 from pipeline.serving.messages import FULL_PRECISION
+from pipeline.serving.missing import MissingFile, MissingWeights
 from pipeline.serving.spec import ModelSource, StreamSpec
 from pipeline.session import StreamSession, denoise_together
 from pipeline.sizes import token_size
@@ -59,7 +60,9 @@ class LoadedModel:
             torch.cuda.empty_cache()
         config = load_pipeline_config(source.config_path, source.overrides)
         if source.download:
-            download_weights(config)
+            download_weights(config, report)
+        elif source.offer_download:
+            offer_missing(config)
         # The prompts of visitors are not stored, because they could fill the disk.
         self.config = config = replace(config, text_encoder=replace(config.text_encoder, cache=None))
         self.examples = read_prompts(config.inference.data_path)[:MOST_EXAMPLES]
@@ -180,10 +183,44 @@ def check_source(source: ModelSource) -> PipelineConfig:
     """
     config = load_pipeline_config(source.config_path, source.overrides)
     read_prompts(config.inference.data_path)
-    for path in [] if source.download else weight_paths(config):
-        if not Path(path).exists():
+    may_come = source.download or source.offer_download
+    for path in missing_weights(config):
+        if not Path(path).exists() and not (may_come and published(path)):
             raise UserError(f"{source.config_path}: {not_found(path)}")
     return config
+
+
+def download_source(source: ModelSource, report: Callable[[str, float], None]) -> None:
+    """Download the weights of a model that are missing. Raises UserError."""
+    download_weights(load_pipeline_config(source.config_path, source.overrides), report)
+
+
+def offer_missing(config: PipelineConfig) -> None:
+    """Do nothing if all weights are here.
+
+    Raises:
+        MissingWeights: some are missing and published.
+        UserError: some are missing and not published.
+    """
+    paths = missing_weights(config)
+    unknown = next((path for path in paths if published(path) is None), None)
+    if unknown is not None:
+        raise not_found(unknown)
+    if not paths:
+        return
+    try:
+        fetches = plan_download(config)
+    except UserError as error:  # such as no network; a person may try again
+        if all(Path(path).exists() for path in paths):  # the rest may have come in another way
+            return
+        raise MissingWeights(f"Weights of this model are missing: {', '.join(paths)}. {error}") from error
+    files = [MissingFile(str(f.source.into / file.name), file.size - file.bytes_here(f.source.into))
+             for f in fetches for file in f.files]  # fmt: skip
+    if files:
+        size = sum(file.bytes for file in files) / GB
+        names = ", ".join(sorted({fetch.source.repository for fetch in fetches}))
+        message = f"Weights of this model are missing: {len(files)} files, {size:.2f} GB, published as {names}."
+        raise MissingWeights(message, files)
 
 
 def offered_precisions(device: torch.device) -> list[str]:

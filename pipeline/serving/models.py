@@ -81,6 +81,10 @@ class Models:
         report("importing torch", 0.1)
         self._loaded = loaded_module().LoadedModel(self._source, report)
 
+    def download(self, report: Callable[[str, float], None]) -> None:
+        """Download the published weights of the chosen model that are missing. Raises UserError."""
+        loaded_module().download_source(self._source, report)
+
     def options(self) -> dict[str, Any]:
         """Return the choices of a stream, as docs/api.md lists them."""
         config = self._loaded.config

@@ -12,6 +12,7 @@ import socket
 import sys
 import webbrowser
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -121,7 +122,8 @@ def serve(args: argparse.Namespace, access: Access, listener: socket.socket, sto
         runner.should_exit = True  # asks uvicorn to end
 
     address = listener.getsockname()[:2]
-    server = build_server(args, may_choose=is_private(args) or args.visitors_choose)
+    private = is_private(args)
+    server = build_server(args, may_choose=private or args.visitors_choose, offer_download=private)
     site = Site(
         server,
         started=lambda: announce(args, address),
@@ -165,17 +167,28 @@ def make_runner(app: ASGIApp, door: Door, proxies: list[str]) -> uvicorn.Server:
     )
 
 
-def build_server(args: argparse.Namespace, *, greeting: str = "", may_choose: bool = False) -> Server:
+def build_server(
+    args: argparse.Namespace, *, greeting: str = "", may_choose: bool = False, offer_download: bool = False
+) -> Server:
     """Return the server with its models (not loaded yet), hub and gallery.
 
     Args:
         greeting, may_choose: see :class:`Server`.
+        offer_download: whether the page offers to download published weights that are missing.
 
     Raises:
         UserError: one of several configurations cannot be used.
     """
-    rest = args.checkpoint_path, tuple(args.overrides), args.use_ema, args.download, args.tiny_decoder
-    models = Models(*(ModelSource(path, *rest) for path in config_paths(args)))
+    source = ModelSource(
+        "",
+        args.checkpoint_path,
+        tuple(args.overrides),
+        args.use_ema,
+        download=args.download,
+        offer_download=offer_download,
+        tiny_decoder=args.tiny_decoder,
+    )
+    models = Models(*(replace(source, config_path=path) for path in config_paths(args)))
     for name in models.names if len(models.names) > 1 else ():  # loading checks a single one
         models.check(name)
     gallery = Gallery(Path(args.clips_folder), models.command, longest=args.longest_clip)

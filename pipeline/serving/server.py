@@ -12,6 +12,7 @@ from pipeline.serving import messages
 from pipeline.serving.clips import Gallery
 from pipeline.serving.hub import Hub
 from pipeline.serving.limits import Count, Limits, Rate
+from pipeline.serving.missing import MissingWeights
 from pipeline.serving.spec import StreamSpec
 from pipeline.serving.status import MEMORY_SECONDS, Remembered, memory_use
 from pipeline.serving.viewer import Session
@@ -47,7 +48,16 @@ class Model(Protocol):
         ...
 
     def load(self, report: Callable[[str, float], None]) -> None:
-        """Load the model. `report` gets the stage as text and the finished share in [0, 1]. Raises UserError."""
+        """Load the model. `report` gets the stage as text and the finished share in [0, 1].
+
+        Raises:
+            MissingWeights: weights are missing, and :meth:`download` can fetch them.
+            UserError: it cannot be loaded.
+        """
+        ...
+
+    def download(self, report: Callable[[str, float], None]) -> None:
+        """Download the missing weights. Raises UserError."""
         ...
 
     def options(self) -> dict[str, Any]:
@@ -97,7 +107,9 @@ class Server:
         self.loads = 0
         """How many times another model was chosen."""
         self.problem = ""
-        """Why the model that was chosen last was not loaded."""
+        """Why the model that was chosen last was not loaded, or its weights were not downloaded."""
+        self.missing: MissingWeights | None = None
+        """The weights that are missing while the state is "missing"."""
         self.model, self.hub, self.gallery, self.limits = model, hub, gallery, limits
         self.stage, self.progress, self.state = "starting", 0.0, "loading"
         self.error: UserError | None = None
@@ -136,9 +148,27 @@ class Server:
         await asyncio.get_running_loop().run_in_executor(self._loader, self.model.check, name)
         self._check_not_loading()
         self.loads += 1
-        self.state, self.error, self.problem = "loading", None, ""
-        self.report("ending the videos that run", 0.02)
+        self._begin("ending the videos that run")
         self._loader.submit(self._exchange, name)
+
+    def download(self) -> None:
+        """Begin to download the missing weights; the model is loaded after that. Raises UserError if none miss."""
+        self._check_not_loading()
+        if self.missing is None:
+            raise UserError("no weights are missing that could be downloaded")
+        self._begin("downloading the weights")
+        self._loader.submit(self._download)
+
+    def _begin(self, stage: str) -> None:
+        self.state, self.error, self.problem = "loading", None, ""
+        self.report(stage, 0.02)
+
+    def _download(self) -> None:
+        try:
+            self.model.download(self.report)
+        except Exception as error:
+            self.problem = str(_known(error))
+        self.load()  # or say what is still missing
 
     def check_same(self, loads: int) -> None:
         """Raise UserError if another model was chosen since `loads` was read."""
@@ -156,6 +186,8 @@ class Server:
         self.model.choose(name)
         try:
             self.model.load(self.report)
+        except MissingWeights as error:
+            self._miss(error)
         except Exception as error:
             self.problem = f"{name} cannot be loaded: {_known(error)}. {before} is used again."
             self.model.choose(before)
@@ -170,12 +202,22 @@ class Server:
             return
         try:
             self.model.load(self.report)
+        except MissingWeights as error:
+            self._miss(error)
+            return
         except Exception as error:
             self.fail(error)
             return
         self._loaded()
 
+    def _miss(self, weights: MissingWeights) -> None:
+        """Record which weights are missing. A person can download them, or choose another model."""
+        log.warning("%s", weights)
+        self.missing, self.stage = weights, str(weights)
+        self.state = "missing"
+
     def _loaded(self) -> None:
+        self.missing = None
         self.report("ready", 1.0)
         self.state = "ready"
         self.hub.ready(self.model.open)
@@ -218,6 +260,7 @@ class Server:
             "chosen": self.model.chosen,
             "may_choose": self.may_choose,
             "problem": self.problem,
+            "missing": self.missing.describe() if self.state == "missing" else None,
             "viewers": self.hub.viewers,
             "waiting": self.hub.waiting,
             "max_viewers": self.hub.max_viewers,

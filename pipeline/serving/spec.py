@@ -37,6 +37,8 @@ class ModelSource:
     """Use averaged weights if a checkpoint holds both."""
     download: bool = False
     """Fetch the published weights that are missing first."""
+    offer_download: bool = False
+    """Raise ``missing.MissingWeights`` for published weights that are missing, so that the page can offer them."""
     tiny_decoder: Path | None = None
     """TAEHV weights to offer beside the configured Wan VAE."""
 

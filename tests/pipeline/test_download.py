@@ -54,6 +54,8 @@ class Hub(BaseHTTPRequestHandler):
     """The part of the hub's protocol that a download uses."""
 
     asked: list[str]
+    repository = REPOSITORY
+    files = FILES
     stall_after: int | None = None
     """Bytes of an answer after which nothing comes."""
 
@@ -66,19 +68,22 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
-        if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+        if path.startswith(f"/api/models/{self.repository}/tree/"):
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in FILES.items()
+                {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
+                for name, data in self.files.items()
             ]
             self._answer(json.dumps(entries).encode(), {})
-        elif path.startswith(f"/api/models/{REPOSITORY}"):
-            siblings = [{"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in FILES.items()]
+        elif path.startswith(f"/api/models/{self.repository}"):
+            siblings = [
+                {"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in self.files.items()
+            ]
             for entry in siblings[1:4]:
-                sha256 = hashlib.sha256(FILES[entry["rfilename"]]).hexdigest()
+                sha256 = hashlib.sha256(self.files[entry["rfilename"]]).hexdigest()
                 entry["lfs"] = {"size": entry["size"], "sha256": sha256, "pointerSize": 1}
-            self._answer(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode(), {})
-        elif match := re.fullmatch(rf"/{REPOSITORY}/resolve/[^/]+/(.+)", path):
-            data = FILES[match[1]]
+            self._answer(json.dumps({"id": self.repository, "sha": COMMIT, "siblings": siblings}).encode(), {})
+        elif match := re.fullmatch(rf"/{self.repository}/resolve/[^/]+/(.+)", path):
+            data = self.files[match[1]]
             self._answer(data, {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
         else:
             self.send_error(404)

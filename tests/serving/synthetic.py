@@ -21,6 +21,7 @@ from pipeline.serving.hub import Hub
 from pipeline.serving.limits import Limits
 from pipeline.serving.live import MOST_FRAME_BYTES
 from pipeline.serving.messages import Start
+from pipeline.serving.missing import MissingFile, MissingWeights
 from pipeline.serving.server import Server
 from pipeline.serving.spec import StreamSpec
 from pipeline.session import Chunk
@@ -129,6 +130,9 @@ class SyntheticModel:
     """The time that a chunk takes."""
     names: list[str] = field(default_factory=lambda: ["synthetic"])
 
+    absent: set[str] = field(default_factory=set)
+    """Names of models whose weights must be downloaded first."""
+
     def __post_init__(self) -> None:
         self.chosen = self.names[0]
 
@@ -140,6 +144,14 @@ class SyntheticModel:
 
     def load(self, report: Callable[[str, float], None]) -> None:
         report("pretending", 0.5)
+        if self.chosen in self.absent:
+            raise MissingWeights(
+                "Weights of this model are missing.", [MissingFile("wan/model.safetensors", 5 * 10**9)]
+            )
+
+    def download(self, report: Callable[[str, float], None]) -> None:
+        report("downloading: 2.50 of 5.00 GB", 0.5)
+        self.absent.clear()
 
     def options(self) -> dict[str, Any]:
         return {
@@ -211,9 +223,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--max-viewers", type=int, default=2)
     parser.add_argument("--names", nargs="+", default=["synthetic"])
+    parser.add_argument("--absent", nargs="*", default=[], help="names of models that must be downloaded first")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = SyntheticModel(args.height, args.width, seconds=args.seconds, names=args.names)
+    model = SyntheticModel(args.height, args.width, seconds=args.seconds, names=args.names, absent=set(args.absent))
     server = synthetic_server(args.folder, model, max_viewers=args.max_viewers, may_choose=True)
     site = Site(server, started=lambda: None, failed=lambda: None)
     listener = socket.create_server(("127.0.0.1", 0))

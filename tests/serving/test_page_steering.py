@@ -18,7 +18,7 @@ SHARES = {"keep": 0.75, "cut": 0.4}  # of a chunk, in the middle of a few switch
 def source(tmp_path_factory):
     """Chunks of a second, a tenth of a second in the making."""
     folder = tmp_path_factory.mktemp("clips")
-    options = ("--seconds=0.1", "--height=96", "--width=96", "--names", "first", "second")
+    options = ("--seconds=0.1", "--height=96", "--width=96", "--names", "first", "second", "third", "--absent", "third")
     with running("tests/serving/synthetic.py", folder, *options) as address:
         yield address
 
@@ -53,7 +53,7 @@ def test_a_new_prompt_is_seen_before_the_frames_in_hand_would_be_over(source, op
 def test_the_page_offers_the_models(source, open_page):
     """Choosing one ends the video and says why. The next video comes from the other model."""
     page = open_page(source)
-    assert page.locator("#models option").all_text_contents() == ["first", "second"]
+    assert page.locator("#models option").all_text_contents() == ["first", "second", "third"]
     page.press("#prompt", "Enter")
     page.wait_for_function("selfForcing.player.shown >= 3")
     page.select_option("#models", "second")
@@ -62,3 +62,17 @@ def test_the_page_offers_the_models(source, open_page):
     page.wait_for_function("selfForcing.state === 'ready' && selfForcing.get('models').value === 'second'")
     page.press("#prompt", "Enter")
     page.wait_for_function("selfForcing.state === 'running' && selfForcing.player.shown >= 3")
+
+
+def test_missing_weights_are_downloaded_with_a_button(source, open_page):
+    """The page says which file is missing and how large it is. After the download the model is there."""
+    page = open_page(source)
+    page.select_option("#models", "third")
+    page.wait_for_selector("#cover:has-text('Weights of this model are missing')")
+    assert "wan/model.safetensors: 5.00 GB" in page.text_content("#missing")
+    assert page.is_disabled("#start")
+    page.click("#download:has-text('Download 5.00 GB')")
+    page.wait_for_function("selfForcing.state === 'ready'")
+    page.press("#prompt", "Enter")
+    page.wait_for_function("selfForcing.player.shown >= 3")
+    assert page.is_hidden("#download") and page.is_hidden("#missing")

@@ -29,7 +29,7 @@ export function start(root) {
 class Page {
   constructor(root) {
     this.root = root.querySelector(".demo");
-    this.state = "loading"; // or lost, ready, starting, waiting, running, paused, failed
+    this.state = "loading"; // or missing, lost, ready, starting, waiting, running, paused, failed
     this.eager = false; // whether to start as soon as the model is loaded
     this.options = null;
     this.chunks = [];
@@ -229,12 +229,12 @@ class Page {
     this.status = status;
     this.models.show(status);
     if (status.options) this.offer(status.options);
-    if (status.model.state === "ready" && this.state === "loading") {
+    if (status.model.state === "ready" && ["loading", "missing"].includes(this.state)) {
       this.setState("ready");
       if (this.eager) this.submit();
       this.eager = false;
     }
-    if (status.model.state === "failed") this.setState("failed");
+    if (["failed", "missing"].includes(status.model.state)) this.setState(status.model.state);
     this.draw();
   }
 

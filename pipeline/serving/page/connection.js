@@ -52,6 +52,11 @@ export class Connection {
     if (!answer.ok) throw new Error(await reason(answer));
   }
 
+  async downloadWeights() {
+    const answer = await fetch(new URL("download", API), { method: "POST" });
+    if (!answer.ok) throw new Error(await reason(answer));
+  }
+
   async deleteClip(name) {
     const answer = await fetch(new URL(`sessions/${this.session}/clips/${name}`, API), { method: "DELETE" });
     if (!answer.ok) throw new Error(await reason(answer));

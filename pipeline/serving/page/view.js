@@ -8,13 +8,14 @@ export function drawState(page) {
     starting: ["Starting", "Starting …"],
     running: ["Live", "Starting …"],
     paused: ["Paused", "Paused"],
+    missing: ["No weights", model.stage],
     failed: ["Failed", model.stage],
     lost: ["Not connected", "The server does not answer. Trying again …"],
   };
   const [status, cover] = texts[page.state];
   page.get("status").textContent = status;
   page.get("cover-text").textContent = cover;
-  page.get("cover").hidden = page.player?.shown > 0 && !["waiting", "failed", "loading", "lost"].includes(page.state);
+  page.get("cover").hidden = page.player?.shown > 0 && !["waiting", "failed", "loading", "lost", "missing"].includes(page.state);
   page.get("load-bar").parentElement.hidden = page.state !== "loading";
   page.get("load-bar").style.width = `${100 * model.progress}%`;
   page.get("pause").disabled = !["running", "paused"].includes(page.state);
@@ -22,7 +23,7 @@ export function drawState(page) {
   page.get("pause").ariaLabel = page.state === "paused" ? "Resume" : "Pause";
   page.get("stop").disabled = !page.active;
   page.get("start").textContent = page.steering ? "Switch" : "Start";
-  const busy = ["failed", "lost", "starting", "waiting"].includes(page.state) || (page.state === "loading" && page.eager);
+  const busy = ["failed", "lost", "starting", "waiting", "missing"].includes(page.state) || (page.state === "loading" && page.eager);
   page.get("start").disabled = busy || !page.get("prompt").value.trim();
   page.get("style-field").hidden = page.get("style-text").hidden = !page.steering;
   page.get("record").disabled = !page.steering;
