@@ -1,11 +1,13 @@
 """The gallery: finished clips, each with the command that makes the same video again.
 
 A clip is an mp4. Files with the same stem belong to it: a .gif if somebody asked for one, a .png with the first frame
-and a .jsonl that names it, a .yaml with the prompts. The folder may also hold clips of earlier runs and foreign files.
+and a .jsonl that names it, a .yaml with the prompts, a .clip.json for later runs of the server. The folder may also
+hold clips of earlier runs and foreign files.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import threading
@@ -17,12 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.serving.clip_records import RECORD, owner_of, read_records
 from pipeline.serving.limits import greediest
 from pipeline.serving.spec import StreamSpec
+from utils.errors import UserError
 from utils.files import is_own_file
+from utils.side_files import check_schema
+
+log = logging.getLogger(__name__)
 
 NAME_BYTES = 12  # random bytes in the name of a clip
-SUFFIXES = (".partial.mp4", ".mp4.part", ".mp4", ".gif", ".png", ".jsonl", ".yaml")  # of the files of a clip
+SUFFIXES = (".partial.mp4", ".mp4.part", ".mp4", ".gif", ".png", ".jsonl", ".yaml", RECORD)  # of the files of a clip
 OWN_STEM = re.compile(rf".+-[0-9a-f]{{{2 * NAME_BYTES}}}")
 EARLIER_RUNS = "earlier runs"  # counts as the visitor of the clips of earlier runs
 
@@ -104,6 +111,7 @@ class Gallery:
         self._clips: dict[str, Clip] = {}
         self._listeners: dict[str, list[Callable[[dict[str, Any]], None]]] = {}
         self._stems: OrderedDict[str, str] = OrderedDict.fromkeys(_stems(folder), EARLIER_RUNS)  # stem -> visitor
+        self._earlier = read_records(folder, self._stems)  # until the browser that owns them comes back
 
     def command_line(self, spec: StreamSpec, cues: list[Cue], latents: int, path: Path) -> str:
         """Return the shell command that makes a clip again. It holds no control character."""
@@ -146,6 +154,30 @@ class Gallery:
             self._stems.pop(clip.path.stem, None)
         self._delete_files(clip.path.stem)
         self._tell(clip.session_id, {"type": "clip_deleted", "name": clip.name})
+
+    def recall(self, session_id: str, visitor: str) -> bool:
+        """Serve the clips again that a session made before the server was started anew.
+
+        Args:
+            session_id: the id, which only the browser of that session knows.
+            visitor: the visitor that the clips count for from now on.
+
+        Returns:
+            Whether there are any.
+        """
+        with self._lock:
+            records = self._earlier.pop(owner_of(session_id), {})
+            for stem, fields in records.items():
+                path = self.folder / f"{stem}.mp4"
+                own = {"session_id": session_id, "visitor": visitor, "path": path}
+                try:
+                    clip = check_schema({**fields, **own}, Clip, f"{path.with_suffix(RECORD)}")
+                except UserError as error:
+                    log.warning("%s", error)
+                    continue
+                if stem in self._stems and stem.endswith(f"-{clip.name}") and is_own_file(path):
+                    self._clips[clip.name], self._stems[stem] = clip, visitor
+        return bool(records)
 
     def get(self, name: str) -> Clip | None:
         """Return the clip of that name, or None."""

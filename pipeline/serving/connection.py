@@ -73,8 +73,11 @@ class Connection:
         except ValidationError:
             await self._socket.close(1008, "the first message must be hello")
             raise WebSocketDisconnect(1008) from None
-        session = self._server.sessions.greet(hello.session, self._visitor)
-        clips = [clip.describe() for clip in self._server.gallery.of(session.id)]
+        sessions, gallery = self._server.sessions, self._server.gallery
+        lost = hello.session is not None and sessions.known(hello.session) is None
+        recalled = lost and gallery.recall(hello.session, self._visitor)
+        session = sessions.greet(hello.session, self._visitor, recalled=recalled)
+        clips = [clip.describe() for clip in gallery.of(session.id)]
         greeting = {"type": "hello", "version": VERSION, "session": session.id, "clips": clips}
         await self._socket.send_json(greeting | {"image": session.image is not None})
         if hello.session not in (None, session.id) and self._server.greeting:

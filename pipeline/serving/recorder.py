@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipeline.serving.clip_records import write_record
 from pipeline.serving.clips import NAME_BYTES, Clip, Cue, Gallery
 from pipeline.serving.spec import PromptChange, StreamSpec
 from pipeline.serving.viewer import Viewer
@@ -111,6 +112,7 @@ class ClipRecorder:
             begin=round(self._begin / spec.fps, 3),
             command="" if spec.source is not None else self._command(),
         )
+        write_record(self._path, session_id, clip.describe())
         self._gallery.add(clip)
         return clip
 

@@ -15,10 +15,11 @@ class BrowserSession:
 
     Args:
         visitor: the visitor that the session counts for; see ``limits.visitor_of``.
+        session_id: the id of a session of an earlier run of the server. None makes a new one.
     """
 
-    def __init__(self, visitor: str) -> None:
-        self.id = secrets.token_urlsafe(TOKEN_BYTES)
+    def __init__(self, visitor: str, session_id: str | None = None) -> None:
+        self.id = session_id or secrets.token_urlsafe(TOKEN_BYTES)
         """A secret that nobody can guess. Who knows it can see the session's clips."""
         self.visitor = visitor
         self.connections = 0
@@ -40,10 +41,14 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def greet(self, session_id: str | None, visitor: str) -> BrowserSession:
-        """Return the session of that id, or a new one if the id is not known. Count one more connection of it."""
+    def greet(self, session_id: str | None, visitor: str, *, recalled: bool = False) -> BrowserSession:
+        """Return the session of that id, or a new one if the id is not known. Count one more connection of it.
+
+        Args:
+            recalled: whether an earlier run of the server made the id. The new session then has it too.
+        """
         session = self._sessions.pop(session_id, None) if session_id else None
-        session = session or BrowserSession(visitor)
+        session = session or BrowserSession(visitor, session_id if recalled else None)
         session.connections += 1
         self._sessions[session.id] = session
         self._forget_surplus(visitor)

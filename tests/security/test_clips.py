@@ -85,6 +85,50 @@ def test_only_its_session_deletes_a_clip(serve, tmp_path):
         assert not list(tmp_path.glob(f"*{name}*"))
 
 
+def make_clip(site) -> tuple[str, str]:
+    """Make a clip. Return the session and the name of the clip."""
+    with site.client() as client:
+        client.send("start", prompt="numbers", num_frames=3, fps=60)
+        watch(client)
+        return client.session, client.wait_for("clip")["clip"]["name"]
+
+
+def greeting(site, session: str) -> dict:
+    with site.client(session) as client:
+        return next(message for message in client.seen if message["type"] == "hello")
+
+
+def test_after_a_new_start_only_its_browser_finds_a_clip(serve, tmp_path):
+    session, name = make_clip(serve())
+    assert all(session not in path.read_text() for path in tmp_path.glob("*.json"))
+    site = serve()
+    assert greeting(site, "mine")["clips"] == []
+    assert site.http.get(f"/api/v1/clips/{name}.mp4").status_code == 404
+    again = greeting(site, session)
+    assert again["session"] == session and [clip["name"] for clip in again["clips"]] == [name]
+    assert site.http.get(f"/api/v1/clips/{name}.mp4").content[4:8] == b"ftyp"
+    assert [clip["name"] for clip in greeting(serve(), session)["clips"]] == [name]
+    assert site.http.delete(f"/api/v1/sessions/{session}/clips/{name}").status_code == 204
+    assert not list(tmp_path.glob(f"*{name}*"))
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", "{}", "link", "another name", "no video"])
+def test_a_damaged_record_of_a_clip_shows_nothing_and_stops_nothing(serve, tmp_path, damage):
+    session, name = make_clip(serve())
+    (record,) = tmp_path.glob("*.clip.json")
+    text = record.read_text()
+    if damage == "link":
+        record.rename(tmp_path / "elsewhere")
+        record.symlink_to(tmp_path / "elsewhere")
+    elif damage == "no video":
+        next(tmp_path.glob("*.mp4")).unlink()
+    else:
+        record.write_text(text.replace(name, "0" * len(name)) if damage == "another name" else damage)
+    site = serve()
+    assert greeting(site, session)["clips"] == []
+    assert make_clip(site)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("when", ["first", "second", "end"])
 def test_a_clip_that_cannot_be_written_ends_alone(serve, monkeypatch, tmp_path, number, when):

@@ -216,9 +216,9 @@ class Page {
 
   // What the server says.
 
-  on_hello({ clips, session }) {
-    const anew = this.session && this.session !== session; // a restarted server has forgotten every session
-    if (this.session !== session) this.dropImage();
+  on_hello({ clips, session, image }) {
+    const anew = this.session && this.session !== session; // a restarted server knows only sessions with clips
+    if (!image) this.dropImage();
     this.session = session;
     if (this.state === "lost") this.setState("loading");
     if (anew) this.gallery.markAllGone();
