@@ -5,10 +5,11 @@ SHORTER lists how commands are shortened. UNRUN says why a command is not run. S
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from model.weights.published import not_found
 from tests.commands import REPOSITORY, Command, copy_repository, read_commands
+from tests.forked import Forked
 from tests.made_once import made_once
 from tests.serving.browser import wait_until
 from utils.side_files import read_json_lines
@@ -99,30 +101,57 @@ def environment(home: Path) -> dict[str, str]:
     return clean | {"PATH": path, "HOME": str(home)}
 
 
+def copy_with_short_files(folder: Path) -> None:
+    """Write a clone with two prompts in each file of prompts: two show as well as eight that a file is obeyed."""
+    copy_repository(folder)
+    for prompts in (path for path in (folder / "prompts").iterdir() if path.is_file()):
+        prompts.write_text("".join(prompts.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
+
+
+def new_python(command: Command, copy: Path, said: Path) -> int:
+    """Run a command in a shell, as a reader does. Return its exit code."""
+    with said.open("w") as output:
+        return subprocess.run(
+            shorter(command.text), shell=True, cwd=copy, env=environment(copy.with_name("readme home")),
+            stdout=output, stderr=subprocess.STDOUT, timeout=240,
+        ).returncode  # fmt: skip
+
+
 @pytest.fixture(scope="session")
-def after(tmp_path_factory) -> Callable[[int], tuple[Path, str, set[str]]]:
-    """Give a function that runs the first commands, and returns the copy, the last output and the new files."""
+def after(tmp_path_factory) -> Iterator[Callable[[int], tuple[Path, str, set[str]]]]:
+    """Give a function that runs the first commands, and returns the copy, the last output and the new files.
+
+    The first command is a new Python in a shell. The others are forks of one Python, which imports torch only once.
+    """
+    forked: list[Forked] = []
+
+    def execute(number: int, copy: Path, said: Path) -> int:
+        if number == 0:
+            return new_python(STEPS[0], copy, said)
+        if not forked:
+            forked.append(Forked(copy, environment(copy.with_name("readme home"))))
+        program, *words = shlex.split(shorter(STEPS[number].text))
+        assert program == "python"
+        return forked[0].run(words, said)
 
     def after(number: int) -> tuple[Path, str, set[str]]:
         if number < 0:
-            return made_once(tmp_path_factory, "readme", copy_repository), "", set()
+            return made_once(tmp_path_factory, "readme", copy_with_short_files), "", set()
         copy, *_ = after(number - 1)
 
         def run(notes: Path) -> None:
             before = set(copy.rglob("*"))
-            done = subprocess.run(
-                shorter(STEPS[number].text), shell=True, cwd=copy, env=environment(copy.with_name("readme home")),
-                capture_output=True, text=True, timeout=240,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            (notes / "said").write_text(done.stdout + done.stderr)
+            code = execute(number, copy, notes / "said")
+            assert code == 0, (notes / "said").read_text()
             added = sorted(path.relative_to(copy).as_posix() for path in set(copy.rglob("*")) - before)
             (notes / "added").write_text("\n".join(added))
 
         notes = made_once(tmp_path_factory, f"readme step {number}", run)
         return copy, (notes / "said").read_text(), set((notes / "added").read_text().splitlines())
 
-    return after
+    yield after
+    for each in forked:
+        each.close()
 
 
 @pytest.mark.parametrize("number", range(len(STEPS)), ids=[command.text[:60] for command in STEPS])
