@@ -30,7 +30,7 @@ SLOW_IMPORTS = (
     "transformers.models.auto.tokenization_auto",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
-    "imageio",
+    "av",
 )
 FOLDERS = {"train": "--logdir", "inference": "--output_folder"}
 """Program -> the option that names its output folder."""

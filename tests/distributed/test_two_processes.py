@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from scripts.endurance.kills import compare, kill_often, launch, log_file, repeated_metrics, step_reached, wait
 from tests.distributed import unlucky
+from tests.made_once import made_once
 from utils.checkpoint import read_about
 from utils.checkpoint_search import latest_checkpoint
 from utils.errors import UserError
@@ -31,6 +33,14 @@ OBJECTIVES = {
     ),
 }
 FOUR = ("trainer.total_batch_size=4",)
+SAVING = "trainer.save_every=2"
+SHARED = {
+    "whole": (1, ("trainer.batch_size=4", "trainer.steps=4", *DMD)),
+    "halves": (2, ("trainer.batch_size=2", "trainer.steps=4", SAVING, "trainer.save_in_background=true", *DMD)),
+    "alone": (1, ("trainer.batch_size=1", "trainer.steps=6", SAVING, "trainer.save_in_background=false", *DMD)),
+    "whole_of_two": (1, ("trainer.batch_size=2", "trainer.steps=2", *DMD)),
+}
+"""Trainings with DMD that several tests compare with: name -> (number of processes, settings)."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +57,21 @@ def train(release, tmp_path):
         return tmp_path / name
 
     return train
+
+
+@pytest.fixture(scope="session")
+def trained(release, tmp_path_factory):
+    """Give a function that returns the folder of a training of SHARED. It trains once for all tests."""
+
+    def trained(name: str) -> Path:
+        processes, options = SHARED[name]
+
+        def make(folder: Path) -> None:
+            wait(launch(flags(release, folder / "run", *options), processes), timeout=240)
+
+        return made_once(tmp_path_factory, f"trained_{name}", make) / "run"
+
+    return trained
 
 
 def flags(release, logdir: Path, *overrides: str) -> list[str]:
@@ -74,40 +99,35 @@ def test_sharded_training_equals_that_of_one_process(train, objective):
     assert max(moved) > 5e-5  # so the equality says something
 
 
-def test_however_a_batch_is_divided_the_updates_are_the_same(train):
-    whole = train("whole", 1, "trainer.batch_size=4", "trainer.steps=2", *DMD)
-    for name, processes, micro in (("passes", 1, 1), ("halves", 2, 2)):
-        other = train(name, processes, f"trainer.batch_size={micro}", "trainer.steps=2", *FOUR, *DMD)
-        assert largest_difference(whole, other) <= 1e-5
+def test_however_a_batch_is_divided_the_updates_are_the_same(train, trained):
+    passes = train("passes", 1, "trainer.batch_size=1", "trainer.steps=4", *FOUR, *DMD)
+    for other in (passes, trained("halves")):
+        assert largest_difference(trained("whole"), other) <= 1e-5
 
 
-def test_other_ways_to_shard_give_the_same_updates(train):
-    whole = train("whole", 1, "trainer.batch_size=2", "trainer.steps=2", *DMD)
+def test_other_ways_to_shard_give_the_same_updates(train, trained):
     options = ("parallel.shard_size=1", "parallel.offload_teacher=true", "parallel.offload_trained=true")
     hybrid_and_offloaded = train("other", 2, "trainer.batch_size=1", "trainer.steps=2", *DMD, *options)
-    assert largest_difference(whole, hybrid_and_offloaded) <= 1e-5
+    assert largest_difference(trained("whole_of_two"), hybrid_and_offloaded) <= 1e-5
 
 
-def test_a_checkpoint_is_read_by_another_number_of_processes(train):
-    options = ("trainer.batch_size=1", "trainer.total_batch_size=2", "trainer.steps=2", *DMD)
-    for before, after in ((1, 2), (2, 1)):
-        run = train(f"from {before}", before, *options)
-        model = torch.load(run / "model.pt", weights_only=True)
-        (run / "model.pt").unlink()
-        train(f"from {before}", after, *options)  # nothing left to train: it loads and exports
-        again = torch.load(run / "model.pt", weights_only=True)
-        assert all(torch.equal(t, again[n][k]) for n in model.keys() - {"step", "config"} for k, t in model[n].items())
+@pytest.mark.parametrize(("name", "processes"), [("whole", 2), ("halves", 1)])
+def test_a_checkpoint_is_read_by_another_number_of_processes(trained, train, tmp_path, name, processes):
+    run = shutil.copytree(trained(name), tmp_path / "run", symlinks=True)
+    model = torch.load(run / "model.pt", weights_only=True)
+    (run / "model.pt").unlink()
+    train("run", processes, "trainer.batch_size=1", "trainer.steps=4", *FOUR, *DMD)  # it only loads and exports
+    again = torch.load(run / "model.pt", weights_only=True)
+    assert all(torch.equal(t, again[n][k]) for n in model.keys() - {"step", "config"} for k, t in model[n].items())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_runs_end_as_one_left_alone_to_the_last_bit(train, release, tmp_path, processes):
-    background = f"trainer.save_in_background={processes == 2}"
-    steps, kills = (6, 3) if processes == 1 else (4, 1)
-    options = (f"trainer.steps={steps}", "trainer.save_every=2", "trainer.batch_size=1", background, *DMD)
-    whole = train("whole", processes, *options)
-    kill_often(flags(release, tmp_path / "killed", *options), processes, kills, 3.0, seed=0)
-    assert compare(whole, tmp_path / "killed") == []
-    assert len(repeated_metrics(whole)) == steps
+@pytest.mark.parametrize(("name", "kills", "seconds"), [("alone", 3, 3.0), ("halves", 1, 60.0)])
+def test_killed_runs_end_as_one_left_alone_to_the_last_bit(trained, release, tmp_path, name, kills, seconds):
+    """The run of two processes is killed after its first checkpoint."""
+    processes, options = SHARED[name]
+    kill_often(flags(release, tmp_path / "killed", *options), processes, kills, seconds, seed=0)
+    assert compare(trained(name), tmp_path / "killed") == []
+    assert f"trainer.steps={len(repeated_metrics(trained(name)))}" in options
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # all four: test_distributed.py
@@ -152,8 +172,8 @@ def test_a_bad_loss_of_one_process_skips_the_step_of_all(unlucky_run):
     assert len(record["prompts"]) == 2 and "step 2 was skipped" in log_file(logdir).read_text()
 
 
-def test_bfloat16_passes_train_close_to_float32(train):
-    whole = train("float32", 1, "trainer.batch_size=2", "trainer.steps=2", *DMD)
+def test_bfloat16_passes_train_close_to_float32(train, trained):
+    whole = trained("whole_of_two")
     half = train("bfloat16", 2, "trainer.batch_size=1", "trainer.steps=2", "parallel.precision=bfloat16", *DMD)
     states = torch.load(half / "model.pt", weights_only=True)
     assert all(tensor.dtype == torch.float32 for tensor in states["generator"].values())
