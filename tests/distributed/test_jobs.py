@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -11,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.endurance.kills import start_ranks, wait
-from tests.distributed import worker
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from tests.distributed import terminal, worker
 
 
 def wait_for(condition, timeout: float = 100.0) -> None:
@@ -42,13 +37,7 @@ def start_without_launcher(folder: Path, what: str) -> list[BaseProcess]:
     ids=["SIGTERM to torchrun", "Ctrl-C in the terminal", "SIGKILL to torchrun"],
 )
 def test_whoever_gets_the_signal_all_processes_save_and_none_stays(tmp_path, whom, number):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    job = subprocess.Popen(
-        [*torchrun, worker.__file__, str(tmp_path), "train"],
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    (job,) = start_ranks(terminal.run, (tmp_path, "train"), 1)
     try:
         files = [tmp_path / f"{rank}.pid" for rank in range(2)]
         wait_for(lambda: all(file.exists() and file.read_text() for file in files))
@@ -58,7 +47,8 @@ def test_whoever_gets_the_signal_all_processes_save_and_none_stays(tmp_path, who
         else:
             os.kill(job.pid, number)
         wait_for(lambda: not any(map(is_alive, pids)), timeout=30)
-        job.wait(30)
+        job.join(30)
+        assert not job.is_alive()
     finally:
         job.kill()
     assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
