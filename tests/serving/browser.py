@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from scripts.endurance.kills import start_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FLAGS = [
@@ -26,6 +29,7 @@ FLAGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
+ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 PATIENCE = 90.0  # seconds for a server to come up on a busy machine
 
 
@@ -43,32 +47,32 @@ def leaves(url: str, address: str) -> bool:
 @contextmanager
 def running(*command: str | Path) -> Iterator[str]:
     """Run a Python program that serves. Yield the address that it prints, as soon as it answers there."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if match := re.search(r"http://127\.0\.0\.1:\d+", line):
-                break
-        else:
-            raise AssertionError("".join(said))
-        wait_until(lambda: urllib.request.urlopen(f"{match[0]}/healthz", timeout=5).status == 200)
-        yield match[0]
-    finally:
-        process.terminate()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        (process,) = start_ranks(_serve, (list(map(str, command)), log), 1)
         try:
-            process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
+            wait_until(lambda: (log.exists() and ADDRESS.search(log.read_text())) or not process.is_alive())
+            match = ADDRESS.search(said := log.read_text())
+            assert match, said
+            wait_until(lambda: urllib.request.urlopen(f"{match[0]}/healthz", timeout=5).status == 200)
+            yield match[0]
+        finally:
+            process.terminate()
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                raise TimeoutError(f"{command[0]} has not ended {PATIENCE} s after SIGTERM")
+
+
+def _serve(command: list[str], log: Path) -> None:
+    """Be the process of a program, with its output in a file."""
+    os.chdir(REPOSITORY)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
