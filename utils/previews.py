@@ -61,7 +61,7 @@ def save_contact_sheet(
     """Write the :func:`contact_sheet` of the clips. The suffix of `path` names the format, usually .png."""
     sheet = contact_sheet(clips, labels, columns_frames=columns_frames, scale=scale)
     with atomic_path(path) as temporary:
-        sheet.save(temporary)
+        sheet.save(temporary, compress_level=3)  # PNG: a third of the time of the default, and 5% more bytes
 
 
 def _strip(frames: Tensor, count: int, scale: int | None) -> Image.Image:
