@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,6 +20,7 @@ from huggingface_hub.hf_api import RepoSibling
 
 from model.weights.published import not_found, published
 from pipeline.remote_file import RemoteFile
+from tests.pipeline import downloads
 from tests.serving.browser import wait_until
 from utils.errors import UserError
 from utils.locks import try_lock
@@ -35,19 +37,6 @@ FILES = {
     "assets/huge_picture.jpg": b"x" * 1000,
     "README.md": b"# Wan",
 }
-DOWNLOAD = """
-import logging, sys
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-from pipeline.config import PipelineConfig
-from pipeline.download import download_weights
-from utils.errors import UserError
-config = PipelineConfig()
-config.generator.weights = "wan_models/Wan2.1-T2V-1.3B"
-try:
-    download_weights(config)
-except UserError as error:
-    sys.exit(f"error: {error}")
-"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -117,26 +106,33 @@ def hub(tmp_path):
         server.shutdown()
 
 
-def start_download(folder, endpoint: str, **environment: str) -> subprocess.Popen:
-    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1", **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", DOWNLOAD],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "HF_HUB_DOWNLOAD_TIMEOUT": "5", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def parent() -> Iterator[subprocess.Popen]:
+    process = downloads.start_parent()
+    yield process
+    process.stdin.close()
+    process.wait(60)
 
 
-def download(folder, endpoint: str, **environment: str) -> subprocess.CompletedProcess:
-    process = start_download(folder, endpoint, **environment)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+@pytest.fixture
+def start_download(parent, tmp_path) -> Callable[..., downloads.Download]:
+    """Give a function that starts to download from a hub below `tmp_path`."""
+
+    def start(endpoint: str, **environment: str) -> downloads.Download:
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        return downloads.start(parent, tmp_path, settings | {"HF_HUB_DOWNLOAD_TIMEOUT": "5"} | environment)
+
+    return start
 
 
-def test_exactly_the_files_of_a_configuration_are_fetched_once(tmp_path, hub):
-    done = download(tmp_path, hub.url)
+@pytest.fixture
+def download(start_download) -> Callable[..., subprocess.CompletedProcess]:
+    """Give a function that downloads from a hub below `tmp_path`."""
+    return lambda endpoint, **environment: start_download(endpoint, **environment).wait()
+
+
+def test_exactly_the_files_of_a_configuration_are_fetched_once(tmp_path, hub, download):
+    done = download(hub.url)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "wan_models" / "Wan2.1-T2V-1.3B"
     here = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -144,27 +140,27 @@ def test_exactly_the_files_of_a_configuration_are_fetched_once(tmp_path, hub):
     assert f"{REPOSITORY}: 6 files, 0.03 GB" in done.stderr
     hub.asked.clear()
     (folder / "Wan2.1_VAE.pth").write_bytes(FILES["Wan2.1_VAE.pth"][:1000])  # a copy that was cut off
-    again = download(tmp_path, hub.url)
+    again = download(hub.url)
     assert again.returncode == 0, again.stderr
     assert (folder / "Wan2.1_VAE.pth").read_bytes() == FILES["Wan2.1_VAE.pth"]
     fetched = {line.split("/")[-1] for line in hub.asked if line.startswith("GET") and "/resolve/" in line}
     assert fetched == {"Wan2.1_VAE.pth"}
     assert (folder / "Wan2.1_VAE.pth.damaged").read_bytes() == FILES["Wan2.1_VAE.pth"][:1000]
-    assert "every file is here" in download(tmp_path, hub.url).stderr
+    assert "every file is here" in download(hub.url).stderr
 
 
-def test_a_download_that_breaks_off_is_one_line_and_continues(tmp_path, hub):
+def test_a_download_that_breaks_off_is_one_line_and_continues(tmp_path, hub, start_download, download):
     """A process is killed after 10 MB; the next one asks for the rest only."""
     name = "diffusion_pytorch_model.safetensors"
     part = tmp_path / "wan_models" / "Wan2.1-T2V-1.3B" / f".{name}.{COMMIT[:12]}.part"
     hub.handler.stall_after = 15_000_000
-    killed = start_download(tmp_path, hub.url)
+    killed = start_download(hub.url)
     wait_until(lambda: part.stat().st_size >= 10_000_000)
-    killed.kill()
-    killed.wait()
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait().returncode == -signal.SIGKILL
     hub.handler.stall_after = None
     hub.asked.clear()
-    done = download(tmp_path, hub.url)
+    done = download(hub.url)
     assert done.returncode == 0, done.stderr
     (continued,) = [line for line in hub.asked if line.startswith("GET") and name in line]
     assert int(continued.partition("bytes=")[2].rstrip("-")) >= 10_000_000
@@ -174,8 +170,8 @@ def test_a_download_that_breaks_off_is_one_line_and_continues(tmp_path, hub):
 @pytest.mark.parametrize(
     "environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["nobody answers", "the user wants to be offline"]
 )
-def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(tmp_path, environment):
-    failed = download(tmp_path, "http://127.0.0.1:9", **environment)
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(download, environment):
+    failed = download("http://127.0.0.1:9", **environment)
     assert failed.returncode == 1
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert "cannot be downloaded" in line and "hf download Wan-AI/Wan2.1-T2V-1.3B" in line
