@@ -35,7 +35,7 @@ def traced(tmp_path_factory) -> tuple[Path, list[str]]:
     base = tmp_path_factory.mktemp("power")
     folder, output = base / "checkpoints", base / "trace"
     folder.mkdir()
-    command = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(output)]
+    command = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(output)]
     command += [sys.executable, "-c", SAVE, str(folder), *WAYS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     if "ptrace" in done.stderr and done.returncode:
