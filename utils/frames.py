@@ -20,6 +20,11 @@ def to_uint8(frames: Tensor) -> Tensor:
     return rearrange(levels, "f c h w -> f h w c")
 
 
+def to_float(frames: Tensor) -> Tensor:
+    """Turn uint8 [F H W 3] into float32 [F 3 H W] in [-1, 1]."""
+    return rearrange(frames.float() / 127.5 - 1, "f h w c -> f c h w")
+
+
 def enlarge(frames: Tensor, scale: int) -> Tensor:
     """Turn [F H W 3] into [F scale*H scale*W 3]; each pixel becomes a square."""
     return frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2) if scale > 1 else frames
@@ -28,4 +33,4 @@ def enlarge(frames: Tensor, scale: int) -> Tensor:
 def fit_image(image: Image.Image, height: int, width: int) -> Tensor:
     """Scale an RGB image to cover H x W and crop it around the centre: [3 H W] in [-1, 1]."""
     pixels = np.array(ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS))
-    return rearrange(torch.from_numpy(pixels).float() / 127.5 - 1, "h w c -> c h w")
+    return to_float(torch.from_numpy(pixels)[None])[0]

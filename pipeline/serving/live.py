@@ -53,6 +53,9 @@ class Feed:
     async def close(self) -> None:
         """End the source and the process that decodes it."""
         self.source.end()
+        await self._end_child()
+
+    async def _end_child(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             with suppress(ProcessLookupError):
@@ -68,10 +71,7 @@ class Feed:
         try:
             return await asyncio.wait_for(self._ask(self._child, data), DECODE_SECONDS)
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, OSError):
-            child, self._child = self._child, None
-            with suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+            await self._end_child()
             raise UserError("a frame of the source could not be decoded; send another one") from None
 
     async def _ask(self, child: asyncio.subprocess.Process, data: bytes) -> bytes:

@@ -37,6 +37,7 @@ from pipeline.stream import LatentChunk
 from pipeline.text_to_video import TextToVideo, load_pipeline
 from utils.distributed import resolve_device, resolve_dtype, share_cores
 from utils.errors import UserError
+from utils.frames import to_float
 from utils.images import load_image
 from utils.prompts import read_prompts
 
@@ -238,4 +239,4 @@ def source_frames(source: LiveSource) -> Iterator[Tensor | None]:
             yield None
             continue
         frame = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, source.height, source.width, 3)
-        yield frame.permute(0, 3, 1, 2).float() / 127.5 - 1
+        yield to_float(frame)

@@ -27,7 +27,6 @@ from utils.files import atomic_path, atomic_write_text
 from utils.previews import save_contact_sheet
 from utils.seeds import derive_seed
 from utils.shapes import Scene, ShapesConfig, held_out_scenes, measure, render_clips
-from utils.shapes.paths import SPEED_TOLERANCE
 from utils.side_files import read_json
 from utils.tracking import progress
 
@@ -181,7 +180,7 @@ def clip_columns(clip: Tensor, scene: Scene, world: ShapesConfig) -> dict[str, f
         **columns,
         "direction": float(measurement.direction),
         "smooth": float(measurement.smooth),
-        "speed": float(abs(measurement.speed - 1) <= SPEED_TOLERANCE),
+        "speed": float(measurement.right_speed),
         "all_right": float(measurement.all_right),
         "path_error": path_error(measurement, scene, world),
         "flicker": flicker(clip),

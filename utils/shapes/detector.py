@@ -60,17 +60,13 @@ def _find_objects(clip: Tensor) -> Objects:
     difference = clip - background[..., None, None]
     foreground = difference.square().sum(1) > FOREGROUND_CONTRAST**2
     blob = largest_component(foreground)
-    core = ~dilate(~blob, 1)  # away from the blended edge
-    core = torch.where(core.any((1, 2), keepdim=True), core, blob)
+    core = core_of(blob)
     colour = clip.masked_fill(~core[:, None], math.nan).flatten(2).nanmedian(-1).values
     axis = (colour - background).nan_to_num()[..., None, None]
     near = dilate(blob, 2)
     alpha = (difference * axis).sum(1) / axis.square().sum(1).clamp_min(1e-6)
     alpha = alpha.clamp(0, 1) * near
-    pixels = torch.arange(clip.shape[-1]) + 0.5
-    mass = torch.stack([(alpha.sum(1) * pixels).sum(1), (alpha.sum(2) * pixels).sum(1)], 1)
-    centroid = mass / alpha.sum((1, 2)).clamp_min(1e-6)[:, None]
-    return Objects(background, colour, alpha, centroid, (foreground & ~near).sum((1, 2)))
+    return Objects(background, colour, alpha, centroids(alpha), (foreground & ~near).sum((1, 2)))
 
 
 def match_templates(objects: Objects, kinds: list[tuple[str, str]], config: ShapesConfig) -> tuple[Tensor, Tensor]:
@@ -84,6 +80,19 @@ def match_templates(objects: Objects, kinds: list[tuple[str, str]], config: Shap
     plausible = (area > areas.amin(0) / AREA_TOLERANCE) & (area < areas.amax(0) * AREA_TOLERANCE)
     whole = (objects.stray < STRAY_TOLERANCE * area) & (overlap > OVERLAP_TOLERANCE)
     return plausible & whole, best
+
+
+def core_of(blob: Tensor) -> Tensor:
+    """Return the inside of each region [F H W], away from its blended edge. A thin region is returned whole."""
+    core = ~dilate(~blob, 1)
+    return torch.where(core.any((1, 2), keepdim=True), core, blob)
+
+
+def centroids(alpha: Tensor) -> Tensor:
+    """Return the centre of mass of each square frame [F H W]: (x, y) in pixels, [F 2]."""
+    pixels = torch.arange(alpha.shape[-1]) + 0.5
+    mass = torch.stack([(alpha.sum(1) * pixels).sum(1), (alpha.sum(2) * pixels).sum(1)], 1)
+    return mass / alpha.sum((1, 2)).clamp_min(1e-6)[:, None]
 
 
 def dilate(mask: Tensor, pixels: int) -> Tensor:

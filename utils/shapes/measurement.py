@@ -45,6 +45,11 @@ class Measurement:
         return torch.arange(len(self.present)) if self.judged is None else self.judged.nonzero()[:, 0]
 
     @property
+    def right_speed(self) -> bool:
+        """True if the speed is within SPEED_TOLERANCE of the configured one."""
+        return abs(self.speed - 1) <= SPEED_TOLERANCE
+
+    @property
     def all_right(self) -> bool:
         """True if the direction is right, and every other attribute is right in at least 90 % of the judged frames.
 
@@ -62,7 +67,7 @@ def summarise(measurements: Sequence[Measurement], fps: float) -> dict:
     clips = {
         "direction": [m.direction for m in measurements],
         "smooth": [m.smooth for m in measurements],
-        "speed": [abs(m.speed - 1) <= SPEED_TOLERANCE for m in measurements],
+        "speed": [m.right_speed for m in measurements],
         "all_right": [m.all_right for m in measurements],
     }
     return {

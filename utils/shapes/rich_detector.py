@@ -19,6 +19,8 @@ from utils.shapes.detector import (
     COLOUR_TOLERANCE,
     FOREGROUND_CONTRAST,
     Objects,
+    centroids,
+    core_of,
     dilate,
     largest_component,
     match_templates,
@@ -118,18 +120,14 @@ def _find_thing(layers: _Layers, scene: Scene, index: int) -> tuple[Tensor, Obje
         mask, others = layers.foreground & mine, _opened(layers.foreground & ~mine)
         mask = _opened(mask)
     blob = largest_component(mask)
-    core = ~dilate(~blob, 1)
-    core = torch.where(core.any((1, 2), keepdim=True), core, blob)
+    core = core_of(blob)
     colour = layers.pixels.masked_fill(~core[..., None], math.nan).flatten(1, 2).nanmedian(1).values
     nearest = lines.distances(colour.nan_to_num()).argmin(-1)
     off = distances.gather(-1, nearest[:, None, None, None].expand(*distances.shape[:3], 1))[..., 0]
     near = dilate(blob, 2)
     alpha = torch.where(core, 1.0, layers.away / (layers.away + off).clamp_min(1e-6)) * (near & ~others)
-    steps = torch.arange(clip_side := alpha.shape[-1]) + 0.5
-    mass = torch.stack([(alpha.sum(1) * steps).sum(1), (alpha.sum(2) * steps[:clip_side]).sum(1)], 1)
-    centroid = mass / alpha.sum((1, 2)).clamp_min(1e-6)[:, None]
     stray = (layers.foreground & ~near & ~dilate(others, 2)).sum((1, 2))
-    return blob, Objects(layers.background, colour, alpha, centroid, stray)
+    return blob, Objects(layers.background, colour, alpha, centroids(alpha), stray)
 
 
 def _opened(mask: Tensor) -> Tensor:
