@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline import SelfForcingPipeline
 from pipeline.config import PipelineConfig, load_pipeline_config
@@ -88,6 +89,22 @@ def test_a_saved_folder_makes_the_same_video(pipeline, tmp_path):
     assert (tmp_path / "copy" / "transformer" / "config.json").is_file()
     card = (tmp_path / "copy" / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "1.5 million" in card
+
+
+def test_a_lora_is_merged_and_taken_out_again_and_offloading_changes_nothing(tmp_path):
+    own = SelfForcingPipeline.from_pretrained(SHAPES, device="cpu", overrides=["text_encoder.cache=null"])
+    plain = own(PROMPT, output_type="pt", **SHORT).frames
+    name = "blocks.0.self_attn.q"
+    rows, columns = own.transformer.state_dict()[f"{name}.weight"].shape
+    down, up = torch.randn(2, columns, generator=seeded()), torch.randn(rows, 2, generator=seeded(1))
+    weights = {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+    save_file(weights, tmp_path / "lora.safetensors")
+    own.load_lora_weights(tmp_path / "lora.safetensors", scale=0.5)
+    assert not torch.equal(own(PROMPT, output_type="pt", **SHORT).frames, plain)
+    own.unload_lora_weights()
+    assert torch.equal(own(PROMPT, output_type="pt", **SHORT).frames, plain)
+    own.enable_model_cpu_offload()
+    assert torch.allclose(own(PROMPT, output_type="pt", **SHORT).frames, plain, atol=0.02)
 
 
 def test_diffusers_writes_the_frames_to_a_video(pipeline, tmp_path):
