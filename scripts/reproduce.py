@@ -28,6 +28,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
     add("--report", metavar="FOLDER", help="folder for reproduction.md; default: FOLDER/report")
     add(
+        "--form",
+        choices=("framewise", "chunkwise", "both"),
+        help="chunks of one latent frame, of three, or both; default: framewise with --quick, else both",
+    )
+    add(
+        "--seeds",
+        type=count,
+        metavar="N",
+        help="trainings of each method, with the seeds 0 to N - 1; default: 1 with --quick, else 3",
+    )
+    add(
         "--prompts",
         type=count,
         metavar="N",

@@ -189,6 +189,17 @@ def test_it_says_how_long_it_takes_and_starts_nothing(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_more_seeds_and_both_forms_keep_what_fewer_ones_trained(monkeypatch):
+    planned = []
+    monkeypatch.setattr("scripts.runs.reproduce.reproduce", lambda budget, **_: planned.append(build_plan(budget)))
+    for more in ([], ["--seeds", "3", "--form", "both"]):
+        assert reproduce.main(["--quick", *more]) == 0
+    few, many = planned
+    assert few.trainings == many.trainings[: len(few.trainings)], "the first seed comes first, whole"
+    assert len(many.trainings) == 6 * len(few.trainings) and len(many.rows) == 2 * len(few.rows)
+    assert {row.name for row in few.rows} < {row.name for row in many.rows}
+
+
 def test_a_count_without_prompts_is_refused_before_anything_starts(tmp_path, capsys):
     assert reproduce.main(["--quick", "--prompts", "97", "--folder", str(tmp_path / "new")]) == 2
     assert "--prompts=97 must be from 1 to 96" in capsys.readouterr().err

@@ -124,11 +124,11 @@ def build_plan(budget: Budget) -> ReproductionPlan:
     trainings: list[Training] = []
     rows: list[MethodRow] = []
     for form in budget.forms:
-        trainings += _students(budget, form)
+        for seed in budget.seeds:
+            trainings += _students(budget, form, seed)
+            trainings += [_method(budget, form, method, seed) for method in METHODS]
         for method in METHODS:
-            runs = [_method(budget, form, method, seed) for seed in budget.seeds]
-            trainings += runs
-            rows += _rows(form, method, tuple(run.name for run in runs))
+            rows += _rows(form, method, tuple(_method(budget, form, method, seed).name for seed in budget.seeds))
         extra = [
             *(_starts(budget, form) if budget.starts else []),
             *(_ablations(budget, form) if budget.ablations else []),
@@ -139,11 +139,10 @@ def build_plan(budget: Budget) -> ReproductionPlan:
     return ReproductionPlan(budget, tuple(trainings), tuple(rows))
 
 
-def _students(budget: Budget, form: str) -> list[Training]:
+def _students(budget: Budget, form: str, seed: int) -> list[Training]:
     """Return the trainings by teacher forcing and diffusion forcing from which the methods start."""
     return [
         Training(f"{form}-{short}-start-{seed}", config, seed, budget.start_steps, _form(form))
-        for seed in budget.seeds
         for short, config in (("df", "diffusion_forcing"), ("tf", "teacher_forcing"))
     ]
 

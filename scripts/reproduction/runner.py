@@ -74,7 +74,9 @@ def reproduce(
     for row in plan.rows:
         measure_method(row, budget, folder, overrides)
     asked = ["--quick"] if budget.name == "quick" else []
-    command = " ".join(["scripts/reproduce.sh", *asked, f"--prompts {budget.prompts}", *overrides])
+    form = budget.forms[0] if len(budget.forms) == 1 else "both"
+    asked += [f"--form {form}", f"--seeds {len(budget.seeds)}", f"--prompts {budget.prompts}"]
+    command = " ".join(["scripts/reproduce.sh", *asked, *overrides])
     page = write_reproduction(plan, folder, (report or folder / "report").absolute(), command)
     logger.info("the report is %s", page)
 
