@@ -51,7 +51,8 @@ class KVCache:
     - A ring of ``window`` frames, for inference. A new chunk overwrites the oldest frames after the sink, and
       attention reads the buffer directly. Rotated keys may be in any order.
     - ``append_only``, for training. Every frame has its own slot, so a checkpointed pass finds the same values when
-      backward recomputes it. A pass under grad writes nothing.
+      backward recomputes it. A pass under grad writes nothing, unless it only fills the cache. Then the cache keeps
+      the autograd graph of its keys and values, and the gradient of later chunks reaches them.
 
     Usage, once for each pass: ``chunk = cache.open(layout, start_frame, frames)``, then in each layer
     ``k, v = cache.layers[i].extend(k, v, chunk)``.
@@ -147,16 +148,27 @@ class KVCache:
         """True if new frames overwrite old ones."""
         return self.window is not None and not self.append_only
 
-    def open(self, layout: KeyLayout, start_frame: int, frames: int) -> ChunkSlots:
+    def open(self, layout: KeyLayout, start_frame: int, frames: int, *, keep_graph: bool = False) -> ChunkSlots:
         """Prepare a pass over a chunk of ``frames`` frames from absolute frame ``start_frame``.
 
+        Args:
+            keep_graph: under grad, write the chunk and keep the autograd graph of its keys and values.
+
         Raises:
-            ValueError: the chunk is larger than the rolling part of the window, a ring is used under grad, or the batch
-                or resolution changed after frame 0.
+            ValueError: the chunk is larger than the rolling part of the window, a ring is used under grad, the batch or
+                resolution changed after frame 0, or the cache cannot keep a graph.
         """
         self._check(start_frame, frames)
+        if keep_graph and (self.fp8 or (self.relative and self.sink)):
+            raise ValueError(
+                f"a KVCache with fp8={self.fp8}, relative={self.relative} and sink={self.sink} cannot keep the graph "
+                "of its keys; use fp8=False, and no sink with relative=True"
+            )
         end = start_frame + frames
         self._allocate(layout, start_frame, end)
+        if keep_graph or not torch.is_grad_enabled():
+            for layer in self.layers:
+                layer.forget_graph(start_frame, end)
         moves = self.relative and self.sink > 0 and end > self.window
         return ChunkSlots(
             start_frame,
@@ -167,12 +179,23 @@ class KVCache:
             sink=self.sink,
             sink_made=(min(start_frame, self.sink), min(end, self.sink)),
             sink_shift=shift_table(end - self.window, layout.head_dim, layout.device) if moves else None,
+            keep_graph=keep_graph,
         )
 
     def extend(self, layer: int, k: Tensor, v: Tensor, start_frame: int) -> tuple[Tensor, Tensor]:
         """Call :meth:`LayerCache.extend` in one layer. Keys and values are [B F T N D], from frame ``start_frame``."""
         chunk = self.open(KeyLayout.of(k), start_frame, k.shape[1])
         return self.layers[layer].extend(k, v, chunk)
+
+    def drop_graph(self) -> None:
+        """Drop the autograd graph of keys and values, but not their values. Call it after the last pass of a rollout.
+
+        The graph of a recomputed pass refers to this cache. If the cache also referred to the graph, neither would be
+        freed unless backward runs.
+        """
+        for layer in self.layers:
+            layer.k.drop_graph()
+            layer.v.drop_graph()
 
     def text(self, prompt_embeds: Tensor, compute: Callable[[], list[CachedText]]) -> list[CachedText]:
         """Return the keys and values of a prompt in every layer. They are computed once for each new tensor."""

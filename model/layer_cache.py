@@ -72,6 +72,9 @@ class ChunkSlots:
     """The frames of the sink that belong to this chunk."""
     sink_shift: Tensor | None
     """The rotation that moves the sink's keys with the window (see :func:`model.rope.shift_table`); None: no move."""
+    keep_graph: bool = False
+    """True if a pass under grad writes the chunk and keeps its autograd graph, so that later chunks' gradient reaches
+    it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class FrameBuffer:
     """[B slots T N D]."""
     scale: Tensor | None
     """[B slots T N 1] for 8-bit data."""
+    live: dict[int, Tensor | None] = field(default_factory=dict)
+    """Frames [B 1 T N D] with their autograd graph, by slot. ``data`` holds the same values. None: already dropped."""
 
     @classmethod
     def empty(cls, layout: KeyLayout, frames: int, fp8: bool) -> FrameBuffer:
@@ -94,6 +99,26 @@ class FrameBuffer:
         """Return the slots [low, high): a view, or a new tensor if the data has 8 bits."""
         part = self.data[:, low:high]
         return part if self.scale is None else (part.float() * self.scale[:, low:high]).to(dtype)
+
+    def context(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """Return the slots [low, high) for a pass under grad. Only frames that were kept with their graph have one."""
+        if not self.live:
+            return self.read(low, high, dtype).detach()
+        frames = []
+        for slot in range(low, high):
+            frame = self.live.get(slot)
+            frames.append(self.read(slot, slot + 1, dtype).detach() if frame is None else frame)
+        return torch.cat(frames, dim=1)
+
+    def keep(self, x: Tensor, chunk: ChunkSlots) -> None:
+        """Write the frames x [B F T N D] of a chunk and keep their graph. A recomputed pass changes nothing."""
+        if chunk.start_frame not in self.live:
+            self.write(x.detach(), chunk)
+            self.live.update(enumerate(x.split(1, dim=1), chunk.start_frame))
+
+    def drop_graph(self) -> None:
+        """Drop the graph of every frame. Passes recomputed in backward need only the values."""
+        self.live.update(dict.fromkeys(self.live))
 
     def write(self, x: Tensor, chunk: ChunkSlots) -> None:
         """Write the frames x [B F T N D] of a chunk into its slots."""
@@ -114,6 +139,7 @@ class FrameBuffer:
         self.data[:, :frames] = other.data[:, :frames]
         if self.scale is not None:
             self.scale[:, :frames] = other.scale[:, :frames]
+        self.live.update({slot: frame for slot, frame in other.live.items() if slot < frames})
 
     @staticmethod
     def _fill(buffer: Tensor, x: Tensor, chunk: ChunkSlots) -> None:
@@ -150,11 +176,15 @@ class LayerCache:
         """Join the keys and values [B F T N D] of a chunk to those it attends to: two tensors [B S N D].
 
         The keys are already rotated. Without grad they are written to the buffers. The result is then a view of the
-        buffers if the visible slots are contiguous. Under grad nothing is written: the result is a new tensor, and
-        its context part is detached.
+        buffers if the visible slots are contiguous. Under grad the result is a new tensor. Its context part is
+        detached, and nothing is written, unless a chunk keeps its graph.
         """
         if torch.is_grad_enabled():
-            return self._join(self.k, k, chunk, chunk.sink_shift), self._join(self.v, v, chunk)
+            joined = self._join(self.k, k, chunk, chunk.sink_shift), self._join(self.v, v, chunk)
+            if chunk.keep_graph:
+                self.k.keep(k, chunk)
+                self.v.keep(v, chunk)
+            return joined
         self.k.write(k, chunk)
         self.v.write(v, chunk)
         shift = chunk.sink_shift
@@ -162,6 +192,12 @@ class LayerCache:
             self._place_sink(k, chunk)
             shift = None
         return self._visible(self.k, chunk, k.dtype, shift), self._visible(self.v, chunk, v.dtype)
+
+    def forget_graph(self, start_frame: int, end: int) -> None:
+        """Forget the graph of frames that are about to be written anew."""
+        for slot in range(start_frame, end):
+            self.k.live.pop(slot, None)
+            self.v.live.pop(slot, None)
 
     def read(self, chunk: ChunkSlots, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values that a chunk attends to, once its own are in their slots: two tensors [B S N D]."""
@@ -178,13 +214,13 @@ class LayerCache:
     def _visible(
         self, buffer: FrameBuffer, chunk: ChunkSlots, dtype: torch.dtype, shift: Tensor | None = None
     ) -> Tensor:
-        parts = [_read(buffer, low, high, dtype, shift) for low, high in chunk.visible]
+        parts = [_shifted(buffer.read(low, high, dtype), low, shift) for low, high in chunk.visible]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1, 2)
 
     def _join(self, buffer: FrameBuffer, live: Tensor, chunk: ChunkSlots, shift: Tensor | None = None) -> Tensor:
         start = chunk.start_frame
         context = [
-            _read(buffer, low, min(high, start), live.dtype, shift).detach()
+            _shifted(buffer.context(low, min(high, start), live.dtype), low, shift)
             for low, high in chunk.visible
             if low < start
         ]
@@ -194,9 +230,8 @@ class LayerCache:
         return torch.cat([*context, live], dim=1).flatten(1, 2)
 
 
-def _read(buffer: FrameBuffer, low: int, high: int, dtype: torch.dtype, shift: Tensor | None) -> Tensor:
-    """Return the slots [low, high). ``shift`` moves the keys of the sink, which begins at slot 0."""
-    part = buffer.read(low, high, dtype)
+def _shifted(part: Tensor, low: int, shift: Tensor | None) -> Tensor:
+    """Return the frames from slot ``low`` on. ``shift`` moves the keys of the sink, which begins at slot 0."""
     return apply_rotary(part, shift) if shift is not None and low == 0 else part
 
 

@@ -168,7 +168,7 @@ class WanTransformer(nn.Module):
         """
         self._check(latents, timesteps, prompt_embeds, cache, block_mask)
         x, embedding = self._embed(latents, timesteps)
-        chunks = self._open(cache, x, start_frame, chunk_frames)
+        chunks = self._open(cache, x, start_frame, chunk_frames, fill=output_frames == 0)
         (x,) = self.blocks(
             x,
             self.time_projection(embedding).unflatten(-1, (6, -1)),
@@ -254,18 +254,28 @@ class WanTransformer(nn.Module):
         return tables[0] if len(tables) == 1 else torch.stack(tables)
 
     def _open(
-        self, cache: KVCache | None, x: Tensor, start_frame: int | Sequence[int], chunk_frames: Sequence[int] | None
+        self,
+        cache: KVCache | None,
+        x: Tensor,
+        start_frame: int | Sequence[int],
+        chunk_frames: Sequence[int] | None,
+        *,
+        fill: bool,
     ) -> tuple[ChunkSlots, ...]:
-        """Return the slots of each chunk of hidden states x [B F T C]; none without a cache."""
+        """Return the slots of each chunk of hidden states x [B F T C]; none without a cache.
+
+        ``fill``: the pass only fills the cache. Under grad, the cache then keeps the autograd graph.
+        """
         if cache is None:
             return ()
+        keep_graph = fill and torch.is_grad_enabled()
         head_dim = self.config.dim // self.config.num_heads
         layout = KeyLayout(x.shape[0], x.shape[2], self.cached_heads, head_dim, x.dtype, x.device, self.static_cache)
         ends = list(accumulate(chunk_frames or (x.shape[1],)))
         if ends[-1] != x.shape[1]:
             raise ValueError(f"chunk_frames={list(chunk_frames)} do not add up to the {x.shape[1]} frames of the pass")
         chunks = [
-            cache.open(layout, _later(start_frame, start), end - start)
+            cache.open(layout, _later(start_frame, start), end - start, keep_graph=keep_graph)
             for start, end in reversed(list(pairwise([0, *ends])))  # the last first, so that the buffers hold all
         ]
         return tuple(reversed(chunks))

@@ -50,11 +50,13 @@ class JoinedCache:
         """Like :attr:`KVCache.layers`."""
         return [JoinedLayer(list(lanes)) for lanes in zip(*(cache.layers for cache in self.caches), strict=True)]
 
-    def open(self, layout: KeyLayout, start_frame: Sequence[int], frames: int) -> JoinedChunk:
+    def open(
+        self, layout: KeyLayout, start_frame: Sequence[int], frames: int, *, keep_graph: bool = False
+    ) -> JoinedChunk:
         """Like :meth:`KVCache.open`, with a start frame for each sample."""
         lane = layout._replace(batch=1)
         starts = zip(self.caches, start_frame, strict=True)
-        return JoinedChunk([cache.open(lane, start, frames) for cache, start in starts], frames)
+        return JoinedChunk([cache.open(lane, start, frames, keep_graph=keep_graph) for cache, start in starts], frames)
 
     def text(self, prompt_embeds: Tensor, compute: Callable[[], list[CachedText]]) -> list[CachedText]:
         """Like :meth:`KVCache.text`. Each lane stores its own rows. If one lane has none, all are computed."""

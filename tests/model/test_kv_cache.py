@@ -283,6 +283,47 @@ def test_prompts_of_any_length_make_one_batch():
         assert relative_error(together[index : index + 1], alone) <= 1e-5
 
 
+def extend_and_keep(cache: KVCache, x: Tensor, start: int) -> Tensor:
+    chunk = cache.open(KeyLayout.of(x), start, x.shape[1], keep_graph=True)
+    return cache.layers[0].extend(x, x, chunk)[0]
+
+
+@pytest.mark.parametrize("known", [None, 9])
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 0), (7, 1)])
+def test_kept_frames_get_gradient_through_later_chunks_that_see_them(window, sink, known):
+    """The visible frames are the same with and without graph. After a repeated pass, only its own keys count."""
+    cache = KVCache(1, window=window, sink=sink, append_only=True)
+    cache.reset(known)
+    replaced, *chunks = ((labelled(start, 3) + 0.0).requires_grad_() for start in (0, 0, 3, 6))
+    extend_and_keep(cache, replaced, 0)
+    for start, chunk in zip((0, 3), chunks, strict=False):
+        extend_and_keep(cache, chunk, start)
+    keys, _ = cache.extend(0, chunks[2], chunks[2], 6)
+    assert frames_of(keys) == expected_frames(9, window, sink)
+    keys.sum().backward()
+    seen = [start + frame for start, chunk in zip((0, 3, 6), chunks, strict=True) for frame in reached(chunk.grad)]
+    assert seen == expected_frames(9, window, sink) and replaced.grad is None
+    with torch.no_grad():  # passes without grad, and after the graph was dropped, read the same values
+        assert torch.equal(cache.extend(0, chunks[2], chunks[2], 6)[0], keys)
+    cache.drop_graph()
+    again, _ = cache.extend(0, chunks[2].detach(), chunks[2].detach(), 6)
+    assert torch.equal(again, keys) and not again.requires_grad
+
+
+def reached(gradient: Tensor | None) -> list[int]:
+    """Return the numbers of the frames in a chunk whose gradient is not zero."""
+    return [] if gradient is None else gradient.abs().amax(dim=(0, 2, 3, 4)).nonzero().flatten().tolist()
+
+
+def test_a_pass_without_grad_detaches_what_it_writes_again():
+    cache, first, live = KVCache(1, append_only=True), labelled(0, 3).requires_grad_(), labelled(3, 3)
+    extend_and_keep(cache, first, 0)
+    assert cache.extend(0, live, live, 3)[0].requires_grad
+    with torch.no_grad():
+        cache.extend(0, first, first, 0)
+    assert not cache.extend(0, live, live, 3)[0].requires_grad
+
+
 def extend(cache, shape, start):
     return cache.extend(0, torch.zeros(shape), torch.zeros(shape), start)
 
@@ -291,6 +332,9 @@ def test_misuse_is_refused():
     shape = (1, 3, TOKENS, HEADS, DIM)
     with pytest.raises(ValueError, match="a rolling KVCache cannot be used under grad"):
         extend(KVCache(1, window=6), shape, 0)
+    for options in ({"fp8": True}, {"window": 6, "sink": 1, "relative": True}):
+        with pytest.raises(ValueError, match="cannot keep the graph of its keys; use fp8=False, and no sink"):
+            extend_and_keep(KVCache(1, append_only=True, **options), torch.zeros(shape), 0)
     with torch.no_grad():
         with pytest.raises(ValueError, match="a chunk of 3 frames does not fit the window: window=4 minus sink=2"):
             extend(KVCache(1, window=4, sink=2), shape, 0)
