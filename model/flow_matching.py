@@ -31,6 +31,11 @@ def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     return torch.lerp(x0.float(), noise.float(), sigma).to(x0.dtype)
 
 
+def full_timesteps(timestep: float, latents: Tensor) -> Tensor:
+    """Return one timestep for all frames of latents [B F ...]: [B 1] float32, filled on the device without a copy."""
+    return torch.full((latents.shape[0], 1), timestep, dtype=torch.float32, device=latents.device)
+
+
 def flow_to_x0(flow: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """``x0 = x_t - sigma v``, computed in float32. Latents are [B F C H W], timesteps [B F]."""
     sigma = expand_sigma(timesteps).to(noisy.device)

@@ -17,12 +17,12 @@ from torch import Tensor
 from model.attention import BlockMask, block_causal_mask, chunk_ranges, visible_frames
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
-from model.flow_matching import add_noise
+from model.flow_matching import add_noise, full_timesteps
 from model.kv_cache import KVCache
 from model.layer_cache import CacheDtype
 from pipeline.recompute import ContextImages
 from pipeline.states import SwitchStyle
-from pipeline.steps import Steps, checked_steps, map_steps, steps_of_chunk
+from pipeline.steps import GradientSteps, Steps, checked_steps, map_steps, steps_of_chunk
 from utils.transfer import send
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -211,6 +211,8 @@ def rollout_passes(
     context_latents: Tensor | None = None,
     exit_steps: Sequence[int] | None = None,
     grad_start_frame: int | None = None,
+    gradient_steps: GradientSteps = GradientSteps.last,
+    detach_cache: bool = True,
     generator: Generators = None,
     num_frames: int | None = None,
     denoise_chunk: Callable[[Tensor, int], Tensor] | None = None,
@@ -229,7 +231,9 @@ def rollout_passes(
         context_latents: given clean frames [B F' C H W] (an image or a video) before the first chunk.
         exit_steps: for training, the index of the step at which each chunk stops, or its last step if it has fewer.
             None runs every step.
-        grad_start_frame: from the chunk of this frame on, exit passes carry gradient. None: no gradient.
+        grad_start_frame: from the chunk of this frame on, passes carry gradient. None: no gradient.
+        gradient_steps: the denoising passes of these chunks that carry it.
+        detach_cache: gradient ends at the cache. If false, it flows through cached keys and values to earlier chunks.
         generator: for the fresh noise between steps; see :func:`randn`.
         num_frames: length of the clip, given frames included, if ``noise`` does not show it; it sizes the cache.
         denoise_chunk: another function from the noise [B f C H W] of a chunk and its position in the cache to x0, such
@@ -264,21 +268,25 @@ def rollout_passes(
             live = Pass(
                 Stage.denoise, chunk.latents, steps[0], prompt_embeds, context.cache, context.end, with_grad=with_grad
             )
-            x0 = yield from _denoise(live, steps, generator)
+            x0 = yield from _denoise(live, steps, generator, gradient_steps)
         else:
             x0 = denoise_chunk(chunk.latents, context.end)
         context.note(x0.detach())
-        context.add(x0.detach())
+        context.add(x0.detach() if detach_cache else x0)
         yield FinishedChunk(start, x0)
         start += x0.shape[1]
+    context.cache.drop_graph()
 
 
-def _denoise(first: Pass, timesteps: Sequence[float], generator: Generators) -> Generator[Pass, Tensor, Tensor]:
-    """Predict x0 at each timestep and noise it again to the next one. Only the last pass may carry gradient."""
+def _denoise(
+    first: Pass, timesteps: Sequence[float], generator: Generators, gradient_steps: GradientSteps
+) -> Generator[Pass, Tensor, Tensor]:
+    """Predict x0 at each timestep and noise it again to the next one."""
     latents = first.latents
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
         last = following is None
-        x0 = yield replace(first, latents=latents, timestep=timestep, with_grad=first.with_grad and last)
+        with_grad = first.with_grad and (last or gradient_steps is GradientSteps.all)
+        x0 = yield replace(first, latents=latents, timestep=timestep, with_grad=with_grad)
         if not last:
             latents = add_noise(x0, randn(x0.shape, generator, x0), full_timesteps(following, x0))
     return x0
@@ -318,8 +326,11 @@ class _Context:
             self.images.add(latents)
 
     def add(self, latents: Tensor) -> None:
-        """Add a finished chunk [B f C H W]. It is written to the cache when the next chunk is known."""
-        self.frames |= dict(enumerate(latents.unbind(1), self.end))
+        """Add a finished chunk [B f C H W]. It is written to the cache when the next chunk is known.
+
+        If the chunk carries gradient, so does its context pass. What is stored for a recache carries none.
+        """
+        self.frames |= dict(enumerate(latents.detach().unbind(1), self.end))
         self.end += latents.shape[1]
         self.uncommitted = latents
         visible = set(self._visible())
@@ -344,9 +355,10 @@ class _Context:
             if latents:
                 yield from self.encode(torch.stack(latents, dim=1), following.prompt_embeds, self.config.context_noise)
         elif self.uncommitted is not None:
-            latents = self._noised(self.uncommitted, self.config.context_noise)
-            start = self.end - latents.shape[1]
-            yield Pass(Stage.context, latents, self.config.context_noise, prompt_embeds, self.cache, start)
+            timestep = self.config.context_noise
+            latents = self._noised(self.uncommitted, timestep)
+            start, with_grad = self.end - latents.shape[1], latents.requires_grad
+            yield Pass(Stage.context, latents, timestep, prompt_embeds, self.cache, start, with_grad=with_grad)
 
     def _recompute(self, prompt_embeds: Tensor, following: int) -> Iterator[Pass]:
         """Encode the latest frames again, at the first positions of the same cache. The next chunk follows them."""
@@ -370,8 +382,9 @@ class _Context:
         self.uncommitted = None
 
     def _begin_anew(self, kept: int) -> None:
-        """Begin a cache with the first ``kept`` frames. Backward may still need the old cache, so it is not changed."""
-        self.cache = self.cache.restarted(keep_sink=kept > 0)
+        """Begin a cache with the first ``kept`` frames. Backward may still need the values of the old one."""
+        old, self.cache = self.cache, self.cache.restarted(keep_sink=kept > 0)
+        old.drop_graph()
         self.frames = {position: self.frames[position] for position in range(kept)}
         self.end, self.uncommitted = kept, None
 
@@ -385,8 +398,3 @@ class _Context:
             return latents
         noise = randn(latents.shape, self.generator, latents)
         return add_noise(latents, noise, full_timesteps(timestep, latents))
-
-
-def full_timesteps(timestep: float, latents: Tensor) -> Tensor:
-    """Return one timestep for all frames of latents [B F ...]: [B 1] float32, filled on the device without a copy."""
-    return torch.full((latents.shape[0], 1), timestep, dtype=torch.float32, device=latents.device)

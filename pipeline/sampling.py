@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from model.denoiser import Denoiser
-from model.flow_matching import MAX_TIMESTEP, FlowMatching
+from model.flow_matching import MAX_TIMESTEP, FlowMatching, full_timesteps
 from model.kv_cache import KVCache
-from pipeline.rollout import FinishedChunk, RolloutConfig, full_timesteps, rollout
+from pipeline.rollout import FinishedChunk, RolloutConfig, rollout
 
 FlowFunction = Callable[[Tensor, float], Tensor]
 

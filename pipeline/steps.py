@@ -6,11 +6,21 @@ Later chunks continue a video that is already there, so they need fewer steps (r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from itertools import pairwise
 from typing import Any
 
 Steps = Sequence[float] | Sequence[Sequence[float]]
 """Timesteps for all chunks, or one list for each chunk. The last list is used for all later chunks too."""
+
+
+class GradientSteps(Enum):
+    """The denoising passes of a chunk that carry gradient."""
+
+    last = "last"
+    """Only the pass at which the chunk stops."""
+    all = "all"
+    """Every pass, so gradient flows through the noised predictions back to the first one."""
 
 
 def steps_of_chunk(steps: Steps, index: int) -> list[float]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser, Prediction
-from model.flow_matching import add_noise
+from model.flow_matching import add_noise, full_timesteps
 from pipeline.config import Sampler
 from pipeline.request import PromptSwitch, StreamRequest
-from pipeline.rollout import ChunkInput, FinishedChunk, Pass, full_timesteps, randn, rollout_passes
+from pipeline.rollout import ChunkInput, FinishedChunk, Pass, randn, rollout_passes
 from pipeline.sampling import many_step_chunks
 from pipeline.source import SourceEncoder, SourceFrames
 from pipeline.states import SwitchStyle

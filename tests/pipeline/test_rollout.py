@@ -22,6 +22,7 @@ from pipeline.rollout import (
     rollout,
     rollout_passes,
 )
+from pipeline.steps import GradientSteps
 from tests.parity import gradients, random, relative_error, tiny_denoiser
 from utils.config import from_dict, load_config, to_dict
 
@@ -64,7 +65,16 @@ def masked_pass(denoiser, finished: list[Tensor], live: Tensor, timestep: float,
     return denoiser(sequence, timesteps, EMBEDS, block_mask=mask).x0[:, -live.shape[1] :]
 
 
-def masked_rollout(denoiser, noise: Tensor, rules: RolloutConfig, chunks, given: Tensor | None, generator) -> Tensor:
+def masked_rollout(
+    denoiser,
+    noise: Tensor,
+    rules: RolloutConfig,
+    chunks,
+    given: Tensor | None,
+    generator,
+    *,
+    detach_steps: bool = False,
+) -> Tensor:
     """Make the reference: without a cache, each pass covers all frames so far. Chunks include the given frames."""
     finished = [] if given is None else [given]
     for index, (start, end) in enumerate(chunks):
@@ -75,6 +85,7 @@ def masked_rollout(denoiser, noise: Tensor, rules: RolloutConfig, chunks, given:
         timesteps = rules.timesteps(denoiser)
         x0 = masked_pass(denoiser, finished, noise[:, start - offset : end - offset], timesteps[0], mask)
         for timestep in timesteps[1:]:
+            x0 = x0.detach() if detach_steps else x0
             latents = add_noise(x0, randn(x0.shape, generator, x0), torch.full(x0.shape[:2], timestep))
             x0 = masked_pass(denoiser, finished, latents, timestep, mask)
         finished.append(x0)
@@ -275,16 +286,9 @@ def test_checkpointing_changes_no_gradient_of_a_rollout(rules, exit_step):
         assert relative_error(taken[1][name], gradient) <= 1e-6, name
 
 
-@pytest.mark.parametrize("rules", RULES)
-def test_rollout_gradients_are_those_of_masked_passes_with_detached_context(rules, monkeypatch):
-    """The reference is one masked pass for each chunk. Every layer detaches the keys and values of earlier frames."""
+def detach_context(monkeypatch) -> None:
+    """Let attention with a mask detach the keys and values of all frames before the last chunk."""
     from model import layers
-
-    denoiser, noise, weights = tiny_denoiser(), clip(12), clip(12, seed=5)
-    options = RULES[rules]
-    cached = trained(denoiser, noise, config(**options))
-    (cached * weights).sum().backward()
-    expected = gradients(denoiser)
 
     attention = layers.attention
 
@@ -295,6 +299,17 @@ def test_rollout_gradients_are_those_of_masked_passes_with_detached_context(rule
         return attention(q, k, v, mask=mask, **options)
 
     monkeypatch.setattr(layers, "attention", detached)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_rollout_gradients_are_those_of_masked_passes_with_detached_context(rules, monkeypatch):
+    """The reference is one masked pass for each chunk. Every layer detaches the keys and values of earlier frames."""
+    denoiser, noise, weights = tiny_denoiser(), clip(12), clip(12, seed=5)
+    options = RULES[rules]
+    cached = trained(denoiser, noise, config(**options))
+    (cached * weights).sum().backward()
+    expected = gradients(denoiser)
+    detach_context(monkeypatch)
     chunks = chunk_ranges(12, 3)
     for index, (start, end) in enumerate(chunks):
         mask = naive_mask(chunks[: index + 1], **options)
@@ -303,6 +318,75 @@ def test_rollout_gradients_are_those_of_masked_passes_with_detached_context(rule
         (x0 * weights[:, start:end]).sum().backward()
     for name, gradient in gradients(denoiser).items():
         assert relative_error(gradient, expected[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(
+    ("steps", "detach_cache"), [("all", True), ("all", False), ("last", False)], ids=["steps", "both", "cache"]
+)
+def test_more_gradient_is_that_of_masked_passes(rules, steps, detach_cache, monkeypatch):
+    """A loss on the last chunk alone and one on the clip, in float64, by the weights and by the noise.
+
+    The reference has no cache: each pass covers all frames so far, and only what the option detaches is detached.
+    """
+    denoiser, weights = tiny_denoiser().double(), clip(12, seed=5).double()
+    options = {"gradient_steps": GradientSteps(steps), "detach_cache": detach_cache}
+
+    def losses(noise: Tensor, *, cached: bool) -> list[Tensor]:
+        if cached:
+            made = trained(denoiser, noise, config(**RULES[rules]), exit_step=1, **options)
+        else:
+            chunks = chunk_ranges(12, 3)
+            made = masked_rollout(
+                denoiser, noise, config(**RULES[rules]), chunks, None, seeded(), detach_steps=steps == "last"
+            )
+        return [(made[:, 9:] * weights[:, 9:]).sum(), (made * weights).sum()]
+
+    def slopes(*, cached: bool) -> list[dict[str, Tensor]]:
+        noise, taken = clip(12).double().requires_grad_(), []
+        for loss in losses(noise, cached=cached):
+            loss.backward(retain_graph=True)
+            taken.append(gradients(denoiser) | ({} if noise.grad is None else {"noise": noise.grad}))
+            noise.grad = None
+        return taken
+
+    actual = slopes(cached=True)
+    if detach_cache:
+        detach_context(monkeypatch)
+    for first, second in zip(actual, slopes(cached=False), strict=True):
+        assert first.keys() == second.keys() and ("noise" in first) is (steps == "all")
+        for name, gradient in first.items():
+            assert relative_error(gradient, second[name]) <= 1e-6, name
+
+
+def test_gradient_of_the_last_chunk_reaches_the_first_only_through_a_cache_that_is_not_detached():
+    for detach_cache, reached in ((True, [False, False, True]), (False, [True, True, True])):
+        noise = clip(9).requires_grad_()
+        latents = trained(tiny_denoiser(), noise, config(), detach_cache=detach_cache)
+        (gradient,) = torch.autograd.grad(latents[:, 6:].square().sum(), noise)
+        assert [part.abs().max() > 0 for part in gradient.split(3, dim=1)] == reached
+
+
+@pytest.mark.parametrize("options", [{"context_noise": 100.0}, *RULES.values()])
+def test_checkpointing_and_more_gradient_change_no_video_and_checkpointing_changes_no_gradient(options):
+    denoiser, target, taken, made = tiny_denoiser(), clip(12, seed=5), [], []
+    more = {"gradient_steps": GradientSteps.all, "detach_cache": False}
+    for checkpointing, which in ((False, {}), (False, more), (True, more)):
+        denoiser.transformer.gradient_checkpointing = checkpointing
+        made.append(trained(denoiser, clip(12), config(**options), exit_step=1, **which))
+        (made[-1] * target).sum().backward()
+        taken.append(gradients(denoiser))
+    assert relative_error(made[1], made[0]) <= 1e-5 and torch.equal(made[1], made[2])
+    for name, gradient in taken[1].items():
+        assert relative_error(taken[2][name], gradient) <= 1e-6, name
+    assert any(relative_error(gradient, taken[0][name]) > 0.01 for name, gradient in taken[1].items())
+
+
+def test_chunks_without_gradient_leave_the_cache_detached():
+    noise = clip(9).requires_grad_()
+    latents = trained(tiny_denoiser(), noise, config(), grad_start_frame=3, detach_cache=False)
+    (gradient,) = torch.autograd.grad(latents[:, 6:].square().sum(), noise)
+    assert [part.abs().max() > 0 for part in gradient.split(3, dim=1)] == [False, True, True]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,5 +1,6 @@
 """A training rollout holds the cache, the activations of one chunk, and the inputs of checkpointed blocks."""
 
+import gc
 import weakref
 
 import pytest
@@ -11,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 from model.denoiser import Denoiser
 from model.flow_matching import FlowMatching
 from model.kv_cache import KVCache
-from pipeline.rollout import RolloutConfig, rollout
+from pipeline.rollout import ChunkInput, RolloutConfig, rollout
+from pipeline.states import SwitchStyle
+from pipeline.steps import GradientSteps
 from tests.shapes_parts import SIZES, tiny_transformer
 
 FRAMES, SIDE = 3, 12
@@ -60,7 +63,12 @@ def denoiser() -> Denoiser:
 
 
 def bytes_of(
-    denoiser: Denoiser, chunks: int, grad_start_frame: int | None, config: RolloutConfig, keep: list | None = None
+    denoiser: Denoiser,
+    chunks: int,
+    grad_start_frame: int | None,
+    config: RolloutConfig,
+    keep: list | None = None,
+    **options,
 ) -> tuple[int, int]:
     """Return the peak bytes of the rollout alone and with its backward pass. Its gradients are added to `keep`."""
     noise = torch.randn(1, chunks * FRAMES, SIZES.in_dim, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -70,7 +78,7 @@ def bytes_of(
     with Allocations() as memory:
         blocks = rollout(
             denoiser, noise, embeds, cache, config, exit_steps=steps, grad_start_frame=grad_start_frame,
-            generator=torch.Generator().manual_seed(1),
+            generator=torch.Generator().manual_seed(1), **options,
         )  # fmt: skip
         video = torch.cat([block.latents for block in blocks], dim=1)
         rolled_out = memory.peak
@@ -82,13 +90,15 @@ def bytes_of(
     return rolled_out, memory.peak
 
 
-def growth(denoiser: Denoiser, frames_with_gradient: int | None, config: RolloutConfig) -> tuple[float, float]:
+def growth(
+    denoiser: Denoiser, frames_with_gradient: int | None, config: RolloutConfig, **options
+) -> tuple[float, float]:
     """Return the bytes that one more chunk costs, in the rollout and with its backward pass."""
     few, many = 3, 6
     measured = []
     for chunks in (few, many):
         start = None if frames_with_gradient is None else max(0, chunks * FRAMES - frames_with_gradient)
-        measured.append(bytes_of(denoiser, chunks, start, config))
+        measured.append(bytes_of(denoiser, chunks, start, config, **options))
     return tuple((later - earlier) / (many - few) for earlier, later in zip(*measured, strict=True))
 
 
@@ -107,6 +117,39 @@ def test_checkpointed_chunks_with_gradient_cost_the_inputs_of_their_blocks_besid
     assert growth(denoiser, ALL, ROLLING)[1] <= CACHE + inputs + 8 * LATENTS
     denoiser.transformer.gradient_checkpointing = False
     assert growth(denoiser, ALL, ROLLING)[1] > 3 * (CACHE + inputs + 8 * LATENTS)  # the measure sees activations
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "caches"),
+    [({"gradient_steps": GradientSteps.all}, 2, 1), ({"detach_cache": False}, 2, 2)],
+    ids=["all steps", "cache not detached"],
+)
+def test_more_passes_with_gradient_cost_their_inputs_too_and_a_cache_with_graph_costs_its_keys_again(
+    denoiser, options, passes, caches
+):
+    inputs = SIZES.num_layers * STATE
+    grown = growth(denoiser, ALL, ROLLING, **options)[1]
+    assert growth(denoiser, ALL, ROLLING)[1] + inputs / 2 < grown <= caches * CACHE + passes * (inputs + 8 * LATENTS)
+
+
+@pytest.mark.parametrize("style", [SwitchStyle.keep, SwitchStyle.recache])
+@pytest.mark.parametrize("learns", [False, True], ids=["no backward pass", "backward pass"])
+def test_a_cache_refers_to_no_graph_after_its_rollout_and_is_freed(denoiser, style, learns):
+    """Also after checkpointed passes were computed again. Python's collector of cycles is off."""
+    cache, embeds = KVCache(SIZES.num_layers, append_only=True), torch.zeros(1, SIZES.text_len, SIZES.text_dim)
+    noise = torch.randn(4, 1, FRAMES, SIZES.in_dim, SIDE, SIDE)
+    chunks = [noise[0], noise[1], ChunkInput(noise[2], prompt_embeds=embeds.clone(), style=style), noise[3]]
+    options = {"grad_start_frame": 0, "detach_cache": False}
+    video = [block.latents for block in rollout(denoiser, chunks, embeds, cache, ROLLING, **options)]
+    assert video[-1].requires_grad
+    if learns:
+        torch.cat(video).sum().backward()
+    layer = weakref.ref(cache.layers[0])
+    assert all(frame is None for frame in layer().k.live.values())
+    gc.disable()
+    del cache, video
+    gc.enable()
+    assert layer() is None
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 7, "sink": 1}], ids=["all", "rolling", "sink"])
