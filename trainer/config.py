@@ -7,6 +7,7 @@ from enum import Enum
 
 from model.discriminator import DiscriminatorConfig
 from pipeline.config import DenoiserConfig, PipelineConfig
+from pipeline.steps import GradientSteps
 from trainer.data import DataConfig
 from trainer.health import HealthConfig
 from trainer.lora import LoRAConfig
@@ -125,6 +126,10 @@ class DMDConfig:
     """The sigma_floor of the critic's loss (see diffusion.sigma_floor)."""
     grad_start_frame: int = 0
     """First scored latent frame that carries gradient."""
+    gradient_steps: GradientSteps = GradientSteps.last
+    """The denoising passes of a chunk that carry gradient: last, the pass at which it stops, or all."""
+    detach_cache: bool = True
+    """Whether gradient ends at the cached keys and values. If false, it flows through them to earlier chunks."""
     regression_weight: float = 0.0
     """Weight of a regression to stored trajectories (ode.pairs) in the generator's loss. 0 turns it off."""
     clean_step: bool = False

@@ -18,6 +18,7 @@ from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.flow_matching import MAX_TIMESTEP
 from model.kv_cache import KVCache
+from model.layer_cache import CacheDtype
 from pipeline.rollout import randn, rollout
 from pipeline.steps import most_steps, steps_of_chunk
 from trainer.config import Config
@@ -154,6 +155,8 @@ class Generation(ABC):
             context_latents=context,
             exit_steps=[last] * len(config.chunks(frames, given)),
             grad_start_frame=grad_start_frame,
+            gradient_steps=self.config.dmd.gradient_steps,
+            detach_cache=self.config.dmd.detach_cache,
             generator=micro_batch.generators("step noise"),
         )
         return torch.cat([block.latents for block in blocks], dim=1), self._exit_facts(last)
@@ -208,6 +211,23 @@ class ChunkDenoising(Generation):
                 clean_context=clean_context,
             )
         return Video(latents)
+
+
+def check_cache(config: Config) -> None:
+    """Raise UserError if ``dmd.detach_cache=false`` is set with a key that does not let the cache keep a graph."""
+    if config.dmd.detach_cache:
+        return
+    rules = config.rollout
+    moved_sink = f"rollout.relative_positions=true and rollout.sink={rules.sink}"
+    for found, setting, remedy in (
+        (rules.cache_dtype is CacheDtype.fp8, "rollout.cache_dtype=fp8", "rollout.cache_dtype=auto"),
+        (rules.relative_positions and rules.sink > 0, moved_sink, "rollout.relative_positions=false"),
+        (config.parallel.compile, "parallel.compile=true", "parallel.compile=false"),
+    ):
+        if found:
+            raise UserError(
+                f"dmd.detach_cache=false does not work with {setting}; set dmd.detach_cache=true or {remedy}"
+            )
 
 
 def check_frames(config: Config, frames: int, given: int = 0) -> None:

@@ -28,6 +28,7 @@ from trainer.generation import (
     Video,
     VideoFacts,
     WholeRollout,
+    check_cache,
 )
 from trainer.long_rollout import ContinuedRollout, ImageRollout, LongRollout
 from trainer.matching import (
@@ -47,6 +48,7 @@ from trainer.parallelize import local_part, own_shape, shard_rows
 from trainer.trainer import SAMPLE_VIDEOS, RunContext, Trainer
 from trainer.update import Loss, Updated
 from utils.checkpoint import Stateful
+from utils.errors import UserError
 
 MakeTerm = Callable[[Networks], LossTerm]
 
@@ -123,7 +125,13 @@ class SelfForcingTrainer(Trainer):
     def __init__(self, config: Config, context: RunContext) -> None:
         method = METHODS[config.objective]
         method.generation.check(config)
+        check_cache(config)
         super().__init__(config, context)
+        if self.parallelism.active and not config.dmd.detach_cache:
+            raise UserError(
+                "dmd.detach_cache=false does not work with sharded weights; set dmd.detach_cache=true, or train in one "
+                "process with parallel.precision=float32 and without parallel.offload_teacher and offload_trained"
+            )
         self.denoiser = self.load_trained(config.student)
         self.real_score = self.load_frozen(config.real_score) if method.has_teacher else None
         self.fake_score = self.load_trained(config.fake_score or config.real_score, config.critic_lora)

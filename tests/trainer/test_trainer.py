@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.parity import relative_error
+from trainer import parallelize
 from trainer.build import build_trainer
 from trainer.matching import Term
 from trainer.objectives.dmd import critic_loss
@@ -171,6 +173,37 @@ def test_gradient_reaches_frames_from_the_first_one_asked_for(build):
             reached.append(any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients))
         assert reached == expected
         assert not trainer.generation.video(passes, batch, with_grad=False).latents.requires_grad
+
+
+def test_gradient_steps_and_detach_cache_change_the_gradient_and_not_the_video(build):
+    made = {}
+    for override in ("dmd.gradient_steps=last", "dmd.gradient_steps=all", "dmd.detach_cache=false"):
+        trainer = build(override, "rollout.denoising_steps=[1000,500]", "trainer.seed=7")
+        (passes,) = trainer.micro_batches()
+        video, facts = trainer.generation.video(passes, trainer.batch(passes), with_grad=True)
+        assert facts.next_level == 0, "the rollout must reach the last step"
+        weight = trainer.denoiser.transformer.patch_embedding.weight
+        (gradient,) = torch.autograd.grad(video[:, 3:].square().sum(), weight)
+        made[override] = video.detach(), gradient
+    (first, default), *others = made.values()
+    for video, gradient in others:
+        assert relative_error(video, first) <= 1e-5 and relative_error(gradient, default) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["rollout.cache_dtype=fp8", "parallel.compile=true", "rollout.relative_positions=true and rollout.sink=1"],
+)
+def test_a_cache_that_cannot_keep_a_graph_is_refused_before_anything_is_loaded(build, setting):
+    overrides = ["student.weights=missing", "dmd.detach_cache=false", *setting.split(" and ")]
+    with pytest.raises(UserError, match=f"dmd.detach_cache=false does not work with {setting}; set dmd.detach_cache"):
+        build(*overrides)
+
+
+def test_a_cache_that_is_not_detached_is_refused_with_sharded_weights(build, monkeypatch):
+    monkeypatch.setattr(parallelize, "device_mesh", lambda *_: None)
+    with pytest.raises(UserError, match=r"does not work with sharded weights; set .* parallel.precision=float32"):
+        build("student.weights=missing", "dmd.detach_cache=false", "parallel.precision=bfloat16")
 
 
 def test_samples_are_made_with_the_average_and_are_the_same_at_every_call(build):
