@@ -115,6 +115,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "1 critic update": ("dmd.critic_updates=1",),
     "5 critic updates": ("dmd.critic_updates=5",),
     "no replay": ("dmd.replay_rollouts=0",),
+    "gradient through all steps": ("dmd.gradient_steps=all",),
+    "cache not detached": ("dmd.detach_cache=false",),
 }
 AT_INFERENCE_TOO = ("rollout.",)  # an ablation of these keys makes its videos in the same way
 
