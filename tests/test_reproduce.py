@@ -185,7 +185,7 @@ def check_report(page: Path) -> None:
 def test_it_says_how_long_it_takes_and_starts_nothing(tmp_path, capsys):
     assert reproduce.main(["--quick", "--plan", "--folder", str(tmp_path / "new")]) == 0
     said = capsys.readouterr().err
-    assert "9 trainings and 9 rows; about" in said and "are left on this machine" in said
+    assert "10 trainings and 10 rows; about" in said and "are left on this machine" in said
     assert not (tmp_path / "new").exists()
 
 

@@ -100,6 +100,7 @@ METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "TF + DMD": ("causvid", "tf", ("dmd.clean_context=true",)),
     "DF + DMD": ("causvid", "df", ()),
     "Self Forcing DMD": ("self_forcing_dmd", "df", ()),
+    "Self Forcing DMD from teacher forcing": ("self_forcing_dmd", "tf", ()),
     "Self Forcing SiD": ("self_forcing_sid", "df", ()),
     "Self Forcing GAN": ("self_forcing_gan", "df", ()),
 }

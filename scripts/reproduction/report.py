@@ -190,19 +190,21 @@ def _table(entries: Sequence[MeasuredRow], length: int) -> str:
 
 
 def _verdict(entries: Sequence[MeasuredRow]) -> list[str]:
-    """Return for some columns whether self-forcing DMD is ahead of the others, by more than the intervals."""
+    """Return whether each self-forcing DMD of the main rows is ahead of the others, by more than the intervals."""
     said = []
     for column in ("speed", "all_right", "path_error", "frechet"):
         found = {
             entry.row.method: entry.values[CLAIM_LENGTH][column]
             for entry in entries
-            if column in entry.values.get(CLAIM_LENGTH, {})
+            if entry.row.main and column in entry.values.get(CLAIM_LENGTH, {})
         }
-        ours = found.get("Self Forcing DMD")
         others = {name: value for name, value in found.items() if not name.startswith("Self Forcing")}
-        if ours is not None and others:
-            compared = "; ".join(f"{_compare(ours, value, column)} {name} ({value})" for name, value in others.items())
-            said.append(f"- {COLUMNS[column][0]} at {CLAIM_LENGTH}x: Self Forcing DMD ({ours}) is {compared}.")
+        for name in [name for name in found if name.startswith("Self Forcing DMD")] if others else []:
+            ours, verdicts = found[name], {}
+            for other, value in others.items():
+                verdicts.setdefault(_compare(ours, value, column), []).append(f"{other} ({value})")
+            compared = "; ".join(f"{verdict} {', '.join(which)}" for verdict, which in verdicts.items())
+            said.append(f"- {COLUMNS[column][0]} at {CLAIM_LENGTH}x: {name} ({ours}) is {compared}.")
     return ["\n".join(said)] if said else []
 
 
