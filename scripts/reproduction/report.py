@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from scripts.reproduction.measuring import REAL, Measured, measured_file, read_measured, sheet_file
 from scripts.reproduction.plan import FORMS, MethodRow, ReproductionPlan
@@ -70,7 +71,8 @@ def write_reproduction(plan: ReproductionPlan, folder: Path, target: Path, comma
                 atomic_write_text(assets / f"{form}-{column}.svg", plot)
     for name in [REAL, *(entry.row.name for entry in entries)]:
         if (sheet := sheet_file(folder, name, plan.budget.seeds[0])).is_file():
-            shutil.copyfile(sheet, assets / f"{name}.png")
+            with Image.open(sheet) as image:  # in 256 colours it is less than half as large
+                image.convert("RGB").quantize(256).save(assets / f"{name}.png", optimize=True)
     page = target / "reproduction.md"
     notes = assets / NOTES
     text = notes.read_text(encoding="utf-8").strip() if notes.is_file() else ""
