@@ -30,11 +30,11 @@ stage teacher_short
 stage teacher
 publish teacher text_encoder text_encoder
 stage teacher_fine
-publish teacher_fine generator teacher
-stage diffusion_forcing
-publish diffusion_forcing generator student
 stage teacher_final
-publish teacher_final generator teacher
+stage teacher_long
+publish teacher_long generator teacher
+stage teacher_forcing
+publish teacher_forcing generator student
 stage self_forcing_dmd
 publish self_forcing_dmd generator generator
 python scripts/evaluate.py --checkpoint checkpoints/shapes/generator --output_folder logs/shapes/evaluation
