@@ -20,6 +20,7 @@ except ImportError:  # Windows
 
 MOST_KEYS = 4096  # addresses whose rates are remembered; beyond that the one unused for the longest time is forgotten
 IPV6_PREFIX = 64  # bits
+CLOCK_ERROR = 1e-6  # seconds; differences between readings of a clock that runs for years are rounded by less
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -137,7 +138,8 @@ class Rate:
         self._free_at[key] = free_at
         while len(self._free_at) > MOST_KEYS:
             self._free_at.popitem(last=False)
-        return max(0.0, free_at - now - self._burst / self._per_second)
+        wait = free_at - now - self._burst / self._per_second
+        return wait if wait > CLOCK_ERROR else 0.0
 
     def try_spend(self, key: Hashable, longest_wait: float = 0.0) -> float | None:
         """Spend one unit and return the seconds to wait. If the wait is too long, spend nothing and return None."""

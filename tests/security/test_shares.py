@@ -1,6 +1,7 @@
 """Each visitor has a share of seats, sessions, clips and starts. Nobody can use up the share of another."""
 
 import json
+import random
 import time
 
 import pytest
@@ -199,6 +200,15 @@ def test_with_several_accounts_an_account_is_a_visitor(serve):
 )
 def test_a_household_is_one_visitor(one, other, same):
     assert (visitor_of(one) == visitor_of(other)) is same
+
+
+def test_whatever_the_clock_shows_a_whole_budget_is_spent_without_waiting():
+    """Differences of large clock readings are rounded, which must not look like a wait."""
+    generator = random.Random(0)
+    for _ in range(2000):
+        now, per_second, burst = generator.uniform(0, 1e8), generator.uniform(0.05, 50), generator.randint(1, 9)
+        rate = Rate(per_second, burst, clock=lambda now=now: now)
+        assert [rate.try_spend("a") for _ in range(burst + 1)] == [0.0] * burst + [None]
 
 
 def test_a_rate_lets_a_burst_through_and_then_its_rate():
