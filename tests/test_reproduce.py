@@ -18,7 +18,7 @@ from scripts.reproduction.metrics import flicker, frechet_distance, path_error
 from scripts.reproduction.plan import ABLATIONS, FULL, METHODS, QUICK, Training, build_plan
 from scripts.reproduction.report import write_reproduction
 from scripts.reproduction.runner import estimate_left
-from scripts.reproduction.statistics import frechet_interval, mean_interval
+from scripts.reproduction.statistics import difference_interval, frechet_interval, mean_interval
 from scripts.reproduction.training import commands, run_program, train_all, weights_of
 from trainer.config import Config
 from utils.config import load_config
@@ -102,6 +102,17 @@ def test_intervals_shrink_with_more_prompts_and_cover_the_mean():
     features = torch.randn(20, 5, 3, generator=seeded())
     near, far = frechet_interval(features, [features]), frechet_interval(features, [features + 1])
     assert near.high < far.low
+
+
+def test_a_difference_of_the_same_prompts_and_seeds_is_seen_where_the_means_overlap():
+    theirs = torch.rand(3, 24, generator=seeded()).tolist()
+    ours = [[value + 0.05 for value in row] for row in theirs]
+    assert mean_interval(ours).low < mean_interval(theirs).high
+    assert difference_interval(ours, theirs) == pytest.approx((0.05, 0.05, 0.05))
+    assert difference_interval(ours[:1], theirs).mean == pytest.approx(0.05), "only the seeds of both count"
+    noise = torch.randn(3, 24, generator=seeded(1)).tolist()
+    between = difference_interval(noise, torch.randn(3, 24, generator=seeded(2)).tolist())
+    assert between.low < 0 < between.high
 
 
 def test_a_failed_training_is_named(tmp_path):

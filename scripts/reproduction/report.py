@@ -18,7 +18,7 @@ from PIL import Image
 from scripts.reproduction.measuring import REAL, Measured, measured_file, read_measured, sheet_file
 from scripts.reproduction.plan import FORMS, MethodRow, ReproductionPlan
 from scripts.reproduction.plot import line_plot
-from scripts.reproduction.statistics import Interval, frechet_interval, mean_interval
+from scripts.reproduction.statistics import Interval, difference_interval, frechet_interval, mean_interval
 from scripts.reproduction.training import commands
 from utils.files import atomic_write_text
 
@@ -55,6 +55,8 @@ class MeasuredRow:
     frames_per_second: float | None
     values: dict[int, dict[str, Interval]]
     """Length -> column -> value."""
+    samples: dict[int, dict[str, list[list[float]]]]
+    """Length -> column -> one value for each training and prompt [T P]. The Fréchet distance has none."""
 
 
 def write_reproduction(plan: ReproductionPlan, folder: Path, target: Path, command: str) -> Path:
@@ -95,13 +97,16 @@ def _entries(plan: ReproductionPlan, folder: Path) -> tuple[list[MeasuredRow], M
 
 def _entry(row: MethodRow, measured: Sequence[Measured], real: Measured | None) -> MeasuredRow:
     values: dict[int, dict[str, Interval]] = {}
+    samples: dict[int, dict[str, list[list[float]]]] = {}
     for length, columns in measured[0].columns.items():
-        found = {name: mean_interval([part.columns[length][name] for part in measured]) for name in columns}
+        taken = {name: [part.columns[length][name] for part in measured] for name in columns}
+        found = {name: mean_interval(table) for name, table in taken.items()}
         if real is not None and length in real.features:
             found["frechet"] = frechet_interval(real.features[length], [part.features[length] for part in measured])
-        values[int(length.removesuffix("x"))] = found
+        times = int(length.removesuffix("x"))
+        values[times], samples[times] = found, taken
     speeds = [part.frames_per_second for part in measured if part.frames_per_second is not None]
-    return MeasuredRow(row, len(measured), _steps(row), max(speeds) if speeds else None, values)
+    return MeasuredRow(row, len(measured), _steps(row), max(speeds) if speeds else None, values, samples)
 
 
 def _steps(row: MethodRow) -> str:
@@ -195,25 +200,34 @@ def _verdict(entries: Sequence[MeasuredRow]) -> list[str]:
     """Return whether each self-forcing DMD of the main rows is ahead of the others, by more than the intervals."""
     said = []
     for column in ("speed", "all_right", "path_error", "frechet"):
-        found = {
-            entry.row.method: entry.values[CLAIM_LENGTH][column]
-            for entry in entries
-            if entry.row.main and column in entry.values.get(CLAIM_LENGTH, {})
-        }
-        others = {name: value for name, value in found.items() if not name.startswith("Self Forcing")}
-        for name in [name for name in found if name.startswith("Self Forcing DMD")] if others else []:
-            ours, verdicts = found[name], {}
-            for other, value in others.items():
-                verdicts.setdefault(_compare(ours, value, column), []).append(f"{other} ({value})")
+        found = [entry for entry in entries if entry.row.main and column in entry.values.get(CLAIM_LENGTH, {})]
+        others = [entry for entry in found if not entry.row.method.startswith("Self Forcing")]
+        for ours in [entry for entry in found if entry.row.method.startswith("Self Forcing DMD")] if others else []:
+            verdicts: dict[str, list[str]] = {}
+            for other in others:
+                shown = f"{other.row.method} ({other.values[CLAIM_LENGTH][column]})"
+                verdicts.setdefault(_compare(ours, other, column), []).append(shown)
             compared = "; ".join(f"{verdict} {', '.join(which)}" for verdict, which in verdicts.items())
-            said.append(f"- {COLUMNS[column][0]} at {CLAIM_LENGTH}x: {name} ({ours}) is {compared}.")
-    return ["\n".join(said)] if said else []
+            value = f"{ours.row.method} ({ours.values[CLAIM_LENGTH][column]})"
+            said.append(f"- {COLUMNS[column][0]} at {CLAIM_LENGTH}x: {value} is {compared}.")
+    rule = (
+        "One row is ahead of another if the 95 % interval of their difference, prompt by prompt and seed by seed, does "
+        "not contain zero. For the Fréchet distance the two intervals must not overlap."
+    )
+    return ["\n".join(said), rule] if said else []
 
 
-def _compare(ours: Interval, other: Interval, column: str) -> str:
-    if ours.low > other.high or ours.high < other.low:
-        return "ahead of" if (ours.mean < other.mean) == (column in LOWER_IS_BETTER) else "behind"
-    return "not apart from"
+def _compare(ours: MeasuredRow, other: MeasuredRow, column: str) -> str:
+    if column in ours.samples[CLAIM_LENGTH]:
+        tables = ours.samples[CLAIM_LENGTH][column], other.samples[CLAIM_LENGTH][column]
+        difference = difference_interval(*tables)
+        apart, higher = difference.low > 0 or difference.high < 0, difference.mean > 0
+    else:
+        value, reference = ours.values[CLAIM_LENGTH][column], other.values[CLAIM_LENGTH][column]
+        apart, higher = value.low > reference.high or value.high < reference.low, value.mean > reference.mean
+    if not apart:
+        return "not apart from"
+    return "ahead of" if higher != (column in LOWER_IS_BETTER) else "behind"
 
 
 def _revision() -> str:

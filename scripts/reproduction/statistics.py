@@ -39,6 +39,15 @@ def mean_interval(values: Sequence[Sequence[float]]) -> Interval:
     return Interval(table.mean().item(), low, high)
 
 
+def difference_interval(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
+    """Return the mean of ``ours - theirs``, values [T P] each, and its interval.
+
+    Both have the same prompts, and trainings with the same seeds. If one has fewer trainings, only its seeds count.
+    """
+    pairs = zip(ours, theirs, strict=False)
+    return mean_interval([[one - other for one, other in zip(*pair, strict=True)] for pair in pairs])
+
+
 def frechet_interval(real: Tensor, made: Sequence[Tensor]) -> Interval:
     """Return the Frechet distance of features made [P N D] by each training from real ones, and its interval.
 
