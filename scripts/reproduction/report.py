@@ -150,7 +150,8 @@ def _page(
         f"`{command}` wrote this page from its own runs, at revision `{_revision()}`. Do not edit it: run the script.",
         f"Budget `{budget.name}`: students take {budget.start_steps} updates of 16 clips from the teacher's weights, "
         f"by teacher forcing (TF) or diffusion forcing (DF). Every method then takes {budget.steps} updates of 8 "
-        f"clips. Training seeds: {len(budget.seeds)}. Held-out prompts: {budget.prompts}. Videos of each prompt: "
+        f"clips. Seeds: the column counts the trainings of a row, of {len(budget.seeds)} planned for a main row. "
+        f"Held-out prompts: {budget.prompts}. Videos of each prompt: "
         f"{len(budget.video_seeds)}. A value is a mean with the larger half of its 95 % interval, over prompts and "
         "seeds (bootstrap).",
         "Lengths are multiples of the training length; a value at 4x covers the whole video up to 4x. Shares, such as "
@@ -187,12 +188,13 @@ def _form_section(form: str, chunk: int, entries: Sequence[MeasuredRow], real: M
 def _table(entries: Sequence[MeasuredRow], length: int) -> str:
     shown = [entry for entry in entries if length in entry.values]
     names = [name for name in SHOWN if any(name in entry.values[length] for entry in shown)]
-    titles = ["method", *(COLUMNS[name][0] for name in names), "steps", "frames/s"]
+    titles = ["method", *(COLUMNS[name][0] for name in names), "seeds", "steps", "frames/s"]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for entry in shown:
         cells = [str(entry.values[length].get(name, "-")) for name in names]
         speed = "-" if entry.frames_per_second is None else f"{entry.frames_per_second:.0f}"
-        lines.append(f"| {' | '.join([entry.row.method, *cells, entry.steps, speed])} |")
+        seeds = str(entry.trainings) if entry.row.trainings else "-"
+        lines.append(f"| {' | '.join([entry.row.method, *cells, seeds, entry.steps, speed])} |")
     return "\n".join(lines)
 
 
