@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from utils.errors import UserError
-from utils.heartbeat import Heartbeat, connect, publish_failure
+from utils.heartbeat import GRACE, Heartbeat, connect, publish_failure, stop_heartbeat
 from utils.signals import StopSignals
 
 T = TypeVar("T")
@@ -121,7 +121,20 @@ def shutdown_distributed() -> None:
             return  # a normal exit would wait for processes inside a collective operation
         with suppress(RuntimeError):  # torchrun and its store have ended
             barrier()
+            stop_heartbeat()
+            _leave_store()
     dist.destroy_process_group()
+
+
+def _leave_store() -> None:
+    """Let process 0, which may hold the store, leave it last. Otherwise torch would print warnings in the others."""
+    store, others = _store(), dist.get_world_size() - 1
+    if dist.get_rank() != 0:
+        store.add("left", 1)
+        return
+    until = time.monotonic() + GRACE
+    while store.add("left", 0) < others and time.monotonic() < until:
+        time.sleep(BARRIER_POLL)
 
 
 def barrier() -> None:

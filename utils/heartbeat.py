@@ -51,6 +51,13 @@ def failure_message(published: str) -> str:
     return f"process {rank} failed: {message}"
 
 
+def stop_heartbeat() -> None:
+    """Stop the heartbeat of this process, if there is one."""
+    for thread in threading.enumerate():
+        if isinstance(thread, Heartbeat):
+            thread.stop()
+
+
 class Heartbeat(threading.Thread):
     """Runs until the process leaves its process group."""
 
@@ -62,9 +69,15 @@ class Heartbeat(threading.Thread):
         self.watched = (rank + 1) % world_size
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._last, self._missed = 0, 0
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End the thread. Nobody uses its connection to the store after that."""
+        self._stopped.set()
+        self.join(GRACE)
 
     def run(self) -> None:
-        while dist.is_initialized():
+        while dist.is_initialized() and not self._stopped.is_set():
             if self.launcher not in (None, os.getppid()):
                 self._end("torchrun has ended", ORPHAN_GRACE)
             try:
@@ -76,7 +89,7 @@ class Heartbeat(threading.Thread):
                 problem = "the process that holds the job together (rank 0, or torchrun) has disappeared"
             if problem and dist.is_initialized():
                 self._end(problem, GRACE)
-            time.sleep(PERIOD)
+            self._stopped.wait(PERIOD)
 
     def _beat(self) -> str | None:
         """Increase the own number and check the others. Returns the problem, or None."""
