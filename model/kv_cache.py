@@ -166,7 +166,7 @@ class KVCache:
             )
         end = start_frame + frames
         self._allocate(layout, start_frame, end)
-        if keep_graph or not torch.is_grad_enabled():
+        if self.layers[0].k.live and (keep_graph or not torch.is_grad_enabled()):
             for layer in self.layers:
                 layer.forget_graph(start_frame, end)
         moves = self.relative and self.sink > 0 and end > self.window
