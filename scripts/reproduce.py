@@ -23,7 +23,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--quick", action="store_true", help="frame-wise, one seed, fewer updates: at most 40 CPU minutes; default: off"
+        "--quick", action="store_true", help="frame-wise, one seed, fewer updates: about 40 CPU minutes; default: off"
     )
     add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
     add("--report", metavar="FOLDER", help="folder for reproduction.md; default: FOLDER/report")

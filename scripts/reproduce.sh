@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Reproduce the paper's claim in the Shapes world, and write a report (docs/reproduction.md is one). Run it again to go on.
-#   scripts/reproduce.sh --quick       at most 40 CPU minutes, frame-wise, one seed
+#   scripts/reproduce.sh --quick       about 40 CPU minutes, frame-wise, one seed
 #   scripts/reproduce.sh               everything, three seeds; --plan says first how long it takes here
 set -euo pipefail
 cd "$(dirname "$0")/.."
