@@ -22,9 +22,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--quick", action="store_true", help="frame-wise, one seed, fewer updates: about 40 CPU minutes; default: off"
-    )
+    add("--quick", action="store_true", help="frame-wise, one seed, fewer updates: about 40 CPU minutes; default: off")
     add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
     add("--report", metavar="FOLDER", help="folder for reproduction.md; default: FOLDER/report")
     add(
