@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import count, exit_code
 
 EPILOG = """\
-It trains, then measures, then writes REPORT/reproduction.md with a table, plots and a contact sheet for each method.
+It trains, then measures, then writes REPORT/reproduction.md with a table, plots and a contact sheet for each method,
+or REPORT/ablations.md.
 Stop it at any time and run the same command again: finished trainings and measured rows are kept, and a training that
 was stopped goes on from its last checkpoint. It needs the teacher, codec and text encoder of checkpoints/shapes.
 """
@@ -24,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="frame-wise, one seed, fewer updates: about 40 CPU minutes; default: off")
     add("--folder", metavar="FOLDER", help="trainings and measurements; default: logs/reproduction/BUDGET")
-    add("--report", metavar="FOLDER", help="folder for reproduction.md; default: FOLDER/report")
+    add("--report", metavar="FOLDER", help="folder for reproduction.md or ablations.md; default: FOLDER/report")
     add(
         "--form",
         choices=("framewise", "chunkwise", "both"),
@@ -41,6 +42,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=count,
         metavar="N",
         help="held-out prompts that are measured; default: 24 with --quick, else 96",
+    )
+    add(
+        "--rows",
+        choices=("main", "ablations", "all"),
+        help="main: the methods; ablations: self-forcing DMD from other starts and with other settings, in a report of "
+        "its own; all: both in one; default: main with --quick, else all",
     )
     add(
         "--plan",

@@ -15,7 +15,7 @@ import torch
 from scripts import reproduce
 from scripts.reproduction.measuring import REAL, measure_method, measure_real, measured_file, read_measured
 from scripts.reproduction.metrics import flicker, frechet_distance, path_error
-from scripts.reproduction.plan import ABLATIONS, FULL, METHODS, QUICK, Training, build_plan
+from scripts.reproduction.plan import ABLATIONS, FULL, METHODS, QUICK, ReproductionPlan, Training, build_plan
 from scripts.reproduction.report import write_reproduction
 from scripts.reproduction.runner import estimate_left
 from scripts.reproduction.statistics import difference_interval, frechet_interval, mean_interval
@@ -179,6 +179,17 @@ def test_a_run_goes_on_where_it_stopped_and_reports_what_it_has(tmp_path, monkey
     notes.parent.mkdir(parents=True)
     notes.write_text("One row contradicts the paper.", encoding="utf-8")
     check_report(write_reproduction(plan, tmp_path, tmp_path / "report", "scripts/reproduce.sh --quick"))
+    check_ablations(plan, tmp_path)
+
+
+def check_ablations(plan: ReproductionPlan, folder: Path) -> None:
+    """The same rows as ablations: the page compares the other row with self-forcing DMD."""
+    rows = tuple(replace(row, main=False) for row in plan.rows)
+    plan = replace(plan, budget=replace(plan.budget, main=False, ablations=True), rows=rows)
+    page = write_reproduction(plan, folder, folder / "report", "scripts/reproduce.sh --quick --rows ablations")
+    text = page.read_text(encoding="utf-8")
+    assert page.name == "ablations.md" and (folder / "report" / "ablations" / "table.csv").is_file()
+    assert "all right at 4x, against Self Forcing DMD (" in text and "](" not in text
 
 
 def check_report(page: Path) -> None:
@@ -193,10 +204,11 @@ def check_report(page: Path) -> None:
     assert all(float(row["low"]) <= float(row["mean"]) <= float(row["high"]) for row in table)
 
 
-def test_it_says_how_long_it_takes_and_starts_nothing(tmp_path, capsys):
-    assert reproduce.main(["--quick", "--plan", "--folder", str(tmp_path / "new")]) == 0
+@pytest.mark.parametrize(("rows", "counted"), [("main", (10, 10)), ("ablations", (21, 16)), ("all", (28, 25))])
+def test_it_says_how_long_it_takes_and_starts_nothing(tmp_path, capsys, rows, counted):
+    assert reproduce.main(["--quick", "--rows", rows, "--plan", "--folder", str(tmp_path / "new")]) == 0
     said = capsys.readouterr().err
-    assert "10 trainings and 10 rows; about" in said and "are left on this machine" in said
+    assert "{} trainings and {} rows; about".format(*counted) in said and "are left on this machine" in said
     assert not (tmp_path / "new").exists()
 
 

@@ -1,5 +1,7 @@
 """The plan of the reproduction: which models are trained from the one teacher, and which rows measure them.
 
+Main rows compare the methods. Ablations are self-forcing DMD from other starts and with other settings.
+
 All rows of one form have equal budgets. A student starts from the teacher's weights with `start_steps` updates by
 teacher forcing or diffusion forcing. From it every method trains for `steps` updates with the same number of clips.
 """
@@ -28,13 +30,24 @@ class Budget:
     """Held-out prompts that are measured."""
     video_seeds: tuple[int, ...]
     """Seeds of the measured videos, for each prompt."""
-    starts: bool = False
-    """Also start self-forcing from ODE regression, causal ODE and causal consistency."""
+    pairs: tuple[str, ...] = ()
+    """Arguments of make_ode_pairs.py, for the starts that regress to trajectories."""
+    main: bool = True
+    """Train and measure the main rows. Without them, only self-forcing DMD is there, to compare the ablations with."""
     ablations: bool = False
-    """Also train the variants of self-forcing DMD."""
+    """Also train self-forcing DMD from other starts and in variants, with the first seed."""
 
 
-QUICK = Budget("quick", ("framewise",), (0,), start_steps=100, steps=80, prompts=24, video_seeds=(0,))
+QUICK = Budget(
+    "quick",
+    ("framewise",),
+    (0,),
+    start_steps=100,
+    steps=80,
+    prompts=24,
+    video_seeds=(0,),
+    pairs=("--count", "256", "--solver_steps", "24"),
+)
 FULL = Budget(
     "full",
     ("framewise", "chunkwise"),
@@ -43,7 +56,6 @@ FULL = Budget(
     steps=220,
     prompts=96,
     video_seeds=(0, 1, 2),
-    starts=True,
     ablations=True,
 )
 
@@ -105,6 +117,7 @@ METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Self Forcing GAN": ("self_forcing_gan", "df", ()),
 }
 
+VARIED = "Self Forcing DMD"  # the method that the ablations vary
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "1 step": ("rollout.denoising_steps=[1000]",),
     "2 steps": ("rollout.denoising_steps=[1000,500]",),
@@ -126,17 +139,15 @@ def build_plan(budget: Budget) -> ReproductionPlan:
     """Return the trainings and the rows of a budget."""
     trainings: list[Training] = []
     rows: list[MethodRow] = []
+    methods = METHODS if budget.main else (VARIED,)
     for form in budget.forms:
         for seed in budget.seeds:
             trainings += _students(budget, form, seed)
-            trainings += [_method(budget, form, method, seed) for method in METHODS]
-        for method in METHODS:
-            rows += _rows(form, method, tuple(_method(budget, form, method, seed).name for seed in budget.seeds))
-        extra = [
-            *(_starts(budget, form) if budget.starts else []),
-            *(_ablations(budget, form) if budget.ablations else []),
-        ]
-        for training, row in extra:
+            trainings += [_method(budget, form, method, seed) for method in methods]
+        for method in methods:
+            names = tuple(_method(budget, form, method, seed).name for seed in budget.seeds)
+            rows += [replace(row, main=budget.main) for row in _rows(form, method, names)]
+        for training, row in [*_ablations(budget, form), *_starts(budget, form)] if budget.ablations else []:
             trainings += training
             rows.append(row)
     rows.sort(key=lambda row: row.overrides == MANY_STEPS)  # the slowest ones are measured last
@@ -175,10 +186,10 @@ def _starts(budget: Budget, form: str) -> list[tuple[list[Training], MethodRow]]
     ):
         key = label.lower().replace(" ", "-")
         start = None if short is None else f"{form}-{short}-start-{seed}"
-        pairs = None if config == "causal_consistency" else (("--causal",) if short else ())
+        pairs = None if config == "causal_consistency" else (*budget.pairs, *(("--causal",) if short else ()))
         first = Training(f"{form}-{key}-{seed}", config, seed, budget.start_steps, _form(form), start, pairs)
-        method = f"Self Forcing DMD from {label}"
-        second = replace(_method(budget, form, "Self Forcing DMD", seed), start=first.name)
+        method = f"{VARIED} from {label}"
+        second = replace(_method(budget, form, VARIED, seed), start=first.name)
         second = replace(second, name=f"{MethodRow(method, form, ()).name}-{seed}")
         made.append(([first, second], MethodRow(method, form, (second.name,), main=False)))
     return made
@@ -188,8 +199,8 @@ def _ablations(budget: Budget, form: str) -> list[tuple[list[Training], MethodRo
     """Return the variants of self-forcing DMD."""
     made = []
     for label, overrides in ABLATIONS.items():
-        method = f"Self Forcing DMD, {label}"
-        training = _method(budget, form, "Self Forcing DMD", budget.seeds[0])
+        method = f"{VARIED}, {label}"
+        training = _method(budget, form, VARIED, budget.seeds[0])
         name = f"{MethodRow(method, form, ()).name}-{budget.seeds[0]}"
         training = replace(training, name=name, overrides=(*training.overrides, *overrides))
         shown = tuple(override for override in overrides if override.startswith(AT_INFERENCE_TOO))

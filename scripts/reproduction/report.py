@@ -1,7 +1,7 @@
-"""Writes reproduction.md from measured rows: tables, plots, contact sheets, and how they were made.
+"""Writes a page from measured rows: tables, plots, contact sheets, and how they were made.
 
-What a person has to say about a row, such as why it contradicts the paper, belongs into reproduction/notes.md beside
-the page. The page takes it over.
+The page is reproduction.md, or ablations.md if a plan has no main rows. What a person has to say about a row, such as
+why it contradicts the paper, belongs into notes.md in the folder of the page's name. The page takes it over.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from scripts.reproduction.measuring import REAL, Measured, measured_file, read_measured, sheet_file
-from scripts.reproduction.plan import FORMS, MethodRow, ReproductionPlan
+from scripts.reproduction.plan import FORMS, VARIED, MethodRow, ReproductionPlan
 from scripts.reproduction.plot import line_plot
 from scripts.reproduction.statistics import Interval, difference_interval, frechet_interval, mean_interval
 from scripts.reproduction.training import commands
@@ -43,6 +43,11 @@ PLOTTED = ("all_right", "speed", "shape", "path_error", "frechet")
 NOTES = "notes.md"
 CLAIM_LENGTH = 4  # multiples of the training length at which the methods are compared
 LOWER_IS_BETTER = {"path_error", "flicker", "frechet"}
+JUDGED = ("speed", "all_right", "path_error", "frechet")
+RULE = (
+    "One row is ahead of another if the 95 % interval of their difference, prompt by prompt and seed by seed, does not "
+    "contain zero. For the Fréchet distance the two intervals must not overlap."
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,10 @@ class MeasuredRow:
 
 
 def write_reproduction(plan: ReproductionPlan, folder: Path, target: Path, command: str) -> Path:
-    """Write reproduction.md and the folder reproduction with its table, plots and sheets into ``target``."""
+    """Write the page, and the folder of its name with its table, plots and sheets, into ``target``."""
     entries, real = _entries(plan, folder)
-    assets = target / "reproduction"
+    page = target / ("reproduction.md" if plan.budget.main else "ablations.md")
+    assets = page.with_suffix("")
     assets.mkdir(parents=True, exist_ok=True)
     atomic_write_text(assets / "table.csv", _csv(entries, real))
     for form in plan.budget.forms:
@@ -71,11 +77,10 @@ def write_reproduction(plan: ReproductionPlan, folder: Path, target: Path, comma
                 title, unit = COLUMNS[column]
                 plot = line_plot(f"{form}: {title} against length", unit, lines)
                 atomic_write_text(assets / f"{form}-{column}.svg", plot)
-    for name in [REAL, *(entry.row.name for entry in entries)]:
+    for name in [REAL, *(entry.row.name for entry in entries if entry.row.main)]:
         if (sheet := sheet_file(folder, name, plan.budget.seeds[0])).is_file():
             with Image.open(sheet) as image:  # in 256 colours it is less than half as large
                 image.convert("RGB").quantize(256).save(assets / f"{name}.png", optimize=True)
-    page = target / "reproduction.md"
     notes = assets / NOTES
     text = notes.read_text(encoding="utf-8").strip() if notes.is_file() else ""
     atomic_write_text(page, _page(plan, entries, real, command=command, notes=text))
@@ -146,7 +151,9 @@ def _page(
 ) -> str:
     budget = plan.budget
     parts = [
-        "# The claim, reproduced in the Shapes world",
+        "# The claim, reproduced in the Shapes world"
+        if budget.main
+        else "# Ablations of Self Forcing in the Shapes world",
         f"`{command}` wrote this page from its own runs, at revision `{_revision()}`. Do not edit it: run the script.",
         f"Budget `{budget.name}`: students take {budget.start_steps} updates of 16 clips from the teacher's weights, "
         f"by teacher forcing (TF) or diffusion forcing (DF). Every method then takes {budget.steps} updates of 8 "
@@ -160,7 +167,9 @@ def _page(
         "against real clips) are better if lower.",
     ]
     for form in budget.forms:
-        parts += _form_section(form, FORMS[form], [entry for entry in entries if entry.row.form == form], real)
+        own = [entry for entry in entries if entry.row.form == form]
+        parts += [f"## {form.capitalize()}: {FORMS[form]} latent frame(s) at a time", *_verdict(own), *_ablated(own)]
+        parts += [*_tables(own, real), *_pictures(form, own)]
     if notes:
         parts += ["## Notes", notes]
     return "\n\n".join([*parts, "## Commands", _commands(plan)]) + "\n"
@@ -174,15 +183,21 @@ def _commands(plan: ReproductionPlan) -> str:
     return "\n".join(["```bash", *lines, "```"])
 
 
-def _form_section(form: str, chunk: int, entries: Sequence[MeasuredRow], real: MeasuredRow | None) -> list[str]:
-    """Return the section of one form: the verdict, a table for each length, plots and sheets."""
-    parts = [f"## {form.capitalize()}: {chunk} latent frame(s) at a time", *_verdict(entries)]
-    for length in sorted({length for entry in entries for length in entry.values}):
-        parts += [f"### {length}x", _table([*([real] if real else []), *entries], length)]
-    plots = [f"![{COLUMNS[name][0]}](reproduction/{form}-{name}.svg)" for name in PLOTTED]
+def _tables(entries: Sequence[MeasuredRow], real: MeasuredRow | None) -> list[str]:
+    """Return a table for each length."""
+    lengths = sorted({length for entry in entries for length in entry.values})
+    shown = [*([real] if real else []), *entries]
+    return [part for length in lengths for part in (f"### {length}x", _table(shown, length))]
+
+
+def _pictures(form: str, entries: Sequence[MeasuredRow]) -> list[str]:
+    """Return the plots and contact sheets of the main rows of one form."""
     rows = [entry.row for entry in entries if entry.row.main]
+    if not rows:
+        return []
+    plots = [f"![{COLUMNS[name][0]}](reproduction/{form}-{name}.svg)" for name in PLOTTED]
     sheets = [f"{row.method}:\n\n![{row.method}](reproduction/{row.name}.png)" for row in rows]
-    return [*parts, "### Quality against length", *plots, "### Contact sheets", *sheets]
+    return ["### Quality against length", *plots, "### Contact sheets", *sheets]
 
 
 def _table(entries: Sequence[MeasuredRow], length: int) -> str:
@@ -201,22 +216,37 @@ def _table(entries: Sequence[MeasuredRow], length: int) -> str:
 def _verdict(entries: Sequence[MeasuredRow]) -> list[str]:
     """Return whether each self-forcing DMD of the main rows is ahead of the others, by more than the intervals."""
     said = []
-    for column in ("speed", "all_right", "path_error", "frechet"):
+    for column in JUDGED:
         found = [entry for entry in entries if entry.row.main and column in entry.values.get(CLAIM_LENGTH, {})]
         others = [entry for entry in found if not entry.row.method.startswith("Self Forcing")]
         for ours in [entry for entry in found if entry.row.method.startswith("Self Forcing DMD")] if others else []:
             verdicts: dict[str, list[str]] = {}
             for other in others:
-                shown = f"{other.row.method} ({other.values[CLAIM_LENGTH][column]})"
-                verdicts.setdefault(_compare(ours, other, column), []).append(shown)
+                verdicts.setdefault(_compare(ours, other, column), []).append(_shown(other, column))
             compared = "; ".join(f"{verdict} {', '.join(which)}" for verdict, which in verdicts.items())
-            value = f"{ours.row.method} ({ours.values[CLAIM_LENGTH][column]})"
-            said.append(f"- {COLUMNS[column][0]} at {CLAIM_LENGTH}x: {value} is {compared}.")
-    rule = (
-        "One row is ahead of another if the 95 % interval of their difference, prompt by prompt and seed by seed, does "
-        "not contain zero. For the Fréchet distance the two intervals must not overlap."
-    )
-    return ["\n".join(said), rule] if said else []
+            said.append(f"- {COLUMNS[column][0]} at {CLAIM_LENGTH}x: {_shown(ours, column)} is {compared}.")
+    return ["\n".join(said), RULE] if said else []
+
+
+def _ablated(entries: Sequence[MeasuredRow]) -> list[str]:
+    """Return which ablations are ahead of the method that they vary, or behind it, by more than the interval."""
+    said = []
+    for column in JUDGED:
+        found = [entry for entry in entries if column in entry.values.get(CLAIM_LENGTH, {})]
+        base = [entry for entry in found if entry.row.method == VARIED]
+        varied = [entry for entry in found if not entry.row.main and entry.row.method != VARIED]
+        if base and varied:
+            verdicts: dict[str, list[str]] = {"ahead of": [], "behind": [], "not apart from": []}
+            for entry in varied:
+                verdicts[_compare(entry, base[0], column)].append(_shown(entry, column))
+            listed = [f"{verdict} it: {', '.join(verdicts[verdict]) or 'none'}" for verdict in ("ahead of", "behind")]
+            title, reference = COLUMNS[column][0], _shown(base[0], column)
+            said.append(f"- {title} at {CLAIM_LENGTH}x, against {reference}: {'; '.join(listed)}.")
+    return ["\n".join(said), RULE] if said else []
+
+
+def _shown(entry: MeasuredRow, column: str) -> str:
+    return f"{entry.row.method} ({entry.values[CLAIM_LENGTH][column]})"
 
 
 def _compare(ours: MeasuredRow, other: MeasuredRow, column: str) -> str:

@@ -76,6 +76,9 @@ def reproduce(
     asked = ["--quick"] if budget.name == "quick" else []
     form = budget.forms[0] if len(budget.forms) == 1 else "both"
     asked += [f"--form {form}", f"--seeds {len(budget.seeds)}", f"--prompts {budget.prompts}"]
+    asked.append(
+        "--rows all" if budget.main and budget.ablations else f"--rows {'main' if budget.main else 'ablations'}"
+    )
     command = " ".join(["scripts/reproduce.sh", *asked, *overrides])
     page = write_reproduction(plan, folder, (report or folder / "report").absolute(), command)
     logger.info("the report is %s", page)

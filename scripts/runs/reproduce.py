@@ -19,6 +19,8 @@ def run(args: argparse.Namespace) -> None:
         budget = replace(budget, seeds=tuple(range(args.seeds)))
     if args.prompts is not None:
         budget = replace(budget, prompts=args.prompts)
+    if args.rows is not None:
+        budget = replace(budget, main=args.rows != "ablations", ablations=args.rows != "main")
     reproduce(
         budget,
         folder=args.folder and Path(args.folder),
