@@ -1,7 +1,7 @@
 """The sizes of a TinyVAE: the published ones, or those from a config.json, or those inferred from weights."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -88,17 +88,17 @@ class TinyVAEConfig:
 
 SHAPES = TinyVAEConfig(
     patch_size=4,
-    encoder_widths=(48, 16),
-    decoder_widths=(64, 48),
+    latent_channels=48,
+    encoder_widths=(48, 48),
+    decoder_widths=(112, 64),
     encoder_blocks=0,
-    decoder_blocks=1,
+    decoder_blocks=2,
     spatial_strides=(1,),
     temporal_strides=(4,),
     latent_limit=12.0,
     first_frame_alone=True,
 )
-SHAPES_RICH = replace(SHAPES, latent_channels=32, encoder_widths=(48, 32), decoder_widths=(128, 96), decoder_blocks=2)
-TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {"taew2.1": TinyVAEConfig(), "shapes": SHAPES, "shapes-rich": SHAPES_RICH}
+TINY_VAE_PRESETS: dict[str, TinyVAEConfig] = {"taew2.1": TinyVAEConfig(), "shapes": SHAPES}
 
 
 def read_tiny_config(folder: str | Path) -> TinyVAEConfig:

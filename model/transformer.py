@@ -6,7 +6,7 @@ Shapes: B batch, F latent frames, C channels, H W latent height and width, L tex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -63,22 +63,21 @@ class WanConfig:
             raise ValueError(f"prediction_type={self.prediction_type!r} must be 'flow' or 'x0'")
 
 
+SHAPES = WanConfig(
+    dim=128,
+    ffn_dim=512,
+    num_heads=4,
+    num_layers=5,
+    text_dim=64,
+    text_len=16,
+    freq_dim=64,
+    in_dim=48,
+    out_dim=48,
+    prediction_type="x0",
+)
 PRESETS: dict[str, WanConfig] = {
-    "shapes": WanConfig(
-        dim=128, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, freq_dim=64, prediction_type="x0"
-    ),
-    "shapes-rich": WanConfig(
-        dim=128,
-        ffn_dim=512,
-        num_heads=4,
-        num_layers=5,
-        text_dim=64,
-        text_len=24,
-        freq_dim=64,
-        in_dim=32,
-        out_dim=32,
-        prediction_type="x0",
-    ),
+    "shapes": SHAPES,
+    "shapes-rich": replace(SHAPES, text_len=24),
     "wan2.1-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }

@@ -29,12 +29,12 @@ publish codec codec codec
 stage teacher_short
 stage teacher
 publish teacher text_encoder text_encoder
-stage teacher_fine
-stage teacher_final
 stage teacher_long
 publish teacher_long generator teacher
 stage teacher_forcing
 publish teacher_forcing generator student
 stage self_forcing_dmd
 publish self_forcing_dmd generator generator
+stage codec_final
+publish codec_final codec codec
 python scripts/evaluate.py --checkpoint checkpoints/shapes/generator --output_folder logs/shapes/evaluation

@@ -5,7 +5,7 @@ A test module uses it with ``pytest_plugins = ["tests.shapes_parts"]`` and the f
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,13 @@ from utils.shapes import all_scenes, render_clips, training_scenes
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZES = WanConfig(
     dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=16, freq_dim=32, prediction_type="x0"
+)
+CODEC = replace(
+    TINY_VAE_PRESETS["shapes"],
+    latent_channels=SIZES.in_dim,
+    encoder_widths=(48, SIZES.in_dim),
+    decoder_widths=(64, 48),
+    decoder_blocks=1,
 )
 PROMPTS = ["a large red circle on a navy background", "a small blue square on a black background", "a cat / a dog 🐈"]
 CONFIG = """\
@@ -99,8 +106,8 @@ def tiny_transformer(seed: int) -> WanTransformer:
 
 
 def tiny_codec() -> TinyVAE:
-    """Return the Shapes codec before its training: a linear code, whose frames already show the content of a clip."""
-    codec = TinyVAE(TINY_VAE_PRESETS["shapes"])
+    """Return a small Shapes codec before its training: a linear code, whose frames show the content of a clip."""
+    codec = TinyVAE(CODEC)
     scenes = training_scenes()[::30]
     clips = render_clips(scenes, 5, torch.Generator().manual_seed(0))
     fit_linear_code(clips, codec.config).write_to(codec)

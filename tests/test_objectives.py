@@ -84,5 +84,5 @@ def test_thirty_steps_bring_the_videos_nearer_to_what_the_prompts_ask_for(world,
 
 
 def test_every_configuration_of_the_shapes_world_but_the_chains_stages_is_run_here():
-    stages = {"base", "codec", "teacher_short", "teacher_fine", "teacher_final", "teacher_long"}
+    stages = {"base", "codec", "codec_final", "teacher_short", "teacher_long"}
     assert {path.stem for path in SHAPES_CONFIGS.glob("*.yaml")} == stages | set(RUNS)

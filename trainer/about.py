@@ -75,7 +75,8 @@ def needed_files(config: Config) -> list[NeededFile]:
 def _networks(config: Config) -> list[tuple[str, str | None]]:
     objective, method = config.objective, METHODS.get(config.objective)
     if objective is Objective.autoencoder:
-        return [("autoencoder.weights", config.autoencoder.weights)]
+        generator = config.generator.weights if config.autoencoder.denoised_share else None
+        return [("autoencoder.weights", config.autoencoder.weights), ("generator.weights", generator)]
     if objective in (Objective.diffusion, Objective.ode_regression):
         return [("generator.weights", config.generator.weights)]
     networks = [("student.weights", config.student.weights)]
@@ -88,9 +89,10 @@ def _networks(config: Config) -> list[tuple[str, str | None]]:
 
 
 def _parts(config: Config) -> list[tuple[str, str | None]]:
-    if config.objective is Objective.autoencoder:
+    if config.objective is Objective.autoencoder and not config.autoencoder.denoised_share:
         return []
-    parts: list[tuple[str, str | None]] = [("codec.weights", config.codec.weights)]
+    codec = None if config.objective is Objective.autoencoder else config.codec.weights
+    parts: list[tuple[str, str | None]] = [("codec.weights", codec)]
     if config.data.embeddings is not None:
         return [*parts, ("data.embeddings", config.data.embeddings)]
     text = config.text_encoder

@@ -1,19 +1,29 @@
-"""Training of the TinyVAE codec: a linear encoder fitted to clips, then a decoder trained on its latents."""
+"""Training of the TinyVAE codec: a linear encoder fitted to clips, then a decoder trained on its latents.
+
+The decoder can also see latents that a finished generator has denoised. It then learns to mend the generator's errors.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.attention import BlockMask, teacher_forcing_mask
+from model.denoiser import Denoiser
+from model.flow_matching import add_noise
+from model.prompt_cache import PromptCache
 from model.tiny_vae import TinyVAE
 from model.tiny_vae_config import TINY_VAE_PRESETS
 from trainer.config import Config
-from trainer.data import Contents, DataKind, training_data
+from trainer.data import Contents, DataKind, text_source, training_data
 from trainer.micro_batch import MicroBatch
 from trainer.objectives.codec import decoder_loss, disturb, fit_linear_code, psnr, random_window
+from trainer.objectives.diffusion import predict_in_context
+from trainer.stored_data import StoredEmbeddings
 from trainer.trainer import RunContext, Trainer
 from trainer.update import Loss, Updated
 from utils.errors import UserError
@@ -25,6 +35,24 @@ def check_prompt(prompt: str, world: World) -> None:
     Scene.from_prompt(prompt)  # names what is unknown
     if not is_shapes_prompt(prompt, world):
         raise UserError(f"{prompt!r} is a scene of the rich world: set data.shapes.world=rich, or use another prompt")
+
+
+@dataclass(frozen=True)
+class LastPass:
+    """The generator's last denoising pass over each chunk of a real clip, after the clip's own earlier chunks."""
+
+    generator: Denoiser
+    text: PromptCache | StoredEmbeddings
+    mask: BlockMask
+    """The teacher-forcing mask over twice the frames of a clip."""
+    timestep: float
+
+    @torch.no_grad()
+    def __call__(self, exact: Tensor, prompts: Sequence[str], noise: Tensor) -> Tensor:
+        """Noise latents [B f C h w] and denoise them."""
+        timesteps = torch.full(exact.shape[:2], self.timestep, device=exact.device)
+        noisy, embeds = add_noise(exact, noise, timesteps), self.text.encode(list(prompts))
+        return predict_in_context(self.generator, noisy, timesteps, exact, embeds, self.mask).x0.to(exact)
 
 
 class AutoencoderTrainer(Trainer):
@@ -47,6 +75,7 @@ class AutoencoderTrainer(Trainer):
         if config.autoencoder.weights is None:
             fitted = self.data.next(config.autoencoder.fit_clips).frames
             fit_linear_code(fitted, self.codec.config).write_to(self.codec)
+        self.last_pass = self._last_pass() if config.autoencoder.denoised_share else None
         self.codec.encoder.requires_grad_(False)
         self.track(codec=self.codec)
         self.updater = self.optimize("codec", self.codec, config.optimizer, config.trainer.steps)
@@ -60,17 +89,39 @@ class AutoencoderTrainer(Trainer):
             raise UserError(f"autoencoder.preset={config.preset!r} is not one of {', '.join(TINY_VAE_PRESETS)}")
         return TinyVAE(TINY_VAE_PRESETS[config.preset])
 
+    def _last_pass(self) -> LastPass:
+        config = self.config
+        generator, channels = self.load_frozen(config.generator), self.codec.config.latent_channels
+        if generator.transformer.config.in_dim != channels:
+            raise UserError(
+                f"generator.weights={config.generator.weights} has latents of {generator.transformer.config.in_dim} "
+                f"channels, but the codec of {channels}: name the codec that it was trained with in autoencoder.weights"
+            )
+        return LastPass(
+            generator,
+            text_source(config.data, config.text_encoder, self.device),
+            config.rollout.mask(config.video.num_frames, teacher_forcing_mask),
+            generator.schedule.warp(config.rollout.denoising_steps)[-1],
+        )
+
     def updates(self) -> list[Updated]:
         return [self.update(self.updater, self.loss, self.micro_batches())]
 
     def loss(self, batch: MicroBatch) -> Loss:
         """Return the error between decoded latents and the original pixels."""
         config = self.config.autoencoder
-        clips = self.data.read(batch.indices).frames
-        frames = batch.each(lambda clip, g: random_window(clip, config.crop_frames, g), "window", clips)
+        samples = self.data.read(batch.indices)
+        frames = samples.frames
+        if config.crop_frames is not None:
+            frames = batch.each(lambda clip, g: random_window(clip, config.crop_frames, g), "window", frames)
         frames = frames.to(self.device)
-        exact = self.codec.encode(frames)
-        latents = batch.each(lambda latent, g: disturb(latent, config.latent_noise, g), "noise", exact)
+        latents = self.codec.encode(frames)
+        if self.last_pass is not None:
+            denoised = self.last_pass(latents, samples.prompts, batch.randn("generator noise", latents))
+            drawn = torch.rand(batch.total, generator=batch.generator("denoised"))
+            chosen = batch.of(drawn < config.denoised_share).to(self.device)
+            latents = torch.where(chosen[:, None, None, None, None], denoised, latents)
+        latents = batch.each(lambda latent, g: disturb(latent, config.latent_noise, g), "noise", latents)
         decoded = self.codec.decode(latents, clamp=False)
         loss = decoder_loss(decoded, frames, motion_weight=config.motion_weight)
         quality = psnr(decoded.detach().clamp(-1, 1), frames)

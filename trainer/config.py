@@ -53,16 +53,22 @@ class AutoencoderConfig:
     null fits a new encoder."""
     fit_clips: int = 192
     """The number of clips to which the linear encoder is fitted."""
-    crop_frames: int = 9
-    """The number of consecutive pixel frames in a training clip of the decoder."""
+    crop_frames: int | None = 9
+    """The number of consecutive pixel frames in a training clip of the decoder. null takes whole clips."""
     latent_noise: float = 0.1
     """The most noise that is added to latents. The decoder then tolerates the small errors of a denoiser."""
     motion_weight: float = 0.5
     """Weight of the error of the change between frames."""
+    denoised_share: float = 0.0
+    """The share of clips, in [0, 1], whose latents are noised, then denoised by the generator as in its last pass over
+    a chunk. The decoder learns to mend the generator's errors from them. It needs whole clips. 0 loads no generator."""
 
     def __post_init__(self) -> None:
         require(self, AT_LEAST_1, "fit_clips", "crop_frames")
         require(self, NOT_NEGATIVE, "latent_noise", "motion_weight")
+        require(self, SHARE, "denoised_share")
+        if self.denoised_share and self.crop_frames is not None:
+            raise ValueError(f"denoised_share={self.denoised_share} needs whole clips: set crop_frames=null")
 
 
 @dataclass

@@ -132,6 +132,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "gradient through all steps": ("dmd.gradient_steps=all",),
     "cache not detached": ("dmd.detach_cache=false",),
 }
+ABLATION_LENGTHS = (1, 2, 4)
 AT_INFERENCE_TOO = ("rollout.",)  # an ablation of these keys makes its videos in the same way
 
 
@@ -149,7 +150,7 @@ def build_plan(budget: Budget) -> ReproductionPlan:
             rows += [replace(row, main=budget.main) for row in _rows(form, method, names)]
         for training, row in [*_ablations(budget, form), *_starts(budget, form)] if budget.ablations else []:
             trainings += training
-            rows.append(row)
+            rows.append(replace(row, lengths=ABLATION_LENGTHS))
     rows.sort(key=lambda row: row.overrides == MANY_STEPS)  # the slowest ones are measured last
     return ReproductionPlan(budget, tuple(trainings), tuple(rows))
 

@@ -43,7 +43,7 @@ def test_each_output_type_holds_the_same_video(pipeline):
     assert frames.shape == (1, 21, 48, 48, 3) and frames.min() >= 0 and frames.max() <= 1
     assert np.array_equal(by_type["pt"].movedim(2, -1).numpy(), frames)
     assert np.array_equal(np.stack(by_type["pil"][0]), np.rint(255 * frames[0]).astype(np.uint8))
-    assert by_type["latent"].shape == (1, 6, 16, 12, 12)
+    assert by_type["latent"].shape == (1, 6, pipeline.parts.codec.latent_channels, 12, 12)
     expected = generate(pipeline.parts, [StreamRequest(PROMPT, 48, 48, num_frames=6)])
     assert torch.equal(by_type["pt"], (expected / 2 + 0.5).clamp(0, 1))
 
@@ -70,7 +70,8 @@ def test_the_callback_sees_every_denoising_pass(pipeline):
     frames = pipeline(PROMPT, callback_on_step_end=lambda *call: seen.append(call), **SHORT).frames
     assert [index for _, index, _, _ in seen] == list(range(2 * 4))
     assert [round(timestep) for _, _, timestep, _ in seen] == [1000, 938, 833, 625] * 2
-    assert all(call[3]["latents"].shape == (1, 3, 16, 12, 12) and call[0] is pipeline for call in seen)
+    shape = (1, 3, pipeline.parts.codec.latent_channels, 12, 12)
+    assert all(call[3]["latents"].shape == shape and call[0] is pipeline for call in seen)
     assert np.array_equal(frames, pipeline(PROMPT, **SHORT).frames)
 
 

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from model.tiny_vae import TinyVAE
-from model.tiny_vae_config import TINY_VAE_PRESETS
+from tests.shapes_parts import CODEC
 from trainer.objectives.codec import LinearCode, decoder_loss, disturb, fit_linear_code, psnr, random_window
 from utils.shapes import render_clips, training_scenes
-
-CONFIG = TINY_VAE_PRESETS["shapes"]
 
 
 def clips(count: int, seed: int) -> torch.Tensor:
@@ -22,13 +20,13 @@ def clips(count: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def code() -> LinearCode:
-    return fit_linear_code(clips(24, seed=0), CONFIG)
+    return fit_linear_code(clips(24, seed=0), CODEC)
 
 
 @pytest.fixture(scope="module")
 def codec(code: LinearCode) -> TinyVAE:
     torch.manual_seed(0)
-    model = TinyVAE(CONFIG)
+    model = TinyVAE(CODEC)
     code.write_to(model)
     return model.eval()
 
@@ -94,11 +92,11 @@ def test_random_windows_are_successive_frames_from_every_start() -> None:
 
 def test_codecs_that_cannot_hold_the_code_are_refused() -> None:
     for config in (
-        replace(CONFIG, encoder_blocks=1),
-        replace(CONFIG, spatial_strides=(2,)),
-        replace(CONFIG, encoder_widths=(32, 16)),
-        replace(CONFIG, decoder_widths=(32, 48)),
-        replace(CONFIG, latent_channels=17),
+        replace(CODEC, encoder_blocks=1),
+        replace(CODEC, spatial_strides=(2,)),
+        replace(CODEC, encoder_widths=(32, 16)),
+        replace(CODEC, decoder_widths=(32, 48)),
+        replace(CODEC, latent_channels=17),
     ):
         with pytest.raises(ValueError, match="linear code"):
             fit_linear_code(clips(2, seed=0), config)
