@@ -23,15 +23,18 @@ from utils.config import load_config
 from utils.shapes import all_scenes, render_clips, training_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CODEC = replace(TINY_VAE_PRESETS["shapes"], decoder_widths=(97, 48), decoder_blocks=1)
 SIZES = WanConfig(
-    dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=16, freq_dim=32, prediction_type="x0"
-)
-CODEC = replace(
-    TINY_VAE_PRESETS["shapes"],
-    latent_channels=SIZES.in_dim,
-    encoder_widths=(48, SIZES.in_dim),
-    decoder_widths=(64, 48),
-    decoder_blocks=1,
+    dim=32,
+    ffn_dim=64,
+    num_heads=2,
+    num_layers=2,
+    text_dim=16,
+    text_len=16,
+    freq_dim=32,
+    in_dim=CODEC.latent_channels,
+    out_dim=CODEC.latent_channels,
+    prediction_type="x0",
 )
 PROMPTS = ["a large red circle on a navy background", "a small blue square on a black background", "a cat / a dog 🐈"]
 CONFIG = """\
@@ -94,10 +97,10 @@ def write_release(folder: Path) -> None:
     (folder / "config.yaml").write_text(CONFIG.format(base=base, folder=folder), encoding="utf-8")
 
 
-def tiny_transformer(seed: int) -> WanTransformer:
+def tiny_transformer(seed: int, sizes: WanConfig = SIZES) -> WanTransformer:
     """Return a transformer whose output depends on every input. (The head of a new model is zero.)"""
     generator = torch.Generator().manual_seed(seed)
-    model = WanTransformer(SIZES)
+    model = WanTransformer(sizes)
     model.reset_parameters(generator)
     for name, parameter in model.named_parameters():
         if name.startswith(("head.head", "text_embedding", "time_embedding")):

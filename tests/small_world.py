@@ -23,14 +23,23 @@ from pipeline.rollout import rollout
 from pipeline.sampling import sample
 from scripts import cache_embeddings
 from tests.made_once import made_once
-from tests.shapes_parts import REPOSITORY, tiny_codec
+from tests.shapes_parts import CODEC, REPOSITORY, tiny_codec
 from trainer.config import Config
 from trainer.stored_data import StoredEmbeddings
 from utils.config import load_config
 from utils.shapes import ShapesConfig, all_scenes, render_clips, training_scenes
 
 SIZES = WanConfig(
-    dim=64, ffn_dim=128, num_heads=2, num_layers=1, text_dim=16, text_len=16, freq_dim=32, prediction_type="x0"
+    dim=64,
+    ffn_dim=128,
+    num_heads=2,
+    num_layers=1,
+    text_dim=16,
+    text_len=16,
+    freq_dim=32,
+    in_dim=CODEC.latent_channels,
+    out_dim=CODEC.latent_channels,
+    prediction_type="x0",
 )
 SHAPES_CONFIGS = REPOSITORY / "configs" / "shapes"
 CACHED = ("data.embeddings={folder}/embeddings", "diffusion.train_text_encoder=false")

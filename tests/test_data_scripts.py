@@ -11,6 +11,7 @@ from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.sampling import SamplingConfig, Solver
 from scripts import cache_embeddings, encode_videos, make_ode_pairs
 from scripts.runs.encode_videos import read_clip, video_prompts
+from tests.shapes_parts import CODEC
 from trainer.data import Contents, training_data, training_prompts
 from trainer.draws import Draw
 from trainer.objectives.consistency import causal_trajectory
@@ -91,7 +92,7 @@ def test_causal_pairs_are_the_teachers_trajectories_after_the_clean_latents_they
     assert make_ode_pairs.main([*flags, "--count", "3", "--batch", "2"]) == 0
     data, config = ODEData(tmp_path), release.config()
     samples = data.samples([Draw(item, 0) for item in range(3)])
-    assert data.causal and data.num_frames == 6 and samples.states.shape == (3, 5, 6, 16, 12, 12)
+    assert data.causal and data.num_frames == 6 and samples.states.shape == (3, 5, 6, CODEC.latent_channels, 12, 12)
     codec, encoder = load_codec(config.codec), load_text_encoder(config.text_encoder)
     with torch.no_grad():
         embeds, negative = encoder.encode(samples.prompts), encoder.encode([""] * 3)

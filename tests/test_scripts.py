@@ -14,6 +14,7 @@ from pipeline.sampling import SamplingConfig, Solver, trajectory
 from scripts import evaluate, export, make_ode_pairs, repeat
 from scripts.runs import shapes_table
 from scripts.runs.make_ode_pairs import kept_states
+from tests.shapes_parts import CODEC
 from trainer.draws import Draw
 from trainer.stored_data import ODEData
 from utils.errors import UserError
@@ -102,7 +103,7 @@ def test_pairs_are_states_of_the_teachers_trajectories(release, tmp_path):
     assert make_ode_pairs.main([*flags, f"ode.pairs={tmp_path}"]) == 0
     data = ODEData(tmp_path)
     pairs = data.samples([Draw(item, 0) for item in range(3)])
-    assert pairs.states.shape == (3, 5, 6, 16, 12, 12) and pairs.latents is None
+    assert pairs.states.shape == (3, 5, 6, CODEC.latent_channels, 12, 12) and pairs.latents is None
     assert data.timesteps == pytest.approx([*FlowMatching(5.0).warp(STEPS), 0.0], rel=1e-6)
     assert len(pairs.prompts) == 3 and set(pairs.prompts) <= {scene.prompt for scene in training_scenes()}
 

@@ -9,6 +9,7 @@ from pipeline.generation import generate, stream_frames
 from pipeline.request import StreamRequest
 from pipeline.sampling import sample
 from pipeline.text_to_video import TextToVideo, load_pipeline
+from tests.shapes_parts import CODEC
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -61,7 +62,7 @@ def test_prompt_seed_and_sample_each_change_a_video(pipeline):
 def test_a_prompt_shows_beyond_the_noise_it_seeds(pipeline):
     """The same noise with two prompts gives two videos, so the text reaches the transformer."""
     same_noise = [requests()[0].generator("noise") for _ in range(2)]
-    noise = torch.cat([torch.randn(1, 3, 16, 12, 12, generator=one) for one in same_noise])
+    noise = torch.cat([torch.randn(1, 3, CODEC.latent_channels, 12, 12, generator=one) for one in same_noise])
     embeds = pipeline.text_encoder.encode(["a red circle", "a blue square"])
     with torch.no_grad():
         first, second = pipeline.denoiser(noise, torch.full((2, 3), 900.0), embeds).x0
@@ -125,7 +126,9 @@ def test_the_many_step_sampler_makes_what_guided_sampling_makes(release):
     config = release.config(f"generator.weights={release.folder / 'teacher'}", "sampler=many_step", "sampling.steps=3")
     pipeline = load_pipeline(config, device=torch.device("cpu"), dtype=torch.float32)
     clips = generate(pipeline, requests(2, num_frames=5))
-    noise = torch.cat([torch.randn(1, 5, 16, 12, 12, generator=one.generator("noise")) for one in requests(2)])
+    noise = torch.cat(
+        [torch.randn(1, 5, CODEC.latent_channels, 12, 12, generator=one.generator("noise")) for one in requests(2)]
+    )
     embeds, negative = (
         pipeline.text_encoder.encode(texts) for texts in ([one.prompt for one in requests(2)], [""] * 2)
     )

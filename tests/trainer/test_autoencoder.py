@@ -1,8 +1,13 @@
 """The codec's training on latents that a generator has denoised."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 
+from model.transformer import WanTransformer
+from model.weights import save_folder
+from tests.shapes_parts import SIZES
 from trainer.autoencoder import AutoencoderTrainer
 from trainer.build import build_trainer
 from trainer.objectives.codec import psnr
@@ -53,8 +58,10 @@ def test_without_a_share_no_generator_is_loaded(build):
     assert trainer.last_pass is None and trainer.train_step()
 
 
-def test_what_cannot_be_used_is_refused(build):
+def test_what_cannot_be_used_is_refused(build, tmp_path):
+    other = replace(SIZES, in_dim=8, out_dim=8)
+    save_folder(tmp_path / "other", WanTransformer(other), asdict(other))
     with pytest.raises(UserError, match=r"denoised_share=1\.0 needs whole clips: set crop_frames=null"):
         build("autoencoder.crop_frames=9")
-    with pytest.raises(UserError, match="has latents of 16 channels, but the codec of 48: name the codec"):
-        build("autoencoder.weights=null")
+    with pytest.raises(UserError, match="has latents of 8 channels, but the codec of 48: name the codec"):
+        build(f"generator.weights={tmp_path / 'other'}")

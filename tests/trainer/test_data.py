@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.config import VideoConfig
-from tests.shapes_parts import tiny_codec
+from tests.shapes_parts import CODEC, tiny_codec
 from trainer.data import (
     Contents,
     DataConfig,
@@ -94,7 +94,7 @@ def test_clips_show_their_prompts_and_never_a_held_out_scene(codec):
     assert samples.frames.shape == (6, codec.num_frames(6), 3, 48, 48)
     shown = zip(samples.frames, samples.prompts, strict=True)
     assert all(measure(clip, Scene.from_prompt(prompt)).colour.all() for clip, prompt in shown)
-    assert samples.encode(codec, torch.device("cpu")).shape == (6, 6, 16, 12, 12)
+    assert samples.encode(codec, torch.device("cpu")).shape == (6, 6, CODEC.latent_channels, 12, 12)
     assert not {scene.prompt for scene in held_out_scenes()} & set(training_prompts(SHAPES, VIDEO))
 
 
@@ -121,7 +121,7 @@ def test_prompts_and_prompt_image_pairs_are_read_from_files(tmp_path, codec):
 
 
 def test_encoded_videos_are_cut_to_what_is_asked_for(tmp_path, codec):
-    latents = torch.randn(6, 16, 12, 12).half()
+    latents = torch.randn(6, CODEC.latent_channels, 12, 12).half()
     with ShardWriter(tmp_path, {"num_frames": 6, "height": 48, "width": 48, "fps": 12}) as writer:
         writer.add(0, {"prompt": "a cat"}, {"latents": latents})
     config = DataConfig(kind=DataKind.videos, path=str(tmp_path))

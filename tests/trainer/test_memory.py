@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from model.kv_cache import KVCache
 from pipeline.rollout import ChunkInput, RolloutConfig, rollout
 from pipeline.states import SwitchStyle
 from pipeline.steps import GradientSteps
-from tests.shapes_parts import SIZES, tiny_transformer
+from tests.shapes_parts import SIZES as TINY
+from tests.shapes_parts import tiny_transformer
 
+SIZES = replace(TINY, in_dim=16, out_dim=16)  # latents are small, as in a real model, if compared with hidden states
 FRAMES, SIDE = 3, 12
 TOKENS = FRAMES * (SIDE // 2) ** 2
 STATE = TOKENS * SIZES.dim * 4
@@ -57,7 +60,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.fixture
 def denoiser() -> Denoiser:
-    transformer = tiny_transformer(0)
+    transformer = tiny_transformer(0, SIZES)
     transformer.gradient_checkpointing = True
     return Denoiser(transformer, FlowMatching(5.0))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.parity import relative_error
+from tests.shapes_parts import CODEC
 from trainer import parallelize
 from trainer.build import build_trainer
 from trainer.matching import Term
@@ -86,7 +87,7 @@ def test_the_replay_holds_the_latest_rollouts_without_their_graph(build):
     assert [rollouts.prompts.indices for rollouts in trainer.replay] == [range(4, 8), range(8, 12)]
     videos = [video for rollouts in trainer.replay for video in rollouts.videos]
     assert len(videos) == 4 and not torch.equal(videos[0], videos[2])
-    assert all(video.shape == (2, 6, 16, 12, 12) and not video.requires_grad for video in videos)
+    assert all(video.shape == (2, 6, CODEC.latent_channels, 12, 12) and not video.requires_grad for video in videos)
 
 
 def test_the_first_critic_update_takes_the_newest_rollouts(build, monkeypatch):

@@ -94,9 +94,9 @@ def test_codecs_that_cannot_hold_the_code_are_refused() -> None:
     for config in (
         replace(CODEC, encoder_blocks=1),
         replace(CODEC, spatial_strides=(2,)),
-        replace(CODEC, encoder_widths=(32, 16)),
+        replace(CODEC, encoder_widths=(32, 48)),
         replace(CODEC, decoder_widths=(32, 48)),
-        replace(CODEC, latent_channels=17),
+        replace(CODEC, latent_channels=49),
     ):
         with pytest.raises(ValueError, match="linear code"):
             fit_linear_code(clips(2, seed=0), config)

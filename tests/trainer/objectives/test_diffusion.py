@@ -6,10 +6,10 @@ import torch
 from model.attention import block_causal_mask, teacher_forcing_mask
 from model.denoiser import Denoiser, Prediction
 from model.flow_matching import FlowMatching, add_noise, expand_sigma
-from tests.shapes_parts import tiny_transformer
+from tests.shapes_parts import SIZES, tiny_transformer
 from trainer.objectives.diffusion import flow_matching_loss, forcing_loss, sample_levels, sample_timesteps
 
-SHAPE = (2, 4, 16, 4, 4)
+SHAPE = (2, 4, SIZES.in_dim, 4, 4)
 CHUNK = 2
 
 

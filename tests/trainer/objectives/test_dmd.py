@@ -7,11 +7,11 @@ import torch
 
 from model.denoiser import Denoiser, Prediction
 from model.flow_matching import FlowMatching, add_noise
-from tests.shapes_parts import tiny_transformer
+from tests.shapes_parts import SIZES, tiny_transformer
 from trainer.objectives.dmd import critic_loss, dmd_loss, guided_x0, sample_score_timesteps
 from trainer.objectives.sid import sid_loss
 
-SHAPE = (2, 3, 16, 4, 4)
+SHAPE = (2, 3, SIZES.in_dim, 4, 4)
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:

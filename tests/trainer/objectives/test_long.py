@@ -6,7 +6,7 @@ import torch
 from model.kv_cache import KVCache
 from pipeline.rollout import RolloutConfig, rollout
 from tests.parity import gradients, random, relative_error, tiny_denoiser
-from tests.shapes_parts import tiny_codec
+from tests.shapes_parts import CODEC, tiny_codec
 from trainer.objectives.dmd import dmd_loss
 from trainer.objectives.long import draw_length, draw_switch, later_frames, score_window, visible_history
 from trainer.objectives.sid import sid_loss
@@ -18,9 +18,9 @@ def codec():
 
 
 def test_a_window_begins_with_the_last_pixel_frame_of_its_first_latent(codec):
-    latents = random(2, 11, 16, 4, 4)
+    latents = random(2, 11, CODEC.latent_channels, 4, 4)
     window = score_window(latents, 6, codec)
-    assert window.shape == (2, 6, 16, 4, 4) and torch.equal(window[:, 1:], latents[:, 6:])
+    assert window.shape == (2, 6, CODEC.latent_channels, 4, 4) and torch.equal(window[:, 1:], latents[:, 6:])
     pixels = codec.decode(latents)
     assert codec.num_frames(6) == 21  # pixel frame 20 is the last that latents 0 ... 5 decode to
     assert torch.allclose(window[:, :1], codec.encode(pixels[:, 20:21]), atol=1e-4)
@@ -28,12 +28,12 @@ def test_a_window_begins_with_the_last_pixel_frame_of_its_first_latent(codec):
 
 
 def test_a_rollout_of_the_window_itself_is_left_as_it_is(codec):
-    latents = random(1, 6, 16, 4, 4)
+    latents = random(1, 6, CODEC.latent_channels, 4, 4)
     assert score_window(latents, 6, codec) is latents
 
 
 def test_no_gradient_passes_the_encoding_nor_what_came_before(codec):
-    latents = random(1, 9, 16, 4, 4).requires_grad_()
+    latents = random(1, 9, CODEC.latent_channels, 4, 4).requires_grad_()
     score_window(latents, 4, codec).square().sum().backward()
     assert not latents.grad[:, :6].any() and latents.grad[:, 6:].all()
 
