@@ -13,7 +13,7 @@ import torch
 
 from model.text_encoder import TextEncoderConfig, build_text_encoder
 from model.tiny_vae import TinyVAE
-from model.tiny_vae_config import TINY_VAE_PRESETS
+from model.tiny_vae_config import TINY_VAE_PRESETS, TinyVAEConfig
 from model.transformer import WanConfig, WanTransformer
 from model.weights import save_folder
 from tests.made_once import made_once
@@ -108,9 +108,9 @@ def tiny_transformer(seed: int, sizes: WanConfig = SIZES) -> WanTransformer:
     return model
 
 
-def tiny_codec() -> TinyVAE:
+def tiny_codec(config: TinyVAEConfig = CODEC) -> TinyVAE:
     """Return a small Shapes codec before its training: a linear code, whose frames show the content of a clip."""
-    codec = TinyVAE(CODEC)
+    codec = TinyVAE(config)
     scenes = training_scenes()[::30]
     clips = render_clips(scenes, 5, torch.Generator().manual_seed(0))
     fit_linear_code(clips, codec.config).write_to(codec)

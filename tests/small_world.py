@@ -6,7 +6,7 @@ A test module uses it with ``pytest_plugins = ["tests.small_world"]`` and the fi
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -29,17 +29,9 @@ from trainer.stored_data import StoredEmbeddings
 from utils.config import load_config
 from utils.shapes import ShapesConfig, all_scenes, render_clips, training_scenes
 
+SMALL_CODEC = replace(CODEC, latent_channels=16, encoder_widths=(48, 16))  # so that thirty steps show an effect
 SIZES = WanConfig(
-    dim=64,
-    ffn_dim=128,
-    num_heads=2,
-    num_layers=1,
-    text_dim=16,
-    text_len=16,
-    freq_dim=32,
-    in_dim=CODEC.latent_channels,
-    out_dim=CODEC.latent_channels,
-    prediction_type="x0",
+    dim=64, ffn_dim=128, num_heads=2, num_layers=1, text_dim=16, text_len=16, freq_dim=32, prediction_type="x0"
 )
 SHAPES_CONFIGS = REPOSITORY / "configs" / "shapes"
 CACHED = ("data.embeddings={folder}/embeddings", "diffusion.train_text_encoder=false")
@@ -119,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def write_world(folder: Path) -> None:
     """Write every part of a :class:`World`, and train its teacher."""
     world = World(folder)
-    tiny_codec().save_pretrained(folder / "codec")
+    tiny_codec(SMALL_CODEC).save_pretrained(folder / "codec")
     encoder = TextEncoderConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32)
     build_text_encoder([scene.prompt for scene in all_scenes()], encoder).save_pretrained(folder / "text_encoder")
     (folder / "samples.txt").write_text(f"{MEASURED[0].prompt}\n")

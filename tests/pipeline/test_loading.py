@@ -11,6 +11,7 @@ from model.weights.lora import LoRA, LowRank, save_lora
 from pipeline.config import DenoiserConfig, PipelineConfig, Sampler, TextConfig
 from pipeline.loading import generator_hash, load_prompt_cache, load_text_encoder, load_transformer, needs_text_encoder
 from pipeline.text_to_video import load_pipeline
+from tests.shapes_parts import SIZES
 from utils.errors import UserError
 
 pytest_plugins = ["tests.shapes_parts"]
@@ -30,7 +31,7 @@ def with_lora(release, tmp_path) -> DenoiserConfig:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_streamed_transformer_computes_what_a_resident_one_does(with_lora, dtype):
-    noise, timesteps = torch.randn(1, 3, 16, 4, 4).to(dtype), torch.full((1, 3), 700.0)
+    noise, timesteps = torch.randn(1, 3, SIZES.in_dim, 4, 4).to(dtype), torch.full((1, 3), 700.0)
     embeds = torch.randn(1, 16, 16).to(dtype)
     results = []
     for streamed in (False, True):
