@@ -123,7 +123,9 @@ class AutoencoderTrainer(Trainer):
             latents = torch.where(chosen[:, None, None, None, None], denoised, latents)
         latents = batch.each(lambda latent, g: disturb(latent, config.latent_noise, g), "noise", latents)
         decoded = self.codec.decode(latents, clamp=False)
-        loss = decoder_loss(decoded, frames, motion_weight=config.motion_weight)
+        errors = decoder_loss(decoded, frames, motion_weight=config.motion_weight)
+        # Denoised clips have errors ten times as large. Their logarithms let the exact ones count as much.
+        loss = errors.mean() if self.last_pass is None else errors.log().mean()
         quality = psnr(decoded.detach().clamp(-1, 1), frames)
         return Loss(loss, {"loss": loss.detach(), "psnr": quality})
 

@@ -140,9 +140,13 @@ def random_window(frames: Tensor, length: int, generator: torch.Generator) -> Te
 
 
 def decoder_loss(decoded: Tensor, frames: Tensor, *, motion_weight: float) -> Tensor:
-    """Return the MSE of the pixels plus `motion_weight` times the MSE of the change between frames; all [B F 3 H W]."""
-    error = decoded - frames
-    return error.square().mean() + motion_weight * error.diff(dim=1).square().mean()
+    """Return the MSE of the pixels plus `motion_weight` times the MSE of the change between frames, of each clip [B].
+
+    Clips are [B F 3 H W]; `decoded` is not limited to [-1, 1] yet. Beyond the limit is no error where the target is at
+    the limit. So black and white can stay exact although their latents are not.
+    """
+    error = torch.where(frames.abs() < 1, decoded, decoded.clamp(-1, 1)) - frames
+    return error.square().flatten(1).mean(1) + motion_weight * error.diff(dim=1).square().flatten(1).mean(1)
 
 
 def psnr(decoded: Tensor, frames: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def test_decoder_learns(codec: TinyVAE) -> None:
     optimizer = torch.optim.AdamW(codec.decoder.parameters(), lr=3e-4)
     losses = []
     for _ in range(8):
-        loss = decoder_loss(codec.decode(latents, clamp=False), frames, motion_weight=0.5)
+        loss = decoder_loss(codec.decode(latents, clamp=False), frames, motion_weight=0.5).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,6 +75,14 @@ def test_decoder_loss_counts_pixels_and_their_change() -> None:
     assert decoder_loss(constant, frames, motion_weight=4.0) == pytest.approx(0.25)
     assert decoder_loss(flicker, frames, motion_weight=4.0) == pytest.approx(0.25 / 3 + 4 * 0.25)
     assert psnr(constant, frames) == pytest.approx(12.0412, abs=1e-3)
+
+
+def test_beyond_white_and_black_is_no_error_where_the_picture_is_white_or_black() -> None:
+    ends, beyond = torch.tensor([1.0, -1.0]), torch.tensor([1.4, -1.4])
+    target, decoded = (values.view(1, 1, 1, 1, 2).expand(1, 3, 3, 2, 2) for values in (ends, beyond))
+    assert decoder_loss(decoded, target, motion_weight=1.0) == 0
+    assert decoder_loss(decoded, 0.9 * target, motion_weight=1.0) == pytest.approx(0.25)
+    assert decoder_loss(0.9 * target, target, motion_weight=1.0) == pytest.approx(0.01)
 
 
 def test_disturbance_differs_between_clips_and_stays_below_its_strength() -> None:
