@@ -24,6 +24,8 @@ from utils.shapes import all_scenes, render_clips, training_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CODEC = replace(TINY_VAE_PRESETS["shapes"], decoder_widths=(97, 48), decoder_blocks=1)
+SMALL_CODEC = replace(CODEC, latent_channels=16, encoder_widths=(48, 16))
+"""For models with the channels of Wan, and for trainings whose thirty steps have to show an effect."""
 SIZES = WanConfig(
     dim=32,
     ffn_dim=64,

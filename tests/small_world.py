@@ -6,7 +6,7 @@ A test module uses it with ``pytest_plugins = ["tests.small_world"]`` and the fi
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -23,13 +23,12 @@ from pipeline.rollout import rollout
 from pipeline.sampling import sample
 from scripts import cache_embeddings
 from tests.made_once import made_once
-from tests.shapes_parts import CODEC, REPOSITORY, tiny_codec
+from tests.shapes_parts import REPOSITORY, SMALL_CODEC, tiny_codec
 from trainer.config import Config
 from trainer.stored_data import StoredEmbeddings
 from utils.config import load_config
 from utils.shapes import ShapesConfig, all_scenes, render_clips, training_scenes
 
-SMALL_CODEC = replace(CODEC, latent_channels=16, encoder_widths=(48, 16))  # so that thirty steps show an effect
 SIZES = WanConfig(
     dim=64, ffn_dim=128, num_heads=2, num_layers=1, text_dim=16, text_len=16, freq_dim=32, prediction_type="x0"
 )

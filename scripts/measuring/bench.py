@@ -17,7 +17,7 @@ from model.codec import VideoCodec
 from model.denoiser import Denoiser
 from model.tiny_vae import TinyVAE
 from model.tiny_vae_config import TinyVAEConfig
-from model.transformer import WanConfig
+from model.transformer import PRESETS, WanConfig
 from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
 from model.wan_vae import WanVAE
 from pipeline.config import CodecKind, PipelineConfig
@@ -108,10 +108,12 @@ class Bench:
         """Return the video codec."""
         if not self.random_weights:
             return load_codec(self.config.codec, device=self.device, dtype=self.dtype)
+        channels = PRESETS[self.config.generator.preset].in_dim
         if self.config.codec.kind is CodecKind.wan:
-            codec = WanVAE(WanAutoencoder(WanVAEConfig()))
+            statistics = {"latents_mean": (0.0,) * channels, "latents_std": (1.0,) * channels}
+            codec = WanVAE(WanAutoencoder(WanVAEConfig(z_dim=channels, **statistics)))
         else:
-            codec = TinyVAE(TinyVAEConfig())
+            codec = TinyVAE(TinyVAEConfig(latent_channels=channels))
         return codec.to(self.device, self.dtype).eval().requires_grad_(False)
 
     def text(self, sizes: WanConfig) -> Callable[[], Tensor]:

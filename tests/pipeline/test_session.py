@@ -25,7 +25,7 @@ from tests.parity import relative_error
 from trainer.config import Config
 from utils.config import load_config
 from utils.frames import to_uint8
-from utils.shapes import Scene, all_scenes, measure
+from utils.shapes import Scene, all_scenes, measure, render_clips
 
 pytest_plugins = ["tests.shapes_parts"]
 
@@ -369,20 +369,27 @@ def test_a_failing_source_stops_its_own_session(pipeline):
     assert denoise_together([session, other])[1].index == 1
 
 
+@pytest.fixture
+def shipped(monkeypatch) -> TextToVideo:
+    monkeypatch.chdir(REPOSITORY)
+    config = load_config(Config, "configs/shapes/self_forcing_dmd.yaml")
+    return load_pipeline(config, device=torch.device("cpu"), dtype=torch.float32)
+
+
 def source_clip(frames: int) -> torch.Tensor:
     return torch.rand(frames, 3, 48, 48, generator=torch.Generator().manual_seed(5)) * 2 - 1
 
 
-def test_video_to_video_follows_its_source_the_closer_the_lower_its_strength(pipeline):
-    source = source_clip(33)
+def test_video_to_video_follows_its_source_the_closer_the_lower_its_strength(shipped):
+    (source,) = render_clips([all_scenes()[40]], 33, torch.Generator().manual_seed(5))
     made = {
-        strength: list(StreamSession(pipeline, request(num_frames=None, source=source.split(7), strength=strength)))
+        strength: list(StreamSession(shipped, request(num_frames=None, source=source.split(7), strength=strength)))
         for strength in (0.25, 0.75, 1.0)
     }
     assert [len(chunk.frames) for chunk in made[0.25]] == [9, 12, 12]
     far = {strength: (frames_of(chunks).float() - to_uint8(source)).abs().mean() for strength, chunks in made.items()}
     assert far[0.25] < far[0.75] < far[1.0]
-    assert torch.equal(frames_of(made[1.0]), frames_of(StreamSession(pipeline, request())))
+    assert torch.equal(frames_of(made[1.0]), frames_of(StreamSession(shipped, request())))
     assert {"source", "denoise"} <= made[0.25][1].timings.keys()
 
 
@@ -527,10 +534,7 @@ def sees(frames: torch.Tensor, scene: Scene) -> bool:
     return (shown.shape & shown.colour).float().mean().item() >= 0.75
 
 
-def test_the_shipped_model_shows_the_new_object_within_two_chunks_of_a_switch(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    config = load_config(Config, "configs/shapes/self_forcing_dmd.yaml")
-    shipped = load_pipeline(config, device=torch.device("cpu"), dtype=torch.float32)
+def test_the_shipped_model_shows_the_new_object_within_two_chunks_of_a_switch(shipped):
     scenes, generator = all_scenes(), torch.Generator().manual_seed(0)
     chosen = [scenes[index] for index in torch.randperm(len(scenes), generator=generator)[:16]]
     seen = 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.fake_release import copy_fake_release
-from tests.shapes_parts import tiny_codec
+from tests.shapes_parts import SMALL_CODEC, tiny_codec
 from trainer.build import build_trainer
 from trainer.config import Config
 from trainer.trainer import RunContext
@@ -32,7 +32,7 @@ def trainer(tmp_path_factory):
     release = copy_fake_release(tmp_path_factory, folder)
     (folder / "first.txt").write_text("\n".join(FIRST))
     (folder / "second.txt").write_text("\n".join(SECOND))
-    tiny_codec().save_pretrained(folder / "codec")
+    tiny_codec(SMALL_CODEC).save_pretrained(folder / "codec")
     small, text = release.small, f"text_encoder.weights={release.small}/models_t5_umt5-xxl-enc-bf16.pth"
     overrides = [
         f"student.weights={release.checkpoints}/ode_init.pt",
