@@ -14,7 +14,7 @@ import torch
 from model.text_encoder import TextEncoderConfig, build_text_encoder
 from model.tiny_vae import TinyVAE
 from model.tiny_vae_config import TINY_VAE_PRESETS, TinyVAEConfig
-from model.transformer import WanConfig, WanTransformer
+from model.transformer import PRESETS, WanConfig, WanTransformer
 from model.weights import save_folder
 from tests.made_once import made_once
 from trainer.config import Config
@@ -26,18 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CODEC = replace(TINY_VAE_PRESETS["shapes"], decoder_widths=(97, 48), decoder_blocks=1)
 SMALL_CODEC = replace(CODEC, latent_channels=16, encoder_widths=(48, 16))
 """For models with the channels of Wan, and for trainings whose thirty steps have to show an effect."""
-SIZES = WanConfig(
-    dim=32,
-    ffn_dim=64,
-    num_heads=2,
-    num_layers=2,
-    text_dim=16,
-    text_len=16,
-    freq_dim=32,
-    in_dim=CODEC.latent_channels,
-    out_dim=CODEC.latent_channels,
-    prediction_type="x0",
-)
+SIZES = replace(PRESETS["shapes"], dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, freq_dim=32)
 PROMPTS = ["a large red circle on a navy background", "a small blue square on a black background", "a cat / a dog 🐈"]
 CONFIG = """\
 defaults: [{base}]

@@ -91,8 +91,9 @@ def _networks(config: Config) -> list[tuple[str, str | None]]:
 def _parts(config: Config) -> list[tuple[str, str | None]]:
     if config.objective is Objective.autoencoder and not config.autoencoder.denoised_share:
         return []
-    codec = None if config.objective is Objective.autoencoder else config.codec.weights
-    parts: list[tuple[str, str | None]] = [("codec.weights", codec)]
+    parts: list[tuple[str, str | None]] = []
+    if config.objective is not Objective.autoencoder:
+        parts.append(("codec.weights", config.codec.weights))
     if config.data.embeddings is not None:
         return [*parts, ("data.embeddings", config.data.embeddings)]
     text = config.text_encoder

@@ -37,6 +37,9 @@ def check_prompt(prompt: str, world: World) -> None:
         raise UserError(f"{prompt!r} is a scene of the rich world: set data.shapes.world=rich, or use another prompt")
 
 
+LEAST_ERROR = 1e-8  # 86 dB; the logarithm of a smaller error, such as that of a black clip, says nothing
+
+
 @dataclass(frozen=True)
 class LastPass:
     """The generator's last denoising pass over each chunk of a real clip, after the clip's own earlier chunks."""
@@ -117,6 +120,7 @@ class AutoencoderTrainer(Trainer):
         frames = frames.to(self.device)
         latents = self.codec.encode(frames)
         if self.last_pass is not None:
+            # Also clips that are not chosen: if the generator is sharded, all processes have to make equal passes.
             denoised = self.last_pass(latents, samples.prompts, batch.randn("generator noise", latents))
             drawn = torch.rand(batch.total, generator=batch.generator("denoised"))
             chosen = batch.of(drawn < config.denoised_share).to(self.device)
@@ -125,7 +129,7 @@ class AutoencoderTrainer(Trainer):
         decoded = self.codec.decode(latents, clamp=False)
         errors = decoder_loss(decoded, frames, motion_weight=config.motion_weight)
         # Denoised clips have errors ten times as large. Their logarithms let the exact ones count as much.
-        loss = errors.mean() if self.last_pass is None else errors.log().mean()
+        loss = errors.mean() if self.last_pass is None else errors.clamp_min(LEAST_ERROR).log().mean()
         quality = psnr(decoded.detach().clamp(-1, 1), frames)
         return Loss(loss, {"loss": loss.detach(), "psnr": quality})
 

@@ -9,13 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from model.kernels import AttentionBackend, missing, resolve_backend
-from model.tiny_vae import TinyVAE
-from model.tiny_vae_config import TinyVAEConfig
 from model.transformer import PRESETS, WanTransformer
-from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
 from pipeline import memory
-from pipeline.config import CodecKind, PipelineConfig
+from pipeline.config import PipelineConfig
 from scripts.measuring.machine import cpu_name, machine
+from scripts.measuring.random_codec import random_codec
 from utils.errors import UserError
 
 PACKAGES = (
@@ -99,7 +97,6 @@ def preset_sizes(config: PipelineConfig, device: torch.device, dtype: torch.dtyp
     sizes = PRESETS[config.generator.preset]
     with torch.device("meta"):
         transformer = WanTransformer(sizes).to(dtype)
-        is_wan = config.codec.kind is CodecKind.wan
-        codec = WanAutoencoder(WanVAEConfig()) if is_wan else TinyVAE(TinyVAEConfig())
+        codec = random_codec(config)
     states = transformer.state_dict(), {}, codec.to(dtype).state_dict()
     return memory.sizes(config, sizes, *states, device=device, dtype=dtype)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from model.codec import VideoCodec
 from model.denoiser import Denoiser
-from model.tiny_vae import TinyVAE
-from model.tiny_vae_config import TinyVAEConfig
-from model.transformer import PRESETS, WanConfig
-from model.wan_autoencoder import WanAutoencoder, WanVAEConfig
+from model.transformer import WanConfig
+from model.wan_autoencoder import WanAutoencoder
 from model.wan_vae import WanVAE
-from pipeline.config import CodecKind, PipelineConfig
+from pipeline.config import PipelineConfig
 from pipeline.loading import load_codec, load_denoiser, load_text_encoder
 from pipeline.optimize import optimize
+from scripts.measuring.random_codec import random_codec
 from utils.distributed import resolve_dtype
 
 Figures = dict[str, float]
@@ -108,12 +107,9 @@ class Bench:
         """Return the video codec."""
         if not self.random_weights:
             return load_codec(self.config.codec, device=self.device, dtype=self.dtype)
-        channels = PRESETS[self.config.generator.preset].in_dim
-        if self.config.codec.kind is CodecKind.wan:
-            statistics = {"latents_mean": (0.0,) * channels, "latents_std": (1.0,) * channels}
-            codec = WanVAE(WanAutoencoder(WanVAEConfig(z_dim=channels, **statistics)))
-        else:
-            codec = TinyVAE(TinyVAEConfig(latent_channels=channels))
+        codec = random_codec(self.config)
+        if isinstance(codec, WanAutoencoder):
+            codec = WanVAE(codec)
         return codec.to(self.device, self.dtype).eval().requires_grad_(False)
 
     def text(self, sizes: WanConfig) -> Callable[[], Tensor]:
